@@ -1,0 +1,126 @@
+"""`TaskMeta`: the one record that is stored, sent and awaited; `TaskRequest`: what a worker knows of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+
+from .states import PENDING, PROPAGATE_STATES, READY_STATES
+
+__all__ = ["ResultTuple", "SupportsAsTuple", "TaskMeta", "TaskRequest"]
+
+#: Celery's serializable form of a result: ``((id, parent's tuple or None), None or the members' tuples)``.
+ResultTuple: TypeAlias = Sequence[Any]
+
+
+@runtime_checkable
+class SupportsAsTuple(Protocol):
+    """A result handle, ours or Celery's."""
+
+    def as_tuple(self) -> ResultTuple: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMeta:
+    """What is known of a task at one moment.
+
+    In the states that carry an exception (`aioresult.states.EXCEPTION_STATES`) ``result`` is the exception.
+    """
+
+    task_id: str
+    status: str
+    #: The return value; the exception; or whatever a state of your own carries.
+    result: Any = None
+    #: The worker's traceback, as text.
+    traceback: str | None = None
+    #: The tasks that this one started, as result tuples; `AsyncResult.children()` makes handles of them.
+    children: Sequence[ResultTuple] = ()
+    #: When the task reached a ready state, in UTC.
+    date_done: datetime | None = None
+    #: The optional fields, by the names that Celery stores them under. They are read through the properties below
+    #: and kept together because most results have none of them: a meta is built for every message that arrives.
+    extra: Mapping[str, Any] | None = None
+
+    @classmethod
+    def pending(cls, task_id: str) -> TaskMeta:
+        """What is known of an id that nothing is stored under."""
+        return cls(task_id, PENDING)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the task is over, well or not."""
+        return self.status in READY_STATES
+
+    @property
+    def propagates(self) -> bool:
+        """Whether awaiting this raises."""
+        return self.status in PROPAGATE_STATES
+
+    def _optional(self, name: str) -> Any:
+        return None if self.extra is None else self.extra.get(name)
+
+    @property
+    def group_id(self) -> str | None:
+        """The group that the task belongs to."""
+        return cast("str | None", self._optional("group_id"))
+
+    @property
+    def parent_id(self) -> str | None:
+        """The task that started this one."""
+        return cast("str | None", self._optional("parent_id"))
+
+    # The remaining properties are filled when results are stored with ``extended=True`` (Celery: result_extended).
+
+    @property
+    def name(self) -> str | None:
+        """The name of the task's function."""
+        return cast("str | None", self._optional("name"))
+
+    @property
+    def args(self) -> Any:
+        """The positional arguments the task was called with."""
+        return self._optional("args")
+
+    @property
+    def kwargs(self) -> Any:
+        """The keyword arguments the task was called with."""
+        return self._optional("kwargs")
+
+    @property
+    def worker(self) -> str | None:
+        """The host name of the worker."""
+        return cast("str | None", self._optional("worker"))
+
+    @property
+    def retries(self) -> int | None:
+        """How often the task had been retried."""
+        return cast("int | None", self._optional("retries"))
+
+    @property
+    def queue(self) -> str | None:
+        """The queue it was taken from."""
+        return cast("str | None", self._optional("queue"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRequest:
+    """What a worker knows of the task that it is running.
+
+    Only `id` is needed. Wherever a request is taken, an object of Celery's (``task.request``) serves as well: the
+    attributes are looked up by name, and a missing one counts as unknown.
+    """
+
+    id: str
+    task: str | None = None
+    args: Sequence[Any] | None = None
+    kwargs: Mapping[str, Any] | None = None
+    hostname: str | None = None
+    retries: int | None = None
+    group: str | None = None
+    group_index: int | None = None
+    chord: Any = None
+    parent_id: str | None = None
+    children: Sequence[SupportsAsTuple | ResultTuple] = ()
+    queue: str | None = None

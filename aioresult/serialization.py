@@ -1,0 +1,333 @@
+"""`TaskMeta` ↔ bytes, in Celery's wire format.
+
+`Codec` is what a backend holds: one serializer to write with, a list of those it may read, a compression, a bound on
+the size. JSON is kombu's dialect (``kombu/utils/json.py``, 5.7): what JSON lacks travels as
+``{"__type__": name, "__value__": text}``.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from typing import Any, Final
+
+from .compression import compress, compressor, decompress
+from .exceptions import ContentDisallowed, DecodeError, EncodeError, ImproperlyConfigured, ResultTooLargeError
+from .failure import dump_exception, load_exception
+from .meta import TaskMeta
+from .states import EXCEPTION_STATES, SUCCESS
+
+__all__ = ["CORE_FIELDS", "SUCCESS_HEAD", "Codec"]
+
+#: How the JSON of every finished task begins that went well, and no other's: a server can tell it without parsing.
+SUCCESS_HEAD = b'{"status": "SUCCESS"'
+
+#: The fields that every meta has; the others are optional.
+CORE_FIELDS: Final = frozenset({"status", "result", "traceback", "children", "date_done", "task_id"})
+_MARKERS = frozenset({"__type__", "__value__"})
+_MSGPACK_SCALARS = (str, int, float, bytes, type(None))
+
+
+# -- kombu's JSON ---------------------------------------------------------------------------------------------------
+
+
+def _tag(name: str, value: Any) -> dict[str, Any]:
+    return {"__type__": name, "__value__": value}
+
+
+def _json_default(value: Any) -> Any:
+    reduce = getattr(value, "__json__", None)
+    if reduce is not None:
+        return reduce()
+    match value:
+        case datetime():
+            return _tag("datetime", value.isoformat())
+        case date():
+            return _tag("date", value.isoformat())
+        case time():
+            return _tag("time", value.isoformat())
+        case Decimal():
+            return _tag("decimal", str(value))
+        case uuid.UUID():
+            return _tag("uuid", {"hex": value.hex})
+        case bytes():
+            try:
+                return _tag("bytes", value.decode())
+            except UnicodeDecodeError:
+                return _tag("base64", base64.b64encode(value).decode())
+    reduce = getattr(value, "as_tuple", None)
+    if reduce is not None:  # a result handle; Celery stores a task that returns one in the same way
+        return reduce()
+    raise TypeError(f"it holds an object of type {type(value).__qualname__}")
+
+
+_untag: Mapping[str, Callable[[Any], Any]] = {
+    "datetime": datetime.fromisoformat,
+    "date": lambda text: datetime.fromisoformat(text).date(),
+    "time": time.fromisoformat,
+    "decimal": Decimal,
+    "uuid": lambda fields: uuid.UUID(**fields),
+    "bytes": lambda text: text.encode(),
+    "base64": lambda text: base64.b64decode(text, validate=True),
+}
+
+
+def _json_hook(value: dict[str, Any]) -> Any:
+    if value.keys() != _MARKERS:
+        return value
+    kind = value["__type__"]
+    decode = _untag.get(kind) if isinstance(kind, str) else None
+    if decode is None:
+        raise ValueError(f"unknown __type__ {kind!r}")
+    return decode(value["__value__"])
+
+
+# A circle is found all the same: nesting without end.
+_json_encode = json.JSONEncoder(default=_json_default, check_circular=False).encode
+
+
+def _json_dumps(value: Any) -> bytes:
+    return _json_encode(value).encode()
+
+
+def _json_loads(data: bytes) -> Any:
+    text = data.decode()  # by itself json would also take UTF-16 and UTF-32
+    # The hook is a Python call for every object in the document; most documents have nothing for it to do.
+    return json.loads(text, object_hook=_json_hook if "__type__" in text else None)
+
+
+# -- the serializers that a reader has to ask for -------------------------------------------------------------------
+
+
+def _pickle_dumps(value: Any) -> bytes:
+    import pickle
+
+    return pickle.dumps(value, protocol=4)
+
+
+def _pickle_loads(data: bytes) -> Any:
+    import pickle
+
+    return pickle.loads(data)  # noqa: S301 - only reached when the reader put "pickle" into accept
+
+
+def _msgspec() -> Any:
+    try:
+        import msgspec
+    except ImportError:
+        raise ImproperlyConfigured(
+            "serializer 'msgpack' needs msgspec; install it with: pip install 'aioresult-tasks[msgpack]'"
+        ) from None
+    return msgspec
+
+
+def _msgpack_dumps(value: Any) -> bytes:
+    # msgspec would take sets, durations, dataclasses and more, and give lists, texts and mappings back. So that nothing
+    # changes its type in silence, it gets msgpack's own types only; all else is tagged or refused as in JSON.
+    return bytes(_msgspec().msgpack.encode(_tag_tree(value)))
+
+
+def _tag_tree(value: Any) -> Any:
+    if isinstance(value, _MSGPACK_SCALARS):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_tag_tree(item) for item in value]
+    if not isinstance(value, dict):
+        return _tag_tree(_json_default(value))
+    for key in value:
+        if not isinstance(key, _MSGPACK_SCALARS):
+            raise TypeError(f"it holds a key of type {type(key).__qualname__}")
+    return {key: _tag_tree(item) for key, item in value.items()}
+
+
+def _msgpack_loads(data: bytes) -> Any:
+    return _untag_tree(_msgspec().msgpack.decode(data))
+
+
+def _untag_tree(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _json_hook({key: _untag_tree(item) for key, item in value.items()})
+    return [_untag_tree(item) for item in value] if isinstance(value, list) else value
+
+
+_SERIALIZERS: Mapping[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+    "json": (_json_dumps, _json_loads),
+    "pickle": (_pickle_dumps, _pickle_loads),
+    "msgpack": (_msgpack_dumps, _msgpack_loads),
+}
+
+
+def _serializer_of(data: bytes, own: str) -> str:
+    """Which serializer wrote ``data``, by its first byte. A single byte may be a number of two; then it is our ``own``.
+
+    JSON is ASCII. Pickle 2 and later begins with the opcode PROTO, which in msgpack is a map without entries, and that
+    is a single byte. Everything in msgpack below that is a small integer, and a single byte, too.
+    """
+    if len(data) <= 1:
+        return own
+    first = data[0]
+    return "json" if first < 0x80 else "pickle" if first == 0x80 else "msgpack"
+
+
+# -- the codec ------------------------------------------------------------------------------------------------------
+
+
+class Codec:
+    """Writes with one serializer, reads those in ``accept``, refuses what is larger than ``max_result_size`` bytes.
+
+    Raises `ImproperlyConfigured` for an unknown serializer or compression, or one whose package is missing.
+    """
+
+    def __init__(
+        self,
+        serializer: str = "json",
+        accept: Iterable[str] = ("json",),
+        compression: str | None = None,
+        max_result_size: int = 128 * 2**20,
+    ) -> None:
+        if isinstance(max_result_size, bool) or not isinstance(max_result_size, int) or max_result_size < 1:
+            raise ImproperlyConfigured(f"max_result_size must be a number of bytes, not {max_result_size!r}")
+        self.serializer = serializer
+        if not isinstance(accept, Iterable):
+            raise ImproperlyConfigured(f"accept must be the names of serializers, not {accept!r}")
+        self.accept: frozenset[str] = frozenset((accept,) if isinstance(accept, str) else accept)
+        self.max_result_size = max_result_size
+        self.compression: str | None = None if compression is None else compressor(compression)
+        for name in (serializer, *self.accept):
+            if name not in _SERIALIZERS:
+                known = ", ".join(sorted(_SERIALIZERS))
+                raise ImproperlyConfigured(f"unknown serializer {name!r}; known are {known}")
+        if "msgpack" in {serializer, *self.accept}:
+            _msgspec()
+        if serializer not in self.accept:
+            raise ImproperlyConfigured(
+                f"serializer {serializer!r} is not in accept={tuple(sorted(self.accept))}: "
+                f"this backend could not read what it stores; add it to accept"
+            )
+        self._dumps = _SERIALIZERS[serializer][0]
+
+    def dumps(self, value: Any, what: str) -> bytes:
+        """``value`` as bytes, compressed if this codec compresses. ``what`` names it in the `EncodeError`."""
+        try:
+            data = self._dumps(value)
+        except ImproperlyConfigured:
+            raise
+        except Exception as exc:  # a __json__ or __reduce__ of the user's own may raise anything
+            reason = "it nests too deeply" if isinstance(exc, RecursionError) else str(exc)
+            raise EncodeError(f"{what} cannot be stored as {self.serializer}: {reason}") from exc
+        if len(data) > self.max_result_size:
+            raise ResultTooLargeError(
+                f"{what} is {len(data):,} bytes; max_result_size is {self.max_result_size:,}: "
+                f"store a reference to it instead, or raise the bound on both sides"
+            )
+        return data if self.compression is None else compress(data, self.compression)
+
+    def loads(self, data: bytes, what: str) -> Any:
+        """The value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
+        try:
+            data = decompress(data, self.max_result_size)
+            name = _serializer_of(data, self.serializer)
+            if name in self.accept:
+                return _SERIALIZERS[name][1](data)
+        except ResultTooLargeError as exc:
+            raise ResultTooLargeError(f"{what}: {exc}") from None
+        except Exception as exc:  # the bytes come from outside: anything that a parser can raise is their fault
+            reason = "it nests too deeply" if isinstance(exc, RecursionError) else f"{type(exc).__name__}: {exc}"
+            raise DecodeError(f"{what} cannot be read: {reason}") from exc
+        raise ContentDisallowed(
+            f"{what} was stored with {name}, which this reader does not accept; "
+            f"if you trust everyone who can write to the store, pass accept=({name!r}, …)"
+        )
+
+    def dumps_result(self, meta: TaskMeta) -> bytes:
+        """The result of ``meta`` alone, for stores that keep the other fields in columns of their own."""
+        return self.dumps(self._plain_result(meta), _describe(meta))
+
+    def encode(self, meta: TaskMeta) -> bytes:
+        """``meta`` as one value, its fields in Celery's order.
+
+        Raises `EncodeError`, which names the task and the type, and `ResultTooLargeError`.
+        """
+        fields: dict[str, Any] = {
+            "status": meta.status,
+            "result": self._plain_result(meta),
+            "traceback": meta.traceback,
+            "children": meta.children,
+            "date_done": None if meta.date_done is None else meta.date_done.isoformat(),
+        }
+        if meta.extra:
+            fields.update(meta.extra)
+        fields["task_id"] = meta.task_id
+        return self.dumps(fields, _describe(meta))
+
+    def _plain_result(self, meta: TaskMeta) -> Any:
+        result = meta.result
+        if meta.status in EXCEPTION_STATES and isinstance(result, BaseException):
+            if self.serializer == "pickle" and _survives_pickle(result):
+                return result
+            return dump_exception(result, self._dumps)
+        return result
+
+    def decode(self, task_id: str, data: bytes) -> TaskMeta:
+        """The meta stored under ``task_id``. Raises as `loads` does, also where a field has the wrong type."""
+        fields = self.loads(data, f"the result of task {task_id}")
+        if not isinstance(fields, dict):
+            raise DecodeError(f"the result of task {task_id} cannot be read: it is no mapping")
+        return self.build(task_id, fields)
+
+    def build(self, task_id: str, fields: dict[str, Any]) -> TaskMeta:
+        """A meta from its decoded fields."""
+        extra: dict[str, Any] | None = None
+        if not fields.keys() <= CORE_FIELDS:
+            extra = {name: value for name, value in fields.items() if name not in CORE_FIELDS}
+        try:
+            status, result, traceback = fields["status"], fields.get("result"), fields.get("traceback")
+            children, done = fields.get("children") or (), fields.get("date_done")
+            if isinstance(done, str):
+                done = datetime.fromisoformat(done)
+            if isinstance(done, datetime) and done.tzinfo not in (None, UTC):
+                done = done.astimezone(UTC)  # Celery writes it in the time zone of the app
+            if not (
+                isinstance(status, str)
+                and (traceback is None or isinstance(traceback, str))
+                and isinstance(children, (list, tuple))
+                and (done is None or isinstance(done, datetime))
+            ):
+                raise TypeError("a field has the wrong type")
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
+            raise DecodeError(f"the result of task {task_id} cannot be read: {type(exc).__name__}: {exc}") from exc
+        if status in EXCEPTION_STATES:
+            result = load_exception(result, status, traceback)
+        return TaskMeta(task_id, status, result, traceback, children, done, extra)
+
+    def is_success(self, data: bytes) -> bool:
+        """Whether ``data``, a whole stored value, is a task that went well. Bytes that nobody can read are not.
+
+        Raises `ContentDisallowed` or `ResultTooLargeError` where another reader could tell: what may be a success must
+        not be overwritten for that.
+        """
+        if data.startswith(SUCCESS_HEAD):
+            return True
+        try:
+            fields = self.loads(data, "what is stored already")
+        except ContentDisallowed:
+            raise
+        except DecodeError:
+            return False
+        return isinstance(fields, dict) and fields.get("status") == SUCCESS
+
+
+def _describe(meta: TaskMeta) -> str:
+    return f"the result of task {meta.task_id} (a {type(meta.result).__qualname__})"
+
+
+def _survives_pickle(exc: BaseException) -> bool:
+    try:
+        _pickle_loads(_pickle_dumps(exc))
+    except Exception:
+        return False
+    return True
