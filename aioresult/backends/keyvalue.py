@@ -1,0 +1,166 @@
+"""`KeyValueStoreBackend`: results, groups and notifications on a store that has keys, values and channels.
+
+The keys are Celery's (``celery/backends/base.py``: ``BaseKeyValueStoreBackend``); a key is also the name of the channel
+on which each value stored under it is published. An author implements six methods; see `Write` for what they carry.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Unpack
+
+from ..chord import CHORD_TOPIC, READY_TOPIC
+from ..exceptions import DecodeError, ImproperlyConfigured
+from ..meta import ResultTuple
+from .base import Backend, BackendOptions, Record
+
+__all__ = ["KeyValueStoreBackend", "Op", "Write"]
+
+
+class Op(enum.Enum):
+    """What a `Write` does. Each is atomic, and bears being done twice."""
+
+    #: Store and publish, unless what is stored is a task that went well (`Codec.is_success`).
+    PUT_UNLESS_SUCCESS = enum.auto()
+    #: Store and publish, unless anything is stored.
+    PUT_IF_ABSENT = enum.auto()
+    #: Store; nothing is published.
+    PUT = enum.auto()
+    #: Let what is stored live for at least ``expires`` more seconds.
+    EXTEND = enum.auto()
+    #: Remove.
+    DELETE = enum.auto()
+
+
+class Write(NamedTuple):
+    """One change of one key."""
+
+    key: str
+    op: Op
+    value: bytes = b""
+    #: Seconds to live from now; 0 for ever.
+    expires: float = 0.0
+
+
+class KeyValueStoreBackend(Backend):
+    """Further option: ``global_keyprefix``, put before every key and channel, for stores that are shared.
+
+    For authors: six methods, `_open`, `_close`, `_get`, `_write`, `_listen` and `_unlisten`, under the rules of
+    `Backend`. Call `_published` with each message that arrives. A store that can take a `ChordStep` atomically counts
+    chords, too: implement `_chord_steps` and `_active_chords`, publish on the channel of the group's key whenever a
+    chord completes or fails, and its id on ``_ready_channel`` whenever there may be a callback to dispatch.
+    """
+
+    def __init__(self, url: str = "", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
+        super().__init__(url, **options)
+        if not isinstance(global_keyprefix, str):
+            raise ImproperlyConfigured(f"global_keyprefix must be a str, not {global_keyprefix!r}")
+        if global_keyprefix and global_keyprefix[-1] not in ":_-.":
+            global_keyprefix += "_"
+        self._task_prefix = f"{global_keyprefix}celery-task-meta-"
+        self._group_prefix = f"{global_keyprefix}celery-taskset-meta-"
+        self._task_channel = self._task_prefix.encode()
+        self._group_channel = self._group_prefix.encode()
+        #: Where completed chords are announced, and the key of the set of those that may be.
+        self._ready_channel = f"{global_keyprefix}aioresult-chords"
+
+    @abstractmethod
+    async def _get(self, keys: Sequence[str]) -> Sequence[bytes | BaseException | None]:
+        """The value of each key, or the error that concerns it alone."""
+
+    @abstractmethod
+    async def _write(self, writes: Sequence[Write]) -> Sequence[bool | BaseException]:
+        """Do each write, in order; publishing is part of the same atomic step as storing.
+
+        For each: whether it changed anything, or the error that concerns it alone.
+        """
+
+    @abstractmethod
+    async def _listen(self, channels: Sequence[str]) -> None:
+        """As `Backend._subscribe`, of channels."""
+
+    @abstractmethod
+    async def _unlisten(self, channels: Sequence[str]) -> None:
+        """As `Backend._unsubscribe`, of channels."""
+
+    def _published(self, channel: bytes, value: bytes) -> None:
+        """A backend calls this with each message that arrives."""
+        if channel.startswith(self._task_channel):
+            self._received(_text(channel[len(self._task_channel) :]), value)
+        elif channel.startswith(self._group_channel):
+            self._chord_news(_text(channel[len(self._group_channel) :]), ready=False)
+        else:
+            self._chord_news(_text(value), ready=True)
+
+    def _channel(self, topic: str) -> str:
+        if topic.startswith(CHORD_TOPIC):
+            return self._group_key(topic.removeprefix(CHORD_TOPIC))
+        return self._ready_channel if topic == READY_TOPIC else self._task_key(topic)
+
+    def _task_key(self, task_id: str) -> str:
+        return self._task_prefix + task_id
+
+    def _group_key(self, group_id: str) -> str:
+        return self._group_prefix + group_id
+
+    async def _fetch(self, task_ids: Sequence[str]) -> Sequence[bytes | BaseException | None]:
+        return await self._get([self._task_key(task_id) for task_id in task_ids])
+
+    async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
+        writes = [
+            Write(
+                self._task_prefix + record.meta.task_id,
+                Op.PUT_IF_ABSENT if record.only_new else Op.PUT_UNLESS_SUCCESS,
+                record.payload,
+                record.expires,
+            )
+            for record in records
+        ]
+        # A group lives at least as long as its members. A write of its own: the two keys need not share a slot.
+        groups = [
+            Write(self._group_key(record.meta.group_id), Op.EXTEND, expires=record.expires)
+            for record in records
+            if record.meta.group_id
+        ]
+        return (await self._write(writes + groups))[: len(records)]
+
+    async def _delete(self, task_ids: Sequence[str]) -> None:
+        await self._change([Write(self._task_key(task_id), Op.DELETE) for task_id in task_ids])
+
+    async def _subscribe(self, task_ids: Sequence[str]) -> None:
+        await self._listen([self._channel(task_id) for task_id in task_ids])
+
+    async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
+        await self._unlisten([self._channel(task_id) for task_id in task_ids])
+
+    async def _fetch_group(self, group_id: str) -> bytes | None:
+        (value,) = await self._get([self._group_key(group_id)])
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    async def _store_group(self, group_id: str, payload: bytes, expires: float) -> None:
+        await self._change([Write(self._group_key(group_id), Op.PUT, payload, expires)])
+
+    async def _delete_group(self, group_id: str) -> None:
+        await self._change([Write(self._group_key(group_id), Op.DELETE)])
+
+    async def _change(self, writes: Sequence[Write]) -> None:
+        for outcome in await self._write(writes):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _encode_group(self, group_id: str, group: ResultTuple) -> bytes:
+        return self.codec.dumps({"result": group}, f"group {group_id}")
+
+    def _decode_group(self, group_id: str, payload: bytes) -> Any:
+        value = super()._decode_group(group_id, payload)
+        if not isinstance(value, dict) or "result" not in value:
+            raise DecodeError(f"what is stored as group {group_id} is no group")
+        return value["result"]
+
+
+def _text(channel: bytes) -> str:
+    return channel.decode("utf-8", "surrogateescape")

@@ -1,0 +1,249 @@
+"""The memory backend: results in this process. The embedded default, and the reference for authors; read it first.
+
+Everything is kept as bytes, through the same codec as on a server, so that what works here works there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+from collections.abc import Sequence
+from time import monotonic
+from typing import Unpack
+
+from ..chord import ChordOp, ChordState, ChordStep
+from ..exceptions import SerializationError
+from .base import BackendOptions
+from .keyvalue import KeyValueStoreBackend, Op, Write
+
+__all__ = ["MemoryBackend", "MemoryStore"]
+
+
+class _Chord:
+    """One chord: the reference of what a `ChordStep` does."""
+
+    def __init__(self) -> None:
+        self.run = ""
+        self.size: int | None = None
+        self.parts: dict[tuple[str, int | None], bytes] = {}  # in order of arrival
+        self.body: bytes | None = None
+        self.failure: bytes | None = None
+        self.done = False
+        self.token = ""  # of the last claim
+        self.claimed_until = 0.0
+        self.expires_at = math.inf
+
+    def take(self, step: ChordStep) -> tuple[ChordState, bool]:
+        """The state after the step, and whether there is news for those who wait."""
+        op, now, news, claimed = step.op, monotonic(), False, False
+        mine = self.token == step.token != ""
+        if self.done:
+            claimed = mine and op is ChordOp.FINISH  # this very step, repeated after its reply was lost
+        else:
+            adding = op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART)
+            if adding:
+                self.size = self.size if step.size is None else step.size
+                self.body = self.body or step.body
+            if op is ChordOp.CREATE:
+                self.run = step.run
+            if op is ChordOp.PART and (step.task_id, step.index) not in self.parts:
+                self.parts[step.task_id, step.index] = step.part
+                if step.failed and self.failure is None:
+                    self.failure, news = step.part, True
+            if self.size is not None and len(self.parts) >= self.size:
+                if adding or op in (ChordOp.CLAIM, ChordOp.RENEW):
+                    news = news or adding
+                    claimed = step.token != "" and (mine or self.claimed_until <= now)
+                    if claimed:
+                        self.token, self.claimed_until = step.token, now + step.lease
+                elif mine and op in (ChordOp.RELEASE, ChordOp.FINISH):
+                    # Also when the lease has run out, for nobody has claimed since.
+                    self.claimed_until, news = 0.0, True
+                    if op is ChordOp.FINISH:
+                        self.done, self.body, self.size, claimed = True, None, len(self.parts), True
+                    else:
+                        self.token = ""
+            if adding or claimed:
+                self.expires_at = now + step.expires if step.expires else math.inf
+        looking = op in (ChordOp.READ, ChordOp.PARTS)
+        state = ChordState(
+            len(self.parts),
+            self.size,
+            claimed,
+            self.done,
+            self.body if claimed and op is not ChordOp.RENEW else None,
+            self.failure if looking else None,
+            self.claimed_until - now if self.claimed_until > now else None,
+            self._in_order() if op is ChordOp.PARTS else (),
+        )
+        return state, news
+
+    def _in_order(self) -> tuple[bytes, ...]:
+        def place(key: tuple[str, int | None]) -> float:
+            return math.inf if key[1] is None else key[1]
+
+        return tuple(self.parts[key] for key in sorted(self.parts, key=place))
+
+
+class MemoryStore:
+    """What a server would hold: values, when each expires, and who listens.
+
+    Give one store to several backends of the same event loop, and they share their results.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.listeners: dict[str, set[MemoryBackend]] = {}
+        self.chords: dict[str, _Chord] = {}
+        self._chords_left = 100
+        self._expiry: dict[str, float] = {}
+        self._queue: list[tuple[float, str]] = []
+
+    def get(self, key: str) -> bytes | None:
+        """The value, unless it has expired."""
+        return self.values.get(key) if self._expiry.get(key, monotonic() + 1) > monotonic() else None
+
+    def put(self, key: str, value: bytes, expires: float) -> None:
+        """Store, in place of what was there and of its expiry."""
+        self.values[key] = value
+        self._expiry.pop(key, None)
+        self.extend(key, expires)
+
+    def extend(self, key: str, expires: float) -> bool:
+        """Let the value live for at least that many seconds, 0 for ever; whether there is one."""
+        if self.get(key) is None:
+            return False
+        if not expires:
+            self._expiry.pop(key, None)
+        elif (until := monotonic() + expires) > self._expiry.get(key, 0.0):
+            self._expiry[key] = until
+            heapq.heappush(self._queue, (until, key))
+        return True
+
+    def seconds_left(self, key: str) -> float | None:
+        """Until the value expires; ``None`` for never."""
+        until = self._expiry.get(key)
+        return None if until is None else until - monotonic()
+
+    def delete(self, key: str) -> bool:
+        """Remove; whether there was one."""
+        self._expiry.pop(key, None)
+        return self.values.pop(key, None) is not None
+
+    def purge(self, thoroughly: bool = False) -> int:
+        """Remove what has expired; how many. Chords only when many have come to be, unless ``thoroughly``."""
+        removed, now = 0, monotonic()
+        while self._queue and self._queue[0][0] <= now:
+            until, key = heapq.heappop(self._queue)
+            if self._expiry.get(key) == until:  # not stored anew, or extended, since
+                removed += self.delete(key)
+        if thoroughly or len(self.chords) > 2 * self._chords_left:
+            for key in [key for key, chord in self.chords.items() if chord.expires_at <= now]:
+                del self.chords[key]
+                removed += 1
+            self._chords_left = max(len(self.chords), 100)
+        return removed
+
+
+class MemoryBackend(KeyValueStoreBackend):
+    """``memory://``. Further option: ``store``, a `MemoryStore` to share; without it the backend has its own.
+
+    What is stored survives `aclose` for as long as the backend or the store does.
+    """
+
+    def __init__(
+        self,
+        url: str = "memory://",
+        *,
+        store: MemoryStore | None = None,
+        global_keyprefix: str = "",
+        **options: Unpack[BackendOptions],
+    ) -> None:
+        super().__init__(url, global_keyprefix=global_keyprefix, **options)
+        self.store: MemoryStore = MemoryStore() if store is None else store
+        self._channels: set[str] = set()
+
+    async def _open(self) -> None:
+        pass
+
+    async def _close(self) -> None:
+        await self._unlisten(tuple(self._channels))
+
+    async def _get(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self.store.get(key) for key in keys]
+
+    async def _write(self, writes: Sequence[Write]) -> list[bool | BaseException]:
+        self.store.purge()
+        return [self._write_one(write) for write in writes]
+
+    def _write_one(self, write: Write) -> bool | BaseException:
+        try:
+            return self._do(write)
+        except SerializationError as exc:
+            return exc
+
+    def _do(self, write: Write) -> bool:
+        store, key, current = self.store, write.key, self.store.get(write.key)
+        match write.op:
+            case Op.EXTEND:
+                return store.extend(key, write.expires)
+            case Op.DELETE:
+                return store.delete(key)
+            case Op.PUT:
+                store.put(key, write.value, write.expires)
+                return True
+            case Op.PUT_IF_ABSENT if current is not None:
+                return False
+            case Op.PUT_UNLESS_SUCCESS if current is not None and self.codec.is_success(current):
+                return False
+        store.put(key, write.value, write.expires)
+        self._publish(key, write.value)
+        return True
+
+    def _publish(self, channel: str, value: bytes) -> None:
+        for backend in self.store.listeners.get(channel, ()):
+            # Soon, not now: a waiter must never run inside the store's step.
+            asyncio.get_running_loop().call_soon(backend._deliver, channel, value)
+
+    def _deliver(self, channel: str, value: bytes) -> None:
+        if channel in self._channels:
+            self._published(channel.encode("utf-8", "surrogateescape"), value)
+
+    async def _listen(self, channels: Sequence[str]) -> None:
+        for channel in channels:
+            self._channels.add(channel)
+            self.store.listeners.setdefault(channel, set()).add(self)
+
+    async def _unlisten(self, channels: Sequence[str]) -> None:
+        for channel in channels:
+            self._channels.discard(channel)
+            if (listeners := self.store.listeners.get(channel)) is not None:
+                listeners.discard(self)
+                if not listeners:
+                    del self.store.listeners[channel]
+
+    async def _chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
+        self.store.purge()
+        return [self._chord_step(step) for step in steps]
+
+    def _chord_step(self, step: ChordStep) -> ChordState:
+        key = self._group_key(step.group_id)
+        chord = self.store.chords.get(key)
+        anew = chord is not None and chord.done and step.op is ChordOp.CREATE and chord.run != step.run
+        if chord is None or anew or chord.expires_at <= monotonic():
+            chord = _Chord()
+            if step.op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART):
+                self.store.chords[key] = chord
+        state, news = chord.take(step)
+        if news:
+            self._publish(key, b"")
+            if state.complete and not state.done:
+                self._publish(self._ready_channel, step.group_id.encode())
+        return state
+
+    async def _active_chords(self) -> list[str]:
+        return [key.removeprefix(self._group_prefix) for key, chord in self.store.chords.items() if not chord.done]
+
+    async def _cleanup(self) -> int:
+        return self.store.purge(thoroughly=True)

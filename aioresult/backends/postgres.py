@@ -1,0 +1,531 @@
+"""The PostgreSQL backend: Celery's tables, and a trigger that pushes where Celery polls.
+
+Whoever stores, we or a Celery worker, the trigger notifies one of a fixed set of channels of the id and the state. The
+waiting side listens to the channels on which it waits for anything and reads what it hears of. Concurrent stores become
+one statement, and with it one commit: NOTIFY takes a lock of the whole database there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import random
+import re
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar, Unpack
+
+import asyncpg
+
+from ..chord import CHORD_TOPIC, READY_TOPIC, ChordState, ChordStep
+from ..exceptions import (
+    AioResultError,
+    BackendClosedError,
+    BackendConnectionError,
+    BackendError,
+    BackendGetMetaError,
+    BackendRefusedError,
+    BackendStoreError,
+    ImproperlyConfigured,
+    UsageError,
+)
+from ..meta import TaskMeta
+from ..urls import hide_password
+from .base import Backend, BackendOptions, Record
+from .core import logger
+from .postgres_chords import ChordTable
+from .postgres_listener import Listener, bounded, close_connection
+from .postgres_schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql
+from .postgres_statements import CLEANUP_BATCH, INSPECT, Statements
+
+__all__ = ["PostgresBackend", "schema_sql"]
+
+T = TypeVar("T")
+
+_MAX_ID_LENGTH = 155
+_MAX_NOTE_LENGTH = 155
+#: How many bytes of results go into one statement, unless a single one is larger: PostgreSQL takes 1 GB at most.
+_BATCH_BYTES = 16 * 2**20
+
+#: SQLSTATE classes and codes after which the same statement may succeed: connection trouble, a transaction that lost
+#: a race or its time, a server that is full, starting or stopping, a lock or statement timeout, a standby that may be
+#: promoted.
+_TRANSIENT = ("08", "40", "25P03", "25P04", "53300", "57", "55P03", "25006")
+#: … and after which it will not, whoever asks: authentication, permission, no such statement, database, schema, table
+#: or column.
+_REFUSED = ("26", "28", "3D", "3F", "42")
+#: … and that say something of the server, not of one record in a batch.
+_WHOLE_BATCH = ("53", "54", "58")
+
+_OF_A_POOLER = "; behind a pooler in transaction mode, pass connect_options={'statement_cache_size': 0}"
+
+_CANNOT_REACH = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+
+class PostgresBackend(Backend):
+    """``postgresql://user:password@host/database``, also Celery's ``db+postgresql+driver://``; PostgreSQL 14 or later.
+
+    Further options:
+
+    - ``schema``, ``table``, ``group_table``: names of Celery's tables where they are not the usual ones; without
+      ``schema`` the ``search_path`` decides.
+    - ``create``: true creates what is missing (`create_schema`) on open, false never does; by default an empty database
+      gets its tables, one that has Celery's is left alone.
+    - ``listen_dsn``: where to LISTEN, if the URL leads through a pooler in transaction mode.
+    - ``pool``: an `asyncpg.Pool` of yours, instead of the URL. It stays yours to close; one of its connections is held
+      for listening, unless ``listen_dsn`` or ``connect`` is given.
+    - ``connect``: a coroutine function that returns a new `asyncpg.Connection`, instead of the URL.
+    - ``connect_options``: arguments for `asyncpg.connect` (``ssl``, ``statement_cache_size``, ``server_settings``, …).
+    - ``cleanup_interval``: seconds between background runs of `cleanup`, one process at a time; 0 for none.
+    """
+
+    def __init__(
+        self,
+        url: str = "postgresql://",
+        *,
+        schema: str | None = None,
+        table: str = "celery_taskmeta",
+        group_table: str = "celery_tasksetmeta",
+        create: bool | None = None,
+        listen_dsn: str | None = None,
+        pool: asyncpg.Pool[Any] | None = None,
+        connect: Callable[[], Awaitable[asyncpg.Connection[Any]]] | None = None,
+        connect_options: Mapping[str, Any] | None = None,
+        cleanup_interval: float = 0.0,
+        **options: Unpack[BackendOptions],
+    ) -> None:
+        super().__init__(url, **options)
+        self._dsn = _plain_dsn(url)
+        self._listen_dsn = None if listen_dsn is None else _plain_dsn(listen_dsn)
+        self._tables = Tables(schema, table, group_table)
+        self._schema_sql = schema_sql(schema, table, group_table)
+        self._create = create
+        self._callers_pool = pool
+        self._connect = connect
+        self._connect_options: dict[str, Any] = {"timeout": 2 * self.heartbeat, **(connect_options or {})}
+        self._cleanup_interval = cleanup_interval
+        self._pool: asyncpg.Pool[Any] | None = None
+        self._listener: Listener | None = None
+        self._has_listened = False
+        self._waiting: dict[str, set[str]] = {}  # channel → the ids waited for on it
+        self._cleaning: asyncio.Task[None] | None = None
+
+    # -- schema -----------------------------------------------------------------------------------------------------
+
+    async def create_schema(self) -> None:
+        """Create what is missing of the tables, and the trigger; see `schema_sql`. The backend need not be open.
+
+        May be called again, and by several processes at once. An existing Celery database gets only the trigger and
+        two small tables of our own.
+        """
+        if self._pool is not None or self._callers_pool is not None:
+            await self._run(self._run_schema)
+            return
+        connection = await self._translated(self._new_connection())
+        try:
+            await self._translated(self._run_schema(connection))
+        finally:
+            await close_connection(connection)
+
+    async def _run_schema(self, connection: Any) -> None:
+        async with connection.transaction():
+            await connection.execute(self._schema_sql)
+
+    async def _inspect(self) -> None:
+        """Learn which tables and columns there are, create them if that is wanted, and prepare the statements."""
+        names = self._tables
+        relations = (names.tasks, names.groups, names.task_expiry, names.group_expiry, names.chords)
+        if self._create:
+            await self.create_schema()
+        found = await self._query(INSPECT, *relations)
+        if self._create is None and found["tasks"] is None and found["groups"] is None:
+            await self.create_schema()
+            found = await self._query(INSPECT, *relations)
+        if None in found.values():
+            raise BackendRefusedError(
+                f"the database of {self.as_uri()} lacks tables or the trigger that wakes waiters; create them once "
+                f"with 'await backend.create_schema()' or connect(…, create=True), or run "
+                f"aioresult.backends.postgres.schema_sql() in a migration"
+            )
+        present = set(found["columns"])
+        if self.extended and not present.issuperset(EXTENDED_COLUMNS):
+            raise BackendRefusedError(
+                f"{names.tasks} has no columns for extended=True; it was created without result_extended"
+            )
+        self._channel_prefix = _channel_prefix(found["tasks"])
+        self._columns = [column for column in EXTENDED_COLUMNS if column in present]
+        self._sql = Statements(names, self._columns, self.expires)
+        self._chord_table = ChordTable(names)
+
+    # -- connections ------------------------------------------------------------------------------------------------
+
+    async def _new_connection(self, dsn: str | None = None) -> asyncpg.Connection[Any]:
+        """A connection to ``dsn``, without one to where the caller's factory or the URL leads."""
+        if dsn is None and self._connect is not None:
+            return await self._connect()
+        try:
+            connection: asyncpg.Connection[Any] = await asyncpg.connect(dsn or self._dsn, **self._connect_options)
+        except ssl.SSLCertVerificationError as exc:
+            raise BackendRefusedError(f"{self.as_uri()}: {exc}") from exc
+        except (ValueError, TypeError) as exc:  # what asyncpg makes of a malformed DSN or option
+            raise ImproperlyConfigured(f"{self.as_uri()}: {exc}") from None
+        return connection
+
+    async def _open(self) -> None:
+        if self._callers_pool is not None:
+            self._pool = self._callers_pool
+        else:
+            # No connection that asyncpg keeps up by itself: its attempts would outlive an outage that we have reported.
+            self._pool = await asyncpg.create_pool(
+                min_size=0, max_size=6, connect=lambda *_, **__: self._new_connection(), reset=_reset
+            )
+        await self._inspect()
+        if self._cleanup_interval:
+            self._cleaning = asyncio.create_task(self._keep_clean(), name="aioresult-cleanup")
+
+    async def _close(self) -> None:
+        if self._cleaning is not None:
+            self._cleaning.cancel()
+            await asyncio.wait({self._cleaning})
+            self._cleaning = None
+        await self._drop_listener()
+        self._waiting.clear()
+        self._has_listened = False
+        pool, self._pool = self._pool, None
+        if pool is not None and pool is not self._callers_pool:
+            try:
+                async with asyncio.timeout(1.0):
+                    await pool.close()
+            except (*_CANNOT_REACH, asyncpg.PostgresError):
+                pool.terminate()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
+        pool = self._pool or self._callers_pool
+        if pool is None:
+            raise BackendConnectionError(f"the pool of {self.as_uri()} is closed")
+        connection = await pool.acquire(timeout=2 * self.heartbeat)
+        try:
+            yield connection
+        finally:
+            await pool.release(connection)
+
+    async def _run(self, operation: Callable[[Any], Awaitable[T]], otherwise: type[BackendError] = BackendError) -> T:
+        """``operation`` on a connection of the pool, with its errors translated."""
+        return await self._translated(self._on_connection(operation), otherwise)
+
+    async def _on_connection(self, operation: Callable[[Any], Awaitable[T]]) -> T:
+        """The same, with a bound on how long a server may keep silent, and asyncpg's errors."""
+        async with self._connection() as connection:
+            return await bounded(connection, operation(connection), 3 * self.heartbeat)
+
+    async def _query(self, sql: str, *args: Any, otherwise: type[BackendError] = BackendError) -> Any:
+        return await self._run(lambda connection: connection.fetchrow(sql, *args), otherwise)
+
+    async def _translated(self, operation: Awaitable[T], otherwise: type[BackendError] = BackendError) -> T:
+        """The one place where an error of asyncpg becomes an error of ours: ``otherwise`` if nothing more is known."""
+        try:
+            return await operation
+        except AioResultError:
+            raise
+        except asyncpg.PostgresError as exc:
+            # Not its details, which quote the row.
+            code = exc.sqlstate or ""
+            error = otherwise
+            if code.startswith(_TRANSIENT):
+                error = BackendConnectionError
+            elif code.startswith(_REFUSED):
+                error = BackendRefusedError
+            remedy = _OF_A_POOLER if code in ("26000", "42P05") else ""
+            raise error(f"{self.as_uri()}: {exc.args[0]} [{code}]{remedy}") from exc
+        except _CANNOT_REACH as exc:
+            reason = str(exc) or type(exc).__name__
+            raise BackendConnectionError(f"cannot reach {self.as_uri()}: {reason}") from exc
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def _valid_id(self, task_id: str) -> str:
+        task_id = super()._valid_id(task_id)
+        if len(task_id) > _MAX_ID_LENGTH or "\x00" in task_id:
+            raise UsageError(
+                f"PostgreSQL keeps ids of at most {_MAX_ID_LENGTH} characters without NUL, as Celery's table is made; "
+                f"this one has {len(task_id)}"
+            )
+        return task_id
+
+    async def _fetch(self, task_ids: Sequence[str]) -> Sequence[Any]:
+        rows = await self._run(lambda connection: connection.fetch(self._sql.fetch, task_ids), BackendGetMetaError)
+        found = {row["task_id"]: row for row in rows}
+        return [found.get(task_id) for task_id in task_ids]
+
+    def _encode(self, meta: TaskMeta) -> tuple[Any, ...]:
+        """The columns of the result, from ``status`` on."""
+        return (
+            meta.status,
+            self.codec.dumps_result(meta),
+            meta.date_done,
+            _text(meta.traceback),
+            self.codec.dumps(meta.children, f"the children of task {meta.task_id}") if meta.children else None,
+            *(self._encode_optional(column, meta.extra or {}) for column in self._columns),
+        )
+
+    def _encode_optional(self, column: str, extra: Mapping[str, Any]) -> Any:
+        if column == "stamps":
+            if not (headers := extra.get("stamped_headers")):
+                return None
+            stamps = {name: extra[name] for name in headers if name in extra}
+            return self.codec.dumps({"stamped_headers": headers, "stamps": stamps}, "the stamps")
+        if column in ("args", "kwargs"):
+            return self.codec.dumps(extra[column], column) if column in extra else None
+        value = extra.get(column)
+        return value if column == "retries" else _text(value, _MAX_NOTE_LENGTH)
+
+    def _decode(self, task_id: str, stored: Any) -> TaskMeta:
+        fields = dict(stored)
+        for name in ("result", "children", "args", "kwargs"):
+            if (data := fields.get(name)) is not None:
+                fields[name] = self.codec.loads(data, f"the {name} of task {task_id}")
+        if stamps := fields.pop("stamps", None):
+            fields.update(_stamps(self.codec.loads(stamps, f"the stamps of task {task_id}")))
+        optional = {name: value for name, value in fields.items() if value is not None}
+        return self.codec.build(task_id, {"status": None, "result": None, **optional})
+
+    async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
+        if len(records) == 1 or sum(len(record.payload[1]) for record in records) <= _BATCH_BYTES:
+            try:
+                return await self._run(partial(self._store_batch, records), BackendStoreError)
+            except BackendStoreError as exc:
+                code = getattr(exc.__cause__, "sqlstate", None) or ""
+                if len(records) == 1 or code.startswith(_WHOLE_BATCH):
+                    return [exc] * len(records)
+        # Too much at once, or one of them is at fault and the others must not pay for it.
+        middle = len(records) // 2
+        return [*await self._store(records[:middle]), *await self._store(records[middle:])]
+
+    async def _store_batch(self, records: Sequence[Record], connection: Any) -> list[bool | BaseException]:
+        outcomes: list[bool | BaseException] = [False] * len(records)
+        statements = list(_rounds(records))
+        if len(statements) == 1:
+            await self._store_round(connection, records, statements[0], outcomes)
+        else:
+            async with connection.transaction():
+                for indexes in statements:
+                    await self._store_round(connection, records, indexes, outcomes)
+        return outcomes
+
+    async def _store_round(
+        self, connection: Any, records: Sequence[Record], indexes: list[int], outcomes: list[bool | BaseException]
+    ) -> None:
+        # By id, so that two batches in flight lock their common rows in the same order.
+        indexes.sort(key=lambda index: records[index].meta.task_id)
+        rows = [self._row(records[index]) for index in indexes]
+        sql = self._sql.store_new if records[indexes[0]].only_new else self._sql.store
+        stored = {row[0] for row in await connection.fetch(sql, *zip(*rows, strict=True))}
+        for index in indexes:
+            outcomes[index] = records[index].meta.task_id in stored
+
+    def _row(self, record: Record) -> tuple[Any, ...]:
+        # Celery's rule, date_done plus the reader's default, is enough for most; the others get a row in our table.
+        by_default = record.expires == self.expires and record.meta.date_done is not None
+        seconds = record.expires or math.inf
+        group_id = _text(record.meta.group_id, _MAX_ID_LENGTH)
+        return (record.meta.task_id, *record.payload, None if by_default else seconds, group_id, seconds)
+
+    async def _delete(self, task_ids: Sequence[str]) -> None:
+        await self._run(lambda connection: connection.execute(self._sql.delete, task_ids))
+
+    # -- groups -----------------------------------------------------------------------------------------------------
+
+    async def _fetch_group(self, group_id: str) -> bytes | None:
+        row = await self._query(self._sql.fetch_group, group_id)
+        return None if row is None else row["result"]
+
+    async def _store_group(self, group_id: str, payload: bytes, expires: float) -> None:
+        seconds = None if expires == self.expires else expires or math.inf
+        await self._query(self._sql.store_group, group_id, payload, seconds, otherwise=BackendStoreError)
+
+    async def _delete_group(self, group_id: str) -> None:
+        await self._query(self._sql.delete_group, group_id)
+
+    # -- chords -----------------------------------------------------------------------------------------------------
+
+    async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
+        return await self._run(lambda connection: self._chord_table.take(connection, steps), BackendStoreError)
+
+    async def _active_chords(self) -> Sequence[str]:
+        return await self._run(self._chord_table.active)
+
+    # -- listening --------------------------------------------------------------------------------------------------
+
+    def _channel(self, topic: str) -> str:
+        if topic == READY_TOPIC:
+            return f"{self._channel_prefix}ready"
+        task_id = topic.removeprefix(CHORD_TOPIC)
+        return self._channel_prefix + hashlib.sha256(task_id.encode()).hexdigest()[:SHARD_DIGITS]
+
+    async def _subscribe(self, task_ids: Sequence[str]) -> None:
+        if self._listener is None or self._listener.lost:
+            await self._drop_listener()
+            self._listener = await self._translated(self._open_listener())
+        channels = [self._channel(task_id) for task_id in task_ids]
+        for task_id, channel in zip(task_ids, channels, strict=True):
+            self._waiting.setdefault(channel, set()).add(task_id)
+        await self._translated(self._listener.listen(channels))
+
+    async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
+        silent: list[str] = []
+        for task_id in task_ids:
+            channel = self._channel(task_id)
+            ids = self._waiting.get(channel, set())
+            ids.discard(task_id)
+            if not ids and self._waiting.pop(channel, None) is not None:
+                silent.append(channel)
+        if self._listener is not None and not self._listener.lost:
+            await self._translated(self._listener.unlisten(silent))
+
+    async def _open_listener(self) -> Listener:
+        pool = self._callers_pool if self._listen_dsn is None and self._connect is None else None
+        connection: Any
+        if pool is None:
+            connection = await self._new_connection(self._listen_dsn)
+        else:
+            connection = await pool.acquire(timeout=2 * self.heartbeat)
+        give_back = None if pool is None else pool.release
+        listener = Listener(connection, self.heartbeat, self._notified, self._listener_lost, give_back)
+        try:
+            heard = await listener.hears(self._notify)
+        except asyncpg.ReadOnlySQLTransactionError as exc:
+            await listener.close()
+            if self._has_listened:  # there was a failover, and the name may lead to the new primary soon
+                raise
+            raise BackendRefusedError(
+                f"{self.as_uri()} is a standby, where nothing can be listened to: waiting needs the primary"
+            ) from exc
+        except BaseException:
+            await listener.close()
+            raise
+        if not heard:
+            await listener.close()
+            raise BackendRefusedError(
+                f"a notification sent through {self.as_uri()} does not arrive: LISTEN does not work through a pooler "
+                f"in transaction mode; pass listen_dsn= with a direct connection to the same database"
+            )
+        self._has_listened = True
+        return listener
+
+    async def _notify(self, channel: str) -> None:
+        """Send the listener what proves that it hears us; and see which number the table has where we are now."""
+        query = "SELECT to_regclass($1)::oid::int8 AS tasks, pg_notify($2, '')"
+        row = await self._on_connection(lambda connection: connection.fetchrow(query, self._tables.tasks, channel))
+        self._channel_prefix = _channel_prefix(row["tasks"])
+
+    def _notified(self, payload: str) -> None:
+        kind, _, rest = payload.partition(" ")
+        if kind in ("chord", "ready"):
+            self._chord_news(rest, ready=kind == "ready")
+        elif kind.isdecimal():  # anybody who may connect can send anything
+            self._hub.news(rest[int(kind[:4]) :])  # behind the state, whose length it is
+
+    def _listener_lost(self, reason: BaseException) -> None:
+        self._waiting.clear()
+        super()._listener_lost(reason)
+
+    async def _drop_listener(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            await listener.close()
+
+    # -- expiry -----------------------------------------------------------------------------------------------------
+
+    async def _cleanup(self, alone: bool = False) -> int:
+        """``alone``: leave it to another process that does the same."""
+        total = 0
+        for statement in (*self._sql.cleanup, self._chord_table.cleanup):
+            found = CLEANUP_BATCH
+            while found >= CLEANUP_BATCH:
+                found, removed = await self._run(partial(self._clean, statement, alone))
+                total += removed
+        return total
+
+    async def _clean(self, statement: str, alone: bool, connection: Any) -> tuple[int, int]:
+        # The lock is the transaction's, not the session's, which a pooler may take away.
+        async with connection.transaction():
+            if alone and not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", self._lock_number()):
+                return 0, 0
+            row = await connection.fetchrow(statement)
+            return row["found"], row["removed"]
+
+    async def _keep_clean(self) -> None:
+        """`cleanup` every now and then, in one process at a time, and not in all at the same moment."""
+        while True:
+            await asyncio.sleep(self._cleanup_interval * random.uniform(0.8, 1.2))  # noqa: S311
+            try:
+                await self._call(partial(self._cleanup, alone=True))
+            except BackendClosedError:
+                return
+            except Exception as exc:
+                logger.warning("background cleanup of %s failed, and is tried again later: %s", self.as_uri(), exc)
+
+    def _lock_number(self) -> int:
+        return int.from_bytes(hashlib.sha256(self._channel_prefix.encode()).digest()[:7])
+
+
+def _rounds(records: Sequence[Record]) -> Iterator[list[int]]:
+    """The indexes of ``records``, split so that no id occurs twice in one statement, the order of each id kept."""
+    waiting = list(range(len(records)))
+    while waiting:
+        seen: set[str] = set()
+        now: dict[bool, list[int]] = {False: [], True: []}
+        later: list[int] = []
+        for index in waiting:
+            task_id = records[index].meta.task_id
+            if task_id in seen:
+                later.append(index)
+            else:
+                seen.add(task_id)
+                now[records[index].only_new].append(index)
+        yield from filter(None, now.values())
+        waiting = later
+
+
+def _stamps(packed: Any) -> dict[str, Any]:
+    """Celery's ``stamps`` column as the fields that its other backends store."""
+    if not isinstance(packed, dict):
+        return {}
+    stamps = packed.get("stamps")
+    return {"stamped_headers": packed.get("stamped_headers"), **(stamps if isinstance(stamps, dict) else {})}
+
+
+def _text(value: object, limit: int | None = None) -> str | None:
+    """``value``, a note beside the result that must not cost it, as a column of text takes it: without NUL, cut."""
+    if value is None:
+        return None
+    return str(value).encode(errors="backslashreplace").decode().replace("\x00", "\\x00")[:limit]
+
+
+def _plain_dsn(url: str) -> str:
+    """``url`` with a scheme that asyncpg knows.
+
+    An ``@``, ``/``, ``?`` or ``#`` of a password that stands for itself would be taken for the end of it, and the rest
+    for a host or database, to be shown in errors.
+    """
+    scheme, _, rest = url.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if rest.count("@") > 1 or "@" in rest[len(authority) :]:
+        raise ImproperlyConfigured(
+            f"{hide_password(url)}: @, /, ? and # must be percent-encoded in a name, a password or an option"
+        )
+    return f"{scheme.partition('+')[0]}://{rest}"
+
+
+def _channel_prefix(table: int | None) -> str:
+    return f"aioresult_{table}_"
+
+
+async def _reset(connection: Any) -> None:
+    """Instead of asyncpg's reset, which is a round trip after every use: ours leave nothing behind but this."""
+    if connection.is_in_transaction():
+        await connection.execute("ROLLBACK")

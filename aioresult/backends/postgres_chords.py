@@ -1,0 +1,74 @@
+"""Chords in PostgreSQL: the function that takes their steps, called for many at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..chord import ChordOp, ChordState, ChordStep
+from .postgres_schema import Tables, literal_sql
+from .postgres_statements import CLEANUP_BATCH
+
+__all__ = ["ChordTable"]
+
+#: The place of parts without an index: after all others, and there in order of arrival.
+_NO_INDEX = 2**62
+
+
+class ChordTable:
+    """The chords of one schema, on whatever connection it is given."""
+
+    def __init__(self, names: Tables) -> None:
+        # What the channels of their news begin with is found by the server: it may be another one after a reconnect.
+        prefix = f"'aioresult_' || {literal_sql(names.tasks)}::regclass::oid || '_'"
+        self._steps = f"""
+            SELECT * FROM {names.chord_function}({prefix}, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"""
+        self._parts = f"SELECT part FROM {names.chord_parts} WHERE group_id = $1 ORDER BY index, arrived"
+        self._active = f"SELECT group_id FROM {names.chords} WHERE NOT done AND count >= size AND expires_at > now()"
+        self.cleanup: str = f"""
+            WITH old AS (
+                SELECT group_id FROM {names.chords} WHERE expires_at <= now()
+                LIMIT {CLEANUP_BATCH} FOR UPDATE SKIP LOCKED
+            ), parts AS (
+                DELETE FROM {names.chord_parts} WHERE group_id IN (SELECT group_id FROM old)
+            ), deleted AS (
+                DELETE FROM {names.chords} WHERE group_id IN (SELECT group_id FROM old) RETURNING 1
+            )
+            SELECT count(*)::int AS found, count(*)::int AS removed FROM deleted"""
+
+    async def take(self, connection: Any, steps: Sequence[ChordStep]) -> list[ChordState]:
+        """Take the steps, all in one transaction."""
+        # By group, as the function wants it, and so that two batches lock their common rows in the same order.
+        order = sorted(range(len(steps)), key=lambda index: steps[index].group_id)
+        columns = zip(*(_row(steps[index]) for index in order), strict=True)
+        rows = await connection.fetch(self._steps, *columns)
+        states: list[ChordState] = [ChordState()] * len(steps)
+        for index, row in zip(order, rows, strict=True):
+            step = steps[index]
+            parts: tuple[bytes, ...] = ()
+            if step.op is ChordOp.PARTS and row["count"]:
+                parts = tuple(record["part"] for record in await connection.fetch(self._parts, step.group_id))
+            states[index] = ChordState(**row, parts=parts)
+        return states
+
+    async def active(self, connection: Any) -> list[str]:
+        """The chords that are complete and not finished."""
+        return [row["group_id"] for row in await connection.fetch(self._active)]
+
+
+def _row(step: ChordStep) -> tuple[Any, ...]:
+    return (
+        step.op.value,
+        step.group_id,
+        step.token,
+        step.lease,
+        step.expires or math.inf,
+        step.run,
+        step.size,
+        step.body,
+        step.task_id,
+        _NO_INDEX if step.index is None else step.index,
+        step.part,
+        step.failed,
+    )

@@ -1,0 +1,285 @@
+"""The Redis backend: Celery's keys, Celery's messages, two connections whatever the number of waiters.
+
+One connection carries commands, the other subscriptions: a subscriber that falls behind is disconnected by the server
+(``client-output-buffer-limit pubsub``), and must not take the commands with it. The second is opened by the first wait,
+so a worker that only stores has one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Unpack
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+
+from ..chord import ChordOp, ChordState, ChordStep
+from ..exceptions import (
+    BackendConnectionError,
+    BackendError,
+    BackendGetMetaError,
+    BackendRefusedError,
+    BackendStoreError,
+    ImproperlyConfigured,
+    SerializationError,
+)
+from .base import BackendOptions
+from .keyvalue import KeyValueStoreBackend, Op, Write
+from .redis_connection import Command, RedisConnection, translate
+from .redis_scripts import CHORD, EXTEND, PUT, REGISTER, SCRIPTS
+
+__all__ = ["RedisBackend"]
+
+
+class RedisBackend(KeyValueStoreBackend):
+    """``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://`` or ``redis+socket://``.
+
+    Redis 6.2 or later, or Valkey. What redis-py takes as a connection option may stand in the query:
+    ``?protocol=2``, ``?client_name=web``, ``?socket_connect_timeout=3``, ``?ssl_ca_certs=/etc/ca.pem``. Certificates
+    are verified unless ``?ssl_cert_reqs=none`` says otherwise.
+    """
+
+    def __init__(self, url: str = "redis://", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
+        super().__init__(url, global_keyprefix=global_keyprefix, **options)
+        self._connection_class, self._connection_options = _connection_options(url, self.as_uri())
+        self._commands: RedisConnection | None = None
+        self._listener: RedisConnection | None = None
+        self._connecting = asyncio.Lock()
+
+    async def _open(self) -> None:
+        await self._command_connection()
+
+    async def _close(self) -> None:
+        for connection in (self._commands, self._listener):
+            if connection is not None:
+                await connection.close()
+        self._commands = self._listener = None
+
+    async def _command_connection(self) -> RedisConnection:
+        if self._commands is not None and not self._commands.closed:
+            return self._commands
+        async with self._connecting:  # one of those who need it connects, the others get what it got
+            if self._commands is None or self._commands.closed:
+                if self._commands is not None:
+                    await self._commands.close()
+                self._commands = None
+                connection = RedisConnection(self.as_uri(), self.heartbeat)
+                await connection.connect(self._new_link())
+                self._commands = connection
+                await self._load_scripts(connection)
+            return self._commands
+
+    def _new_link(self) -> AbstractConnection:
+        return self._connection_class(**self._connection_options)
+
+    async def _load_scripts(self, connection: RedisConnection) -> None:
+        for reply in await connection.request([("SCRIPT", "LOAD", script) for script in SCRIPTS.values()]):
+            if isinstance(reply, hiredis.ReplyError):
+                await connection.close()
+                raise translate(reply, self.as_uri())
+
+    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies. Raises if any of them says that the server is not ready, for then all are to be repeated."""
+        connection = await self._command_connection()
+        replies = await connection.request(commands)
+        missing = [i for i, r in enumerate(replies) if isinstance(r, hiredis.ReplyError) and _code(r) == "NOSCRIPT"]
+        if missing:  # SCRIPT FLUSH, or a restart behind a proxy that kept the connection
+            await self._load_scripts(connection)
+            again = await connection.request([commands[index] for index in missing])
+            for index, reply in zip(missing, again, strict=True):
+                replies[index] = reply
+        for reply in replies:
+            if isinstance(reply, hiredis.ReplyError):
+                error = translate(reply, self.as_uri())
+                if isinstance(error, BackendConnectionError):
+                    if _code(reply) == "READONLY":  # after a failover: the name may lead to the new master by now
+                        await connection.close()
+                    raise error
+        return replies
+
+    async def _get(self, keys: Sequence[str]) -> list[bytes | BaseException | None]:
+        # Not MGET: that would tie the keys to one slot, and the server up for as long as it copies all the values.
+        replies = await self._execute([("GET", key) for key in keys])
+        return [
+            self._refusal(reply, BackendGetMetaError, f"read {key}") if isinstance(reply, hiredis.ReplyError) else reply
+            for key, reply in zip(keys, replies, strict=True)
+        ]
+
+    async def _write(self, writes: Sequence[Write]) -> list[bool | BaseException]:
+        replies = await self._execute([_command(write) for write in writes])
+        outcomes: list[bool | BaseException] = []
+        for write, reply in zip(writes, replies, strict=True):
+            current = reply
+            try:
+                while isinstance(current, bytes) and write.op is Op.PUT_UNLESS_SUCCESS:
+                    current = 0 if self.codec.is_success(current) else await self._replace(write, current)
+            except SerializationError as exc:
+                outcomes.append(exc)
+                continue
+            if isinstance(current, hiredis.ReplyError):
+                outcomes.append(self._refusal(current, BackendStoreError, f"store {write.key}"))
+            else:
+                outcomes.append(bool(current))
+        return outcomes
+
+    async def _replace(self, write: Write, current: bytes) -> Any:
+        """Try again to put over a value that the script could not judge: compare and set, still in the server."""
+        digest = hashlib.sha1(current).hexdigest()  # noqa: S324 - what Redis has; it identifies, it guards nothing
+        (reply,) = await self._execute([_command(write, digest)])
+        return reply
+
+    def _refusal(self, reply: hiredis.ReplyError, kind: type[BackendError], what: str) -> BackendError:
+        error = translate(reply, self.as_uri())
+        if _code(reply) in ("NOPERM", "NOAUTH", "MOVED", "ASK", "CROSSSLOT"):
+            return error
+        return kind(f"cannot {what}: {error}")
+
+    # -- chords -----------------------------------------------------------------------------------------------------
+
+    async def _chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
+        commands: list[Command] = []
+        noted: set[tuple[str, int, str]] = set()
+        for step in steps:
+            # The set of chords that may be complete is another key, perhaps on another node, and so no part of the
+            # step. Its entry comes before the step and goes after it: one too many does no harm.
+            if step.op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART, ChordOp.CLAIM, ChordOp.RENEW):
+                only_known = "XX" if step.op in (ChordOp.CLAIM, ChordOp.RENEW) else ""
+                entry = (step.group_id, _milliseconds(step.expires), only_known)
+                if entry not in noted:
+                    noted.add(entry)
+                    commands.append(("EVALSHA", REGISTER, 1, self._ready_channel, *entry))
+            commands.append(self._chord_command(step))
+        replies = await self._execute(commands)
+        taken = [reply for command, reply in zip(commands, replies, strict=True) if command[:2] == ("EVALSHA", CHORD)]
+        outcomes = [await self._chord_outcome(step, reply) for step, reply in zip(steps, taken, strict=True)]
+        over: set[str] = set()
+        for step, outcome in zip(steps, outcomes, strict=True):
+            if isinstance(outcome, ChordState) and step.op not in (ChordOp.READ, ChordOp.PARTS):
+                if outcome.done or outcome == ChordState():
+                    over.add(step.group_id)
+                else:
+                    over.discard(step.group_id)
+        if over:
+            await self._execute([("ZREM", self._ready_channel, *over)])
+        return outcomes
+
+    def _chord_command(self, step: ChordStep) -> Command:
+        key = self._group_key(step.group_id)
+        keys = [key, *(f"{key}.{suffix}" for suffix in "jstdcar")]
+        size = "" if step.size is None else step.size
+        index = "+inf" if step.index is None else step.index
+        terms = (step.token, _milliseconds(step.lease), _milliseconds(step.expires), size, step.body or b"", step.run)
+        part = (step.task_id, index, step.part, int(step.failed))
+        return ("EVALSHA", CHORD, len(keys), *keys, step.op.value, step.group_id, self._ready_channel, *terms, *part)
+
+    async def _chord_outcome(self, step: ChordStep, reply: Any) -> ChordState | BaseException:
+        if isinstance(reply, hiredis.ReplyError):
+            return self._refusal(reply, BackendStoreError, f"count for chord {step.group_id}")
+        count, size, claimed, done, body, failure, left, is_list = reply
+        parts: tuple[bytes, ...] = ()
+        if step.op is ChordOp.PARTS:
+            parts = await self._chord_parts(self._group_key(step.group_id) + (".r" if done else ".j"), bool(is_list))
+            if len(parts) < count:  # it was finished meanwhile, and they are under the other key
+                return (await self._chord_steps([step]))[0]
+        return ChordState(
+            count,
+            None if size < 0 else size,
+            bool(claimed),
+            bool(done),
+            body,
+            failure,
+            left / 1000 if left >= 0 else None,
+            parts,
+        )
+
+    async def _chord_parts(self, key: str, is_list: bool) -> tuple[bytes, ...]:
+        """In pieces: a header of a hundred thousand parts must not hold the server up in one reply."""
+        parts: list[bytes] = []
+        while len(parts) % self.fetch_chunk == 0:
+            first, last = len(parts), len(parts) + self.fetch_chunk - 1
+            (piece,) = await self._execute([("LRANGE" if is_list else "ZRANGE", key, first, last)])
+            if isinstance(piece, hiredis.ReplyError):
+                raise self._refusal(piece, BackendGetMetaError, "read the parts of a chord")
+            if not piece:
+                break
+            parts.extend(piece)
+        return tuple(parts)
+
+    async def _active_chords(self) -> list[str]:
+        (members,) = await self._execute([("ZRANGE", self._ready_channel, 0, -1)])
+        if isinstance(members, hiredis.ReplyError):
+            raise self._refusal(members, BackendGetMetaError, "list chords")
+        return [member.decode("utf-8", "surrogateescape") for member in members]
+
+    # -- subscriptions ----------------------------------------------------------------------------------------------
+
+    async def _listen(self, channels: Sequence[str]) -> None:
+        if self._listener is None or self._listener.closed:
+            if self._listener is not None:
+                await self._listener.close()
+            self._listener = None
+            connection = RedisConnection(self.as_uri(), self.heartbeat, self._published, self._listener_lost)
+            await connection.connect(self._new_link())
+            self._listener = connection
+        await self._confirm(self._listener, "SUBSCRIBE", channels)
+
+    async def _unlisten(self, channels: Sequence[str]) -> None:
+        if self._listener is not None and not self._listener.closed:
+            await self._confirm(self._listener, "UNSUBSCRIBE", channels)
+
+    async def _confirm(self, listener: RedisConnection, command: str, channels: Sequence[str]) -> None:
+        replies = await listener.request_many((command, *channels), len(channels))
+        if isinstance(replies[-1], hiredis.ReplyError):
+            raise translate(replies[-1], self.as_uri())
+
+
+def _command(write: Write, digest: str = "") -> Command:
+    ttl = _milliseconds(write.expires)
+    match write.op:
+        case Op.PUT_UNLESS_SUCCESS:
+            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "", digest
+        case Op.PUT_IF_ABSENT:
+            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "absent", ""
+        case Op.PUT:
+            return ("SET", write.key, write.value, "PX", ttl) if ttl else ("SET", write.key, write.value)
+        case Op.EXTEND:
+            return "EVALSHA", EXTEND, 1, write.key, ttl
+        case Op.DELETE:
+            return "UNLINK", write.key
+
+
+def _milliseconds(seconds: float) -> int:
+    """As Redis takes them; 0 stays 0, which is "for ever"."""
+    return max(1, round(seconds * 1000)) if seconds else 0
+
+
+def _code(reply: hiredis.ReplyError) -> str:
+    return str(reply).partition(" ")[0]
+
+
+def _connection_options(url: str, shown: str) -> tuple[type[AbstractConnection], dict[str, Any]]:
+    """The class and the arguments of redis-py's connection for ``url``, Celery's spellings included."""
+    try:
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query))
+        scheme = parts.scheme.rpartition("+")[2]
+        if requirement := query.get("ssl_cert_reqs"):
+            query["ssl_cert_reqs"] = requirement.lower().removeprefix("cert_")
+        if "virtual_host" in query:  # Celery's name for the database number, where the path is a socket's
+            query["db"] = query.pop("virtual_host").strip("/")
+        scheme = "unix" if scheme == "socket" else scheme
+        options: dict[str, Any] = dict(parse_url(parts._replace(scheme=scheme, query=urlencode(query)).geturl()))
+        connection_class = options.pop("connection_class", Connection)
+        if scheme in ("redis", "rediss") and (database := unquote(parts.path).strip("/")):
+            options["db"] = int(database)  # redis-py passes over what is no number
+        for name in ("protocol", "db"):
+            if name in options:
+                options[name] = int(options[name])
+        connection_class(**options)
+    except (TypeError, ValueError, BackendRefusedError) as exc:
+        reason = str(exc) if "password" not in str(exc) else type(exc).__name__
+        raise ImproperlyConfigured(f"{shown} is not a URL for the Redis backend: {reason}") from None
+    return connection_class, options

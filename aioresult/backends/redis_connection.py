@@ -1,0 +1,245 @@
+"""One connection to Redis, after its handshake.
+
+redis-py connects: TLS, authentication, unix sockets, the database number and the protocol version stay its work. Then
+the transport is taken over and spoken to directly, with hiredis to parse: commands are written as they come, without
+waiting for the replies to those before, and one callback reads them all. That is several times as fast as any layer of
+redis-py, and leaves no read or write that a cancelled caller could interrupt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias, cast
+
+import hiredis
+from redis import exceptions as redis_errors
+from redis.asyncio.connection import AbstractConnection
+
+from ..batch import fail
+from ..exceptions import BackendConnectionError, BackendError, BackendRefusedError
+
+__all__ = ["Command", "RedisConnection", "translate"]
+
+Command: TypeAlias = tuple[str | bytes | int, ...]
+
+_NOT_ENOUGH: Final = object()
+#: hiredis' own annotation allows for tuples of one element only.
+_pack = cast("Callable[[Command], bytes]", hiredis.pack_command)
+
+#: Replies that mean "not now": the server is starting, busy, on the wrong side of a failover, or has lost a script that
+#: was loaded a moment ago.
+_TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "MASTERDOWN", "CLUSTERDOWN", "READONLY", "NOREPLICAS", "NOSCRIPT")
+_REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
+
+
+def translate(error: BaseException, where: str) -> BackendError:
+    """The one place where a reply or an error of redis-py becomes an error of ours."""
+    text = str(error)
+    code = text.partition(" ")[0].rstrip(":")
+    if isinstance(error, redis_errors.AuthenticationError) or code in _REFUSED:
+        return BackendRefusedError(f"{where} refuses: {text}")
+    if code in ("MOVED", "ASK", "CROSSSLOT"):
+        return BackendRefusedError(f"{where} is a node of a Redis Cluster, which is not supported yet")
+    if code in _TRANSIENT or isinstance(error, redis_errors.BusyLoadingError):
+        return BackendConnectionError(f"{where} is not ready: {text}")
+    if isinstance(error.__context__, ssl.SSLCertVerificationError):
+        return BackendRefusedError(f"{where}: {text}")
+    if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)):
+        return BackendConnectionError(f"cannot reach {where}: {text}")
+    return BackendRefusedError(f"{where} says: {text}")
+
+
+class _Request:
+    """Commands on their way: how many replies are missing, and those that have come."""
+
+    __slots__ = ("future", "one_command", "replies", "want")
+
+    def __init__(self, future: asyncio.Future[list[Any]], want: int, one_command: bool) -> None:
+        self.future = future
+        self.want = want
+        self.one_command = one_command
+        self.replies: list[Any] = []
+
+
+class RedisConnection(asyncio.Protocol):
+    """Commands go out in order and replies come back in order; published messages go to ``on_message``.
+
+    ``heartbeat`` is in seconds: after that much silence the server is pinged, and a server that leaves anything
+    unanswered for twice as long is taken for dead. ``on_lost`` is called with the reason, once,
+    unless `close` was.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        heartbeat: float,
+        on_message: Callable[[bytes, bytes], None] | None = None,
+        on_lost: Callable[[BackendError], None] | None = None,
+    ) -> None:
+        self.closed: bool = False
+        self._where = where
+        self._heartbeat = heartbeat
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._reader = hiredis.Reader(notEnoughData=_NOT_ENOUGH)
+        self._requests: deque[_Request] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._heard_at = self._asked_at = self._loop.time()
+        self._unsent = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def connect(self, link: AbstractConnection) -> None:
+        """Have redis-py's ``link`` connect, and take its transport over.
+
+        Raises `BackendConnectionError` or `BackendRefusedError`.
+        """
+        self._link = link
+        task = asyncio.current_task()
+        cancelled = 0 if task is None else task.cancelling()
+        try:
+            await link.connect()  # type: ignore[no-untyped-call]
+        except (redis_errors.RedisError, OSError, ValueError) as exc:
+            await self.close()
+            raise translate(exc, self._where) from exc
+        except BaseException:
+            await self.close()
+            raise
+        self._transport = take_over(link, self)
+        self._timer = self._loop.call_later(self._heartbeat, self._beat)
+        if task is not None and task.cancelling() > cancelled:
+            # redis-py awaits in `asyncio.wait_for`, which up to Python 3.11 may swallow a cancellation.
+            await self.close()
+            raise asyncio.CancelledError
+
+    # -- asyncio.Protocol -------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        reader, on_message = self._reader, self._on_message
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not _NOT_ENOUGH:
+                if on_message is not None and isinstance(reply, list) and reply[0] == b"message":
+                    on_message(reply[1], reply[2])
+                elif on_message is not None or not isinstance(reply, hiredis.PushNotification):
+                    self._replied(reply)
+        except Exception as exc:  # a reply of a form that Redis never sends may break anything that looks into it
+            self._fail(BackendConnectionError(f"{self._where} does not speak Redis' protocol: {exc}"))
+
+    def _replied(self, reply: Any) -> None:
+        if not self._requests:
+            self._fail(BackendConnectionError(f"{self._where} sent a reply that nobody asked for"))
+            return
+        request = self._requests[0]
+        request.replies.append(reply)
+        if len(request.replies) == request.want or (request.one_command and isinstance(reply, hiredis.ReplyError)):
+            self._requests.popleft()
+            if not request.future.done():
+                request.future.set_result(request.replies)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(BackendConnectionError(f"the connection to {self._where} was lost: {exc or 'closed by the server'}"))
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    async def request(self, commands: Sequence[Command]) -> list[Any]:
+        """The reply to each command; an error reply is a `hiredis.ReplyError` in its place.
+
+        All commands go out at once, whatever is in flight. Raises `BackendConnectionError` if the connection breaks
+        before the last reply; the commands may have been executed then.
+        """
+        return await self._send(b"".join(map(_pack, commands)), len(commands), False)
+
+    async def request_many(self, command: Command, replies: int) -> list[Any]:
+        """As `request`, of one command that is answered by several replies (SUBSCRIBE), or by one error."""
+        return await self._send(_pack(command), replies, True)
+
+    async def _send(self, data: bytes, want: int, one_command: bool) -> list[Any]:
+        await self._writable.wait()
+        if self.closed:
+            raise BackendConnectionError(f"the connection to {self._where} is closed")
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        if not self._requests:
+            self._asked_at = self._loop.time()
+        self._requests.append(_Request(future, want, one_command))
+        self._transport.write(data)
+        return await future
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """A dead peer is noticed within three heartbeats: one of silence, and two without an answer to the ping.
+
+        So the next beat is set for the moment at which either is due; a beat at fixed intervals would be late for both.
+        """
+        now, unsent = self._loop.time(), self._transport.get_write_buffer_size()
+        if unsent < self._unsent:
+            self._asked_at = now  # a large value on a slow line is a sign of life
+        self._unsent = unsent
+        due = self._heard_at + self._heartbeat
+        if not self._requests and now >= due:
+            self._asked_at = now
+            self._requests.append(_Request(self._loop.create_future(), 1, False))
+            self._transport.write(_pack(("PING",)))
+        if self._requests:
+            due = max(self._heard_at, self._asked_at) + 2 * self._heartbeat
+            if now >= due:
+                self._fail(BackendConnectionError(f"{self._where} has not answered for {2 * self._heartbeat:g} s"))
+                return
+        self._timer = self._loop.call_at(min(due, now + self._heartbeat), self._beat)
+
+    def _fail(self, error: BackendError) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._stop_timer()
+        self._transport.abort()
+        self._writable.set()  # whoever waits to write finds it closed
+        requests, self._requests = self._requests, deque()
+        for request in requests:
+            if not request.future.done():
+                fail(request.future, error)
+        if self._on_lost is not None:
+            self._on_lost(error)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def close(self) -> None:
+        """Close the socket; what is in flight fails."""
+        self._on_lost = None
+        self._stop_timer()
+        if not self.closed and self._link.is_connected:
+            self._fail(BackendConnectionError(f"the connection to {self._where} was closed"))
+        self.closed = True
+        await self._link.disconnect(nowait=True)
+
+
+def take_over(link: AbstractConnection, protocol: asyncio.Protocol) -> asyncio.Transport:
+    """The transport of a connected redis-py connection, with ``protocol`` in place of redis-py's reader.
+
+    The one place that needs something private of redis-py: the stream writer, for its transport (8.1; the attribute
+    has had this name since the asyncio client came in 4.2). The handshake has been answered in full, so nothing is
+    buffered. ``link`` must be kept: it owns the writer, which closes the transport when it is collected.
+    """
+    writer = getattr(link, "_writer", None)
+    if not isinstance(writer, asyncio.StreamWriter):
+        raise BackendRefusedError(
+            "this version of redis-py is not supported: its asyncio connection has no stream writer; "
+            "install redis 8.1, or report this"
+        )
+    transport = cast("asyncio.Transport", writer.transport)
+    transport.set_protocol(protocol)
+    return transport

@@ -1,0 +1,501 @@
+"""Chords: a group whose completion triggers one callback, with the results in order.
+
+What a store has to do is one atomic step, `ChordStep` → `ChordState`: parts are a set, so that a part that comes twice
+counts once, and the claim to dispatch the callback is decided in the same step as the last part. The claim is a lease:
+a claimant that dies lets go of it by doing nothing. Everything above that is here, the same for every backend.
+
+The callback is *claimed* by one at a time. It is dispatched at least once; and exactly once unless a claimant dies
+between dispatching and leaving its ``async with``, or outlives its lease without being able to renew it.
+See docs/chords.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
+from uuid import uuid4
+
+from .batch import uncancelled
+from .exceptions import (
+    BackendConnectionError,
+    BackendError,
+    BackendGetMetaError,
+    ChordClaimLost,
+    ChordError,
+    DecodeError,
+    SerializationError,
+)
+from .failure import dump_exception, load_exception
+from .hub import Backoff, Outcome, SingleWaiter, Waiter, timed_out
+from .meta import TaskMeta
+from .result import GroupResult, ResultBase, ResultSet
+from .serialization import Codec
+from .states import EXCEPTION_STATES, PROPAGATE_STATES, SUCCESS
+
+__all__ = [
+    "CHORD_TOPIC",
+    "READY_TOPIC",
+    "Chord",
+    "ChordOp",
+    "ChordProgress",
+    "ChordState",
+    "ChordStep",
+    "ChordStore",
+    "Chords",
+    "ReadyChord",
+    "chord_meta",
+]
+
+logger: logging.Logger = logging.getLogger("aioresult")
+
+#: What the hub knows a chord by: no task id begins with a NUL.
+CHORD_TOPIC = "\x00chord "
+#: What it knows the news of all completed chords by.
+READY_TOPIC = "\x00chords"
+
+
+class ChordOp(enum.Enum):
+    """What a `ChordStep` does."""
+
+    #: Set the size and the body; after the chord was finished, begin a new run.
+    CREATE = "create"
+    #: Set the size.
+    SIZE = "size"
+    #: Add a part, if it is new.
+    PART = "part"
+    #: Claim the completed chord.
+    CLAIM = "claim"
+    #: The same, for who has had the claim, and the body with it.
+    RENEW = "renew"
+    #: Give the claim back.
+    RELEASE = "release"
+    #: The callback was dispatched: keep the parts, remove all else.
+    FINISH = "finish"
+    #: Change nothing.
+    READ = "read"
+    #: Change nothing, and return the parts.
+    PARTS = "parts"
+
+
+@dataclass(frozen=True, slots=True)
+class ChordStep:
+    """One atomic change of one chord. All of them bear being done twice, and answer the second time as the first.
+
+    CREATE, SIZE and PART also claim, for `token` if there is one, if with them the chord is complete. A step that
+    completes the chord, makes it fail, or gives a claim back notifies those who wait for it and those who dispatch.
+    A finished chord is changed by CREATE alone.
+    """
+
+    op: ChordOp
+    group_id: str
+    #: Whose claim; empty to claim nothing.
+    token: str = ""
+    #: Seconds that a claim lasts.
+    lease: float = 0.0
+    #: Seconds that all of it lives, counted from the last CREATE, SIZE, PART or claim; 0 for ever.
+    expires: float = 0.0
+    #: Which run a CREATE begins: the same one does not begin again what has finished since.
+    run: str = ""
+    size: int | None = None
+    #: Kept until the chord is finished; the first one counts.
+    body: bytes | None = None
+    task_id: str = ""
+    #: Where in the list of results; ``None`` for after those that have an index, in order of arrival.
+    index: int | None = None
+    #: The part, encoded.
+    part: bytes = b""
+    #: Whether the part failed.
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChordState:
+    """What a chord is like after a step."""
+
+    #: How many parts have come.
+    count: int = 0
+    #: How many there are; ``None`` while that is not known.
+    size: int | None = None
+    #: Whether the claim is the step's token's now; for FINISH, whether it was.
+    claimed: bool = False
+    #: Whether the callback was dispatched.
+    done: bool = False
+    #: For who has claimed.
+    body: bytes | None = None
+    #: The first part that failed, for READ and PARTS.
+    failure: bytes | None = None
+    #: Seconds until the claim of whoever has it ends; ``None`` if nobody has.
+    lease_left: float | None = None
+    #: The parts in order, for `ChordOp.PARTS`.
+    parts: tuple[bytes, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all parts have come."""
+        return self.done or (self.size is not None and self.count >= self.size)
+
+
+class ChordProgress(NamedTuple):
+    """How far a chord is."""
+
+    done: int
+    #: ``None`` while the size is not known.
+    size: int | None
+
+
+class ChordStore(Protocol):
+    """What chords need of a backend."""
+
+    codec: Codec
+    expires: float
+    chord_lease: float
+
+    async def chord_step(self, step: ChordStep) -> ChordState: ...
+    async def active_chords(self) -> Sequence[str]: ...
+    async def wait_for_topic(self, topic: str, waiter: SingleWaiter) -> TaskMeta: ...
+    def watch_topic(self, topic: str, waiter: Waiter) -> None: ...
+    def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
+    async def restore_group(self, group_id: str) -> GroupResult | None: ...
+
+
+class Chords:
+    """The chords of one backend: encodes, steps, and makes handles of what comes back."""
+
+    def __init__(self, store: ChordStore) -> None:
+        self._store = store
+
+    async def create(self, group_id: str, size: int | None, body: Any) -> Chord:
+        """See `aioresult.backends.base.Backend.create_chord`."""
+        packed = self._pack_body(group_id, body)
+        await self._step(ChordStep(ChordOp.CREATE, group_id, size=size, body=packed, run=str(uuid4())))
+        return self.chord(group_id)
+
+    def _pack_body(self, group_id: str, body: Any) -> bytes | None:
+        """``None`` is no body, and leaves it to a later one to be the first."""
+        return None if body is None else self._store.codec.dumps(body, f"the body of chord {group_id}")
+
+    async def set_size(self, group_id: str, size: int) -> ReadyChord | None:
+        """See `aioresult.backends.base.Backend.set_chord_size`."""
+        ready, _ = await self._claim_with(ChordStep(ChordOp.SIZE, group_id, size=size), self._store.chord_lease)
+        return ready
+
+    async def add_part(
+        self, group_id: str, task_id: str, state: str, value: Any, index: int | None, body: Any, lease: float
+    ) -> ReadyChord | None:
+        """See `aioresult.backends.base.Backend.on_chord_part_return`; a ``lease`` of 0 leaves the claim to others."""
+        codec, what = self._store.codec, f"the part {task_id} of chord {group_id}"
+        if state in EXCEPTION_STATES and isinstance(value, BaseException):
+            value = dump_exception(value, lambda arg: codec.dumps(arg, what))
+        # Celery's readers skip the number in front; its own is 1. Redis holds equal members of a sorted set only once,
+        # and our script tells them apart by a space at the end, which readers of msgpack would refuse.
+        number = 1 if index is None or codec.serializer != "msgpack" else 2 + index
+        step = ChordStep(
+            ChordOp.PART,
+            group_id,
+            task_id=task_id,
+            index=index,
+            part=codec.dumps([number, task_id, state, value], what),
+            failed=state in PROPAGATE_STATES,
+            body=self._pack_body(group_id, body),
+        )
+        ready, _ = await self._claim_with(step, lease)
+        return ready
+
+    async def claim(self, group_id: str) -> tuple[ReadyChord | None, ChordState]:
+        """See `Chord.claim`; with the state as it was found."""
+        return await self._claim_with(ChordStep(ChordOp.CLAIM, group_id), self._store.chord_lease)
+
+    async def _claim_with(self, step: ChordStep, lease: float) -> tuple[ReadyChord | None, ChordState]:
+        token = str(uuid4()) if lease else ""
+        state = await self._step(replace(step, token=token, lease=lease))
+        if not state.claimed:
+            return None, state
+        group_id = step.group_id
+        body = None
+        if state.body is not None:
+            body = self._store.codec.loads(state.body, f"the body of chord {group_id}")
+        results, error = await self._results(group_id)
+        return ReadyChord(self, group_id, body, results, error, token, lease), state
+
+    async def _step(self, step: ChordStep) -> ChordState:
+        return await self._store.chord_step(replace(step, expires=self._store.expires))
+
+    async def _results(self, group_id: str) -> tuple[list[Any], ChordError | None]:
+        """The values of all parts that have come, exceptions in place, and why the chord failed if it did."""
+        state = await self._step(ChordStep(ChordOp.PARTS, group_id))
+        parts = [self._unpack(group_id, part) for part in state.parts]
+        group = await self._store.restore_group(group_id)
+        if not parts and state.size != 0:
+            # Celery finished it and removed its parts; the results themselves are where they always are.
+            if group is None or not await group.ready():
+                raise BackendGetMetaError(
+                    f"the parts of chord {group_id} are gone: they have expired, or Celery has dispatched its callback"
+                )
+            values = group.value()
+            metas = [leaf.meta for leaf in group.leaves() if leaf.meta is not None]
+            parts = [(meta.task_id, meta.status, meta.result) for meta in metas]
+        elif group is not None and any(isinstance(member, ResultSet) for member in group):
+            by_id = {task_id: value for task_id, _, value in parts}
+            values = [_shaped(member, by_id) for member in group]
+        else:
+            values = [value for _, _, value in parts]
+        if state.failure is not None:  # the first that came, which need not be the first in the list
+            parts = [self._unpack(group_id, state.failure)]
+        for task_id, status, value in parts:
+            if status in PROPAGATE_STATES:
+                error = ChordError(f"part {task_id} of chord {group_id} failed: {value!r}")
+                error.__cause__ = value
+                return values, error
+        return values, None
+
+    def _unpack(self, group_id: str, part: bytes) -> tuple[str, str, Any]:
+        match self._store.codec.loads(part, f"a part of chord {group_id}"):
+            case [_, str(task_id), str(state), value]:
+                if state in EXCEPTION_STATES:
+                    value = load_exception(value, state, None)
+                return task_id, state, value
+        raise DecodeError(f"a part of chord {group_id} cannot be read: it is not [1, task id, state, result]")
+
+    def chord(self, group_id: str) -> Chord:
+        """A handle; no I/O."""
+        return Chord(self, group_id)
+
+    async def wait(self, group_id: str, timeout: float | None, propagate: bool) -> list[Any]:
+        """See `Chord.get`."""
+
+        def enough(meta: TaskMeta) -> bool:
+            return meta.ready or (propagate and meta.result.failure is not None)
+
+        what = f"chord {group_id}"
+        if timeout is not None and timeout <= 0:
+            if not enough(chord_meta(await self.read(group_id))):
+                raise timed_out(what, timeout)
+        else:
+            await self._store.wait_for_topic(CHORD_TOPIC + group_id, SingleWaiter(what, timeout, enough))
+        results, error = await self._results(group_id)
+        if error is not None and propagate:
+            raise error
+        return results
+
+    async def read(self, group_id: str) -> ChordState:
+        """The state now."""
+        return await self._step(ChordStep(ChordOp.READ, group_id))
+
+    async def finish(self, group_id: str, token: str) -> bool:
+        """The callback was dispatched; whether the claim still stood."""
+        return (await self._step(ChordStep(ChordOp.FINISH, group_id, token))).claimed
+
+    async def release(self, group_id: str, token: str) -> None:
+        """Give the claim back."""
+        await self._step(ChordStep(ChordOp.RELEASE, group_id, token))
+
+    async def renew(self, group_id: str, token: str, lease: float) -> bool:
+        """Start the lease anew; whether the claim still stood, or could be had again."""
+        return (await self._step(ChordStep(ChordOp.RENEW, group_id, token, lease))).claimed
+
+    async def ready(self) -> AsyncGenerator[ReadyChord, None]:
+        """See `aioresult.backends.base.Backend.ready_chords`."""
+        waiter, backoff = _ReadyWaiter(), Backoff()
+        self._store.watch_topic(READY_TOPIC, waiter)
+        try:
+            while True:
+                group_id = await waiter.due()
+                try:
+                    if group_id is None:
+                        waiter.add(await self._store.active_chords())
+                        continue
+                    ready, state = await self.claim(group_id)
+                except BackendConnectionError as exc:
+                    logger.warning("cannot look for completed chords, and try again: %s", exc)
+                    waiter.remind(None, backoff.pause())
+                    continue
+                except SerializationError as exc:
+                    # Somebody else may be able to read it, and so the claim must go round; slowly.
+                    logger.error("chord %s cannot be dispatched here: %s", group_id, exc)
+                    waiter.remind(group_id, self._store.chord_lease)
+                    continue
+                backoff.reset()
+                left = state.lease_left if ready is None else self._store.chord_lease
+                if left is not None:
+                    waiter.remind(group_id, left)  # if its claimant dies, nobody will say so
+                if ready is not None:
+                    yield ready
+        finally:
+            self._store.unwatch(READY_TOPIC, waiter)
+            waiter.stop()
+
+
+class Chord:
+    """A handle on a chord. ``await`` it for the list of the header's results; creating it costs no I/O."""
+
+    __slots__ = ("_chords", "id")
+
+    def __init__(self, chords: Chords, id: str) -> None:
+        self._chords = chords
+        self.id: str = id
+
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        return self.get().__await__()
+
+    async def get(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:
+        """The results of the header, in order, once all parts have come: pushed, whoever dispatches the callback.
+
+        :param timeout: seconds; ``None`` waits for ever, 0 looks once.
+        :param propagate: raise as soon as a part fails; otherwise wait for all, with exceptions in their places.
+        :raises ChordError: a part failed; ``__cause__`` is its exception.
+        :raises TimeoutError: the time is up.
+        """
+        return await self._chords.wait(self.id, timeout, propagate)
+
+    async def progress(self) -> ChordProgress:
+        """How many parts have come, and how many there are."""
+        state = await self._chords.read(self.id)
+        return ChordProgress(state.count, state.size)
+
+    async def claim(self) -> ReadyChord | None:
+        """The chord to dispatch, if it is complete, not dispatched, and nobody else's; else ``None``."""
+        ready, _ = await self._chords.claim(self.id)
+        return ready
+
+    def __repr__(self) -> str:
+        return f"<Chord: {self.id}>"
+
+
+class ReadyChord:
+    """A completed chord, claimed by this process: dispatch its callback inside ``async with``.
+
+    Entering makes sure that the claim still stands; inside, it is renewed. Leaving normally says that the callback was
+    dispatched; an exception gives the claim back, for `ready_chords` to hand to somebody.
+    """
+
+    def __init__(
+        self,
+        chords: Chords,
+        group_id: str,
+        body: Any,
+        results: list[Any],
+        error: ChordError | None,
+        token: str,
+        lease: float,
+    ) -> None:
+        self.id: str = group_id
+        #: What `create_chord` was given, or Celery's signature.
+        self.body = body
+        #: Why there is nothing to dispatch: a part failed. `results` raises it.
+        self.error = error
+        self._chords = chords
+        self._results = results
+        self._token = token
+        self._lease = lease
+        self._leaving = asyncio.Event()
+        self._renewing: asyncio.Task[None] | None = None
+
+    @property
+    def results(self) -> list[Any]:
+        """The results in order. Raises `error` if a part failed: leaving ``async with`` with it finishes the chord."""
+        if self.error is not None:
+            raise self.error
+        return self._results
+
+    async def __aenter__(self) -> Self:
+        if not await self._chords.renew(self.id, self._token, self._lease):
+            raise ChordClaimLost(f"the claim to chord {self.id} ran out after {self._lease:g} s and is another's now")
+        self._leaving.clear()
+        self._renewing = asyncio.create_task(self._keep(), name="aioresult-chord-lease")
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await uncancelled(self._leave(exc))
+
+    async def _leave(self, exc: BaseException | None) -> None:
+        self._leaving.set()
+        if self._renewing is not None:
+            await self._renewing  # one that is on its way would claim anew what is given back here
+        if exc is None or exc is self.error:
+            if not await self._chords.finish(self.id, self._token):
+                logger.warning("the claim to chord %s was lost: its callback may be dispatched twice", self.id)
+            return
+        try:
+            await self._chords.release(self.id, self._token)
+        except BackendError as error:
+            logger.warning("the claim to chord %s is not given back, and runs out: %s", self.id, error)
+
+    async def _keep(self) -> None:
+        while not self._leaving.is_set():
+            try:
+                async with asyncio.timeout(self._lease / 3):
+                    await self._leaving.wait()
+            except TimeoutError:
+                try:
+                    await self._chords.renew(self.id, self._token, self._lease)
+                except BackendError as exc:
+                    logger.warning("the claim to chord %s could not be renewed: %s", self.id, exc)
+
+    def __repr__(self) -> str:
+        return f"<ReadyChord: {self.id}>"
+
+
+class _ReadyWaiter:
+    """Gathers the ids of chords to look at, from messages and reminders; ``None`` for all that are active."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str | None, None] = {}  # a dict for its order: first come, first served
+        self._error: Exception | None = None
+        self._reminders: dict[str | None, asyncio.TimerHandle] = {}
+        self._wake = asyncio.Event()
+
+    def receive(self, task_id: str, outcome: Outcome) -> None:
+        if isinstance(outcome, Exception):
+            self._error = outcome
+            self._wake.set()
+        else:
+            self.add([outcome.result])
+
+    def add(self, group_ids: Iterable[str | None]) -> None:
+        """To be looked at as soon as may be."""
+        self._ids.update(dict.fromkeys(group_ids))
+        self._wake.set()
+
+    def remind(self, group_id: str | None, seconds: float) -> None:
+        """Come back to this one after so long, instead of what was said of it before."""
+        if (former := self._reminders.get(group_id)) is not None:
+            former.cancel()
+        self._reminders[group_id] = asyncio.get_running_loop().call_later(seconds, self._remember, group_id)
+
+    def _remember(self, group_id: str | None) -> None:
+        del self._reminders[group_id]
+        self.add([group_id])
+
+    async def due(self) -> str | None:
+        """The next one, as soon as there is one. Raises why there will be none."""
+        while not self._ids:
+            if self._error is not None:
+                raise self._error
+            self._wake.clear()
+            await self._wake.wait()
+        group_id = next(iter(self._ids))
+        del self._ids[group_id]
+        return group_id
+
+    def stop(self) -> None:
+        """No more reminders."""
+        for reminder in self._reminders.values():
+            reminder.cancel()
+
+
+def _shaped(member: ResultBase, values: dict[str, Any]) -> Any:
+    if isinstance(member, ResultSet):
+        return [_shaped(nested, values) for nested in member]
+    return values.get(str(member.id))
+
+
+def chord_meta(state: ChordState) -> TaskMeta:
+    """A chord's state in the form that the hub carries: ready once all parts have come."""
+    return TaskMeta("", SUCCESS if state.complete else "PROGRESS", state)

@@ -1,0 +1,75 @@
+"""asyncio's own three for results: `gather`, `wait` and `as_completed`, across backends."""
+
+from __future__ import annotations
+
+from asyncio import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
+from typing import Any
+
+from .completion import Completions
+from .exceptions import TimeoutError, UsageError
+from .result import AsyncResult, ResultBase, ResultSet
+
+__all__ = ["as_completed", "gather", "wait"]
+
+
+async def gather(*results: ResultBase, return_exceptions: bool = False) -> list[Any]:
+    """The values of all results, in the order given; a group gives a list of its own.
+
+    Raises the exception of the first task that fails, as soon as it does; with ``return_exceptions`` waits for all and
+    puts exceptions in their places.
+    """
+    return await ResultSet(_checked(results)).get(propagate=not return_exceptions)
+
+
+async def wait(
+    results: Iterable[ResultBase], timeout: float | None = None, return_when: str = ALL_COMPLETED
+) -> tuple[set[ResultBase], set[ResultBase]]:
+    """``(done, pending)``, as `asyncio.wait`: neither a failed task nor the end of ``timeout`` seconds raises.
+
+    ``return_when`` is one of asyncio's three constants. A group is done when all of it is.
+    """
+    if return_when not in (ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION):
+        raise UsageError(f"return_when must be one of asyncio's three constants, not {return_when!r}")
+    pending = set(_checked(results))
+    missing: dict[ResultBase, int] = {}
+    # By identity: handles on different backends are equal if their ids are.
+    leaves: dict[int, AsyncResult[Any]] = {}
+    owners: dict[int, list[ResultBase]] = {}
+    for result in pending:
+        members = {id(leaf): leaf for leaf in result.leaves()}  # a handle may be in several groups, or twice in one
+        missing[result] = len(members)
+        leaves |= members
+        for key in members:
+            owners.setdefault(key, []).append(result)
+    done = {result for result, count in missing.items() if not count}
+    if done and return_when == FIRST_COMPLETED:
+        return done, pending - done
+    enough = False
+    with suppress(TimeoutError), Completions(leaves.values(), timeout) as completions:
+        async for leaf, outcome in completions:
+            for result in owners[id(leaf)]:
+                missing[result] -= 1
+                if not missing[result]:
+                    done.add(result)
+            failed = isinstance(outcome, Exception) or outcome.propagates
+            enough |= bool(done) if return_when == FIRST_COMPLETED else failed and return_when == FIRST_EXCEPTION
+            if enough and not completions.at_hand:
+                break
+    return done, pending - done
+
+
+def as_completed(results: Iterable[ResultBase], timeout: float | None = None) -> AsyncGenerator[AsyncResult[Any], None]:
+    """The single results in the order in which they finish; see `ResultSet.as_completed`."""
+    return ResultSet(_checked(results)).as_completed(timeout)
+
+
+def _checked(results: Iterable[ResultBase]) -> list[ResultBase]:
+    if isinstance(results, AsyncResult):
+        raise UsageError("pass several results: a list, a group, …")
+    checked = list(results)
+    for result in checked:
+        if not isinstance(result, ResultBase):
+            raise UsageError(f"{result!r} is not a result; make one with backend.result(task_id)")
+    return checked

@@ -1,0 +1,145 @@
+"""Backends by name and by URL. A backend's module, and the driver it needs, is imported when it is named."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Final
+
+from .backends.base import Backend
+from .exceptions import ImproperlyConfigured
+from .urls import hide_password
+
+__all__ = ["BACKEND_ALIASES", "by_name", "by_url", "connect"]
+
+#: The entry-point group in which other distributions announce theirs: ``name = "module:Class"``.
+ENTRY_POINTS: Final = "aioresult.backends"
+
+BACKEND_ALIASES: Final = {
+    "memory": "aioresult.backends.memory:MemoryBackend",
+    "redis": "aioresult.backends.redis:RedisBackend",
+    "rediss": "aioresult.backends.redis:RedisBackend",
+    "unix": "aioresult.backends.redis:RedisBackend",
+    "socket": "aioresult.backends.redis:RedisBackend",
+    "postgresql": "aioresult.backends.postgres:PostgresBackend",
+    "postgres": "aioresult.backends.postgres:PostgresBackend",
+}
+
+#: Driver → the extra that installs it.
+_EXTRAS: Final = {"redis": "redis", "hiredis": "redis", "asyncpg": "postgres"}
+#: What Celery has and this library has not, so that the error can say so.
+_CELERY_ONLY: Final = frozenset(
+    [
+        "rpc",
+        "amqp",
+        "sentinel",
+        "mongodb",
+        "elasticsearch",
+        "cache",
+        "cassandra",
+        "couchbase",
+        "couchdb",
+        "cosmosdbsql",
+        "riak",
+        "disabled",
+        "file",
+        "filesystem",
+        "consul",
+        "dynamodb",
+        "azureblockblob",
+        "arangodb",
+        "s3",
+        "gs",
+        "memcache",
+        "pymemcache",
+        "pylibmc",
+        "db",
+        "database",
+        "sqlite",
+        "mysql",
+    ]
+)
+
+
+def by_name(name: str) -> type[Backend]:
+    """The backend class for an alias (``"redis"``), an entry point, or a path (``"package.module:Class"``).
+
+    :raises ImproperlyConfigured: there is none, or its driver is not installed; says what there is and how to get it.
+    """
+    path = BACKEND_ALIASES.get(name) or _announced().get(name) or name
+    module_name, _, class_name = path.partition(":") if ":" in path else path.rpartition(".")[::1]
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise ImproperlyConfigured(_unknown(name, sorted({*BACKEND_ALIASES, *_announced()})))
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ModuleNotFoundError as exc:
+        missing = (exc.name or "").partition(".")[0]
+        if missing in _EXTRAS:
+            extra = _EXTRAS[missing]
+            raise ImproperlyConfigured(
+                f"the backend {name!r} needs the package {missing!r}; "
+                f"install it with: pip install 'aioresult-tasks[{extra}]'"
+            ) from exc
+        raise ImproperlyConfigured(f"the backend {name!r} cannot be imported: {exc}") from exc
+    except (ImportError, AttributeError) as exc:
+        raise ImproperlyConfigured(f"the backend {name!r} cannot be imported: {exc}") from exc
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise ImproperlyConfigured(f"{path} is not a Backend class")
+    return found
+
+
+def by_url(url: str) -> tuple[type[Backend], str]:
+    """The backend class for ``url``, and the URL that it takes.
+
+    Beside ``scheme://…`` this knows Celery's ``cache+memory://``, ``redis+socket://…`` and ``db+postgresql+driver://…``;
+    for any class
+    ``package.module:Class+scheme://…``; without ``://`` the whole is a name for `by_name`.
+    """
+    if not isinstance(url, str):
+        raise ImproperlyConfigured(f"the URL of a backend must be a str, not {type(url).__qualname__}")
+    if "://" not in url:
+        name, colon, _ = url.partition(":")
+        if colon and name in BACKEND_ALIASES:
+            raise ImproperlyConfigured(f"{hide_password(url)!r} is not a URL: write {name}://…")
+        return by_name(url), f"{url}://" if url in BACKEND_ALIASES else ""
+    scheme, _, rest = url.partition("://")
+    prefix, _, last = scheme.rpartition("+")
+    if ":" in prefix or "." in prefix:
+        return by_name(prefix), f"{last}://{rest}"
+    words = scheme.split("+")
+    if len(words) > 1 and words[0] in ("cache", "db"):  # Celery's name for the family of backends
+        words = words[1:]
+    return by_name(words[0]), f"{'+'.join(words)}://{rest}"
+
+
+def connect(url: str, **options: Any) -> Backend:
+    """The backend for ``url``, not yet open: ``async with aioresult.connect("redis://localhost/0") as backend:``.
+
+    ``options`` are those of the backend's class: `aioresult.backends.base.Backend` lists what all take. No I/O.
+
+    :raises ImproperlyConfigured: the URL, an option or the installation is wrong; says what to change.
+    """
+    backend_class, backend_url = by_url(url)
+    try:
+        return backend_class(backend_url, **options)
+    except TypeError as exc:
+        if "unexpected keyword argument" not in str(exc):
+            raise
+        raise ImproperlyConfigured(f"{exc}; see help({backend_class.__name__}) for the options it takes") from None
+
+
+def _announced() -> dict[str, str]:
+    """The backends of other distributions: name → path."""
+    from importlib.metadata import entry_points  # slow to import, and seldom needed
+
+    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    shown = hide_password(name)
+    message = f"unknown result backend {shown!r}; known here are {', '.join(known)}"
+    if name.partition("+")[0] in _CELERY_ONLY:
+        return f"{message}. Celery has a backend of that name; aioresult has none"
+    return (
+        f"{message}; another package can add one by an entry point in the group {ENTRY_POINTS!r}, "
+        f"and a class of your own is named as 'package.module:Class'"
+    )

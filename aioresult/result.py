@@ -1,0 +1,630 @@
+"""Handles on results: `AsyncResult`, `EagerResult`, `ResultSet`, `GroupResult`. Creating one costs no I/O.
+
+The names and the shapes are Celery's (``celery/result.py``); what does I/O is a coroutine here, never a property.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+from typing import Any, Generic, Self, TypeVar, cast
+from uuid import UUID, uuid4
+
+from .completion import Completions, ResultStore, look_up
+from .exceptions import CyclicResultError, DecodeError, IncompleteStream, RemoteError, UsageError
+from .hub import Outcome
+from .meta import ResultTuple, TaskMeta
+from .states import FAILURE, IGNORED, SUCCESS
+
+__all__ = ["AsyncResult", "EagerResult", "GroupResult", "ResultBase", "ResultSet", "result_from_tuple"]
+
+T = TypeVar("T")
+
+#: Limits on result tuples, which come from outside: longer chains and deeper groups than anybody builds.
+_MAX_PARENTS = 10_000
+_MAX_NESTING = 100
+_MAX_NODES = 1_000_000
+
+
+class ResultBase(ABC):
+    """What a single result and a group of them have in common."""
+
+    __slots__ = ()
+
+    id: str | None
+    #: The result that this one follows in a chain.
+    parent: ResultBase | None
+
+    @abstractmethod
+    def leaves(self) -> Iterator[AsyncResult[Any]]:
+        """The single results in it, in order."""
+
+    @abstractmethod
+    def value(self) -> Any:
+        """The value, or the exception, as last seen: in the shape of the group. No I/O."""
+
+    @abstractmethod
+    def __await__(self) -> Generator[Any, None, Any]:
+        """The same as `get` without arguments."""
+
+    @abstractmethod
+    async def get(self, timeout: float | None = None, propagate: bool = True) -> Any:
+        """Wait for it; see `AsyncResult.get` and `ResultSet.get`."""
+
+    @abstractmethod
+    async def ready(self) -> bool:
+        """Whether all of it is over, well or not."""
+
+    @abstractmethod
+    async def children(self) -> list[ResultBase]:
+        """The results of the tasks that this one started; the members of a group."""
+
+    def as_tuple(self) -> ResultTuple:
+        """As plain data, in Celery's form, its parents included; `result_from_tuple` is the way back.
+
+        :raises CyclicResultError: a result is its own parent, or a group is among its own members.
+        """
+        return self._as_tuple(0)
+
+    def _as_tuple(self, nesting: int) -> ResultTuple:
+        _check_nesting(nesting)
+        above: ResultTuple | None = None
+        for node in reversed(list(_parents(self))):
+            above = (node.id, above), node._members_as_tuples(nesting)
+        return (self.id, above), self._members_as_tuples(nesting)
+
+    def _members_as_tuples(self, nesting: int) -> list[ResultTuple] | None:
+        return None
+
+    async def iterdeps(self, intermediate: bool = False) -> AsyncGenerator[tuple[ResultBase | None, ResultBase], None]:
+        """Walk the tree of results below this one, breadth first, as ``(parent, node)``.
+
+        :param intermediate: walk past nodes that are not ready, instead of raising `IncompleteStream`.
+        :raises CyclicResultError: a task is among its own descendants.
+        """
+        async for step in self._walk(intermediate, {}):
+            yield step
+
+    async def _walk(
+        self, intermediate: bool, graph: dict[ResultBase, list[ResultBase]]
+    ) -> AsyncGenerator[tuple[ResultBase | None, ResultBase], None]:
+        """`iterdeps`, which notes the children of each node in ``graph`` as it finds them."""
+        came_from: dict[ResultBase, ResultBase | None] = {self: None}
+        layer: list[tuple[ResultBase | None, ResultBase]] = [(None, self)]
+        while layer:
+            below: list[tuple[ResultBase | None, ResultBase]] = []
+            for parent, node in layer:
+                yield parent, node
+                graph[node] = []
+                if not await node.ready():
+                    if intermediate:
+                        continue
+                    raise IncompleteStream(f"{node!r} is not ready; pass intermediate=True to walk past it")
+                graph[node] = await node.children()
+                for child in graph[node]:
+                    if child not in came_from:
+                        came_from[child] = node
+                        below.append((node, child))
+                    elif child in _lineage(node, came_from):
+                        raise CyclicResultError(f"{child!r} is among its own descendants")
+            layer = below
+
+    async def collect(
+        self, timeout: float | None = None, propagate: bool = True, intermediate: bool = False
+    ) -> AsyncGenerator[tuple[ResultBase, Any], None]:
+        """``(result, value)`` of this result and of all below it, each awaited in turn.
+
+        ``timeout`` and ``propagate`` go to each `get`; for the rest see `iterdeps`.
+        """
+        async for _, node in self.iterdeps(intermediate):
+            yield node, await node.get(timeout=timeout, propagate=propagate)
+
+    async def get_leaf(self, timeout: float | None = None) -> Any:
+        """The value of the last result that `collect` finds: what a chain of tasks started by tasks came to."""
+        value = None
+        async for _, found in self.collect(timeout=timeout):
+            value = found
+        return value
+
+    async def graph(self, intermediate: bool = False) -> dict[ResultBase, list[ResultBase]]:
+        """The tree as a mapping of each result to its children; see `iterdeps`."""
+        graph: dict[ResultBase, list[ResultBase]] = {}
+        async for _ in self._walk(intermediate, graph):
+            pass
+        return graph
+
+
+class AsyncResult(ResultBase, Generic[T]):
+    """A handle on the result of one task. ``await`` it for the value, or for the exception that the task raised.
+
+    Two handles on the same id are equal. Once ready, the meta is remembered, and nothing is asked of the server again.
+    """
+
+    __slots__ = ("__weakref__", "_backend", "_outcome", "id", "ignored", "parent")
+    id: str
+
+    def __init__(
+        self,
+        id: str | UUID,
+        backend: ResultStore | None,
+        parent: ResultBase | None = None,
+        *,
+        ignored: bool = False,
+    ) -> None:
+        self.id = str(id) if isinstance(id, UUID) else id
+        self._backend = backend
+        self.parent: ResultBase | None = parent
+        #: The task stores no result (Celery: ``ignore_result``): awaiting gives ``None`` at once.
+        self.ignored: bool = ignored
+        self._outcome: Outcome | None = None
+
+    @property
+    def backend(self) -> ResultStore:
+        """Where the result is kept."""
+        if self._backend is None:
+            raise UsageError(f"{self!r} has no backend")
+        return self._backend
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.get().__await__()
+
+    async def get(self, timeout: float | None = None, propagate: bool = True, follow_parents: bool = True) -> T:
+        """Wait until the task is over and return its value.
+
+        :param timeout: seconds; ``None`` waits for ever, 0 looks once. The task itself goes on.
+        :param propagate: raise the task's exception; otherwise return it.
+        :param follow_parents: also raise as soon as a parent in the chain fails, for then this task never runs.
+        :raises TimeoutError: the time is up.
+        :raises Exception: what the task raised, of its own class where that is imported here, else a `RemoteError`;
+            the worker's traceback is its ``__cause__``. Everyone who awaits the same task may get the same instance.
+        :raises TaskRevokedError: the task was revoked.
+        :raises BackendError, SerializationError: the result could not be had or read.
+        """
+        if self.ignored:
+            return cast("T", None)
+        if not self._known():
+            if follow_parents and propagate and self.parent is not None:
+                await self._wait_with_parents(timeout)
+            else:
+                self._outcome = await self.backend.wait_for(self.id, timeout)
+        return cast("T", self.value() if not propagate else _raise_or_return(self._outcome))
+
+    async def _wait_with_parents(self, timeout: float | None) -> None:
+        ancestors = (leaf for parent in _parents(self) for leaf in parent.leaves())
+        family: list[AsyncResult[Any]] = [self, *ancestors]
+        with Completions(family, timeout) as completions:
+            async for leaf, outcome in completions:
+                if leaf is self:
+                    return
+                _raise_or_return(outcome)
+
+    # -- what `Completions` needs -----------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> ResultStore | None:
+        """Where to wait for it; ``None`` if there is nothing to wait for."""
+        return self._backend
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The last news: a meta, or why it could not be had. Of an ignored result there is no more than its state."""
+        return TaskMeta(self.id, IGNORED) if self.ignored and not self._known() else self._outcome
+
+    def learn(self, outcome: Outcome) -> None:
+        """Note the news; for those who wait for many results at once."""
+        self._outcome = outcome
+
+    # -- looking, without waiting -----------------------------------------------------------------------------------
+
+    @property
+    def meta(self) -> TaskMeta | None:
+        """The meta as last seen. No I/O: ``None`` until something looked."""
+        return self._outcome if isinstance(self._outcome, TaskMeta) else None
+
+    def _known(self) -> bool:
+        return isinstance(self._outcome, TaskMeta) and self._outcome.ready
+
+    async def fetch(self) -> TaskMeta:
+        """Read what is stored now. Raises as `aioresult.backends.base.Backend.get_task_meta`."""
+        meta = await self.backend.get_task_meta(self.id)
+        self._outcome = meta
+        return meta
+
+    async def _current(self) -> TaskMeta:
+        meta = self.meta
+        return meta if meta is not None and meta.ready else await self.fetch()
+
+    async def state(self) -> str:
+        """The task's state; ``"PENDING"`` also for an id that nothing is stored under."""
+        return (await self._current()).status
+
+    async def ready(self) -> bool:
+        """Whether the task is over, well or not."""
+        return (await self._current()).ready
+
+    async def successful(self) -> bool:
+        """Whether it returned."""
+        return (await self._current()).status == SUCCESS
+
+    async def failed(self) -> bool:
+        """Whether it raised."""
+        return (await self._current()).status == FAILURE
+
+    async def traceback(self) -> str | None:
+        """The worker's traceback, as text."""
+        return (await self._current()).traceback
+
+    async def children(self) -> list[ResultBase]:
+        """The results of the tasks that this one started."""
+        return [result_from_tuple(child, self.store) for child in (await self._current()).children]
+
+    async def exists(self) -> bool:
+        """Whether anything is stored under the id."""
+        return await self.backend.exists(self.id)
+
+    async def forget(self) -> None:
+        """Remove the stored result, and those of the parents."""
+        self._outcome = None
+        leaves = [self, *(leaf for parent in _parents(self) for leaf in parent.leaves())]
+        await asyncio.gather(*(leaf.backend.forget(leaf.id) for leaf in leaves if leaf.store is not None))
+
+    def leaves(self) -> Iterator[AsyncResult[Any]]:
+        yield self
+
+    def value(self) -> Any:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return None if self._outcome is None else self._outcome.result
+
+    def as_list(self) -> list[str]:
+        """The ids of this result and of its parents, the last one first."""
+        return [self.id, *(parent.id for parent in _parents(self) if parent.id is not None)]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, AsyncResult):
+            return self.id == other.id
+        return self.id == other if isinstance(other, str) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __str__(self) -> str:
+        return self.id
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.id}>"
+
+
+class EagerResult(AsyncResult[T]):
+    """The result of a task that was run on the spot: everything is known, nothing is stored.
+
+    ``value`` is the exception where ``state`` is one that carries an exception.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, id: str, value: T | BaseException, state: str = SUCCESS, traceback: str | None = None) -> None:
+        super().__init__(id, None)
+        self._outcome = TaskMeta(id, state, value, traceback)
+
+    async def get(self, timeout: float | None = None, propagate: bool = True, follow_parents: bool = True) -> T:
+        """The value, or the exception raised; never waits."""
+        return cast("T", _raise_or_return(self._outcome) if propagate else self.value())
+
+    async def fetch(self) -> TaskMeta:
+        """What it was made with."""
+        return cast("TaskMeta", self._outcome)
+
+    async def ready(self) -> bool:
+        """True."""
+        return True
+
+    async def exists(self) -> bool:
+        """True."""
+        return True
+
+    async def forget(self) -> None:
+        """Nothing is stored, so nothing is removed."""
+
+
+class ResultSet(ResultBase):
+    """Results to be waited for together. ``await`` it for the list of their values, in their order.
+
+    Behaves as a list without duplicates; a group among the members gives a list of its own in the values.
+    """
+
+    id: str | None = None
+    parent: ResultBase | None = None
+
+    def __init__(self, results: Iterable[ResultBase] = ()) -> None:
+        self.results: list[ResultBase] = list(results)
+
+    # -- waiting ----------------------------------------------------------------------------------------------------
+
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        return self.get().__await__()
+
+    async def get(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:
+        """The values, in order, once all members are over; nested groups keep their shape.
+
+        :param timeout: seconds for all of them together; ``None`` waits for ever, 0 looks once.
+        :param propagate: raise the exception of the first member that fails, as soon as it does; otherwise wait for
+            all and return exceptions in their places.
+        :raises TimeoutError: the time is up. For the rest see `AsyncResult.get`.
+        """
+        with Completions(self.leaves(), timeout) as completions:
+            async for _, outcome in completions:
+                if propagate or isinstance(outcome, Exception):
+                    _raise_or_return(outcome)
+        return self.value()
+
+    async def join(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:
+        """The same as `get`; Celery has both names."""
+        return await self.get(timeout, propagate)
+
+    async def as_completed(self, timeout: float | None = None) -> AsyncGenerator[AsyncResult[Any], None]:
+        """The single results in the order in which they finish, each one ready: awaiting it does no I/O.
+
+        The failed ones are handed over like the others; awaiting one raises. Leaving the loop early ends the
+        subscriptions when the iterator is closed: wrap it in `contextlib.aclosing` to have that happen at once.
+
+        :raises TimeoutError: ``timeout`` seconds after the first step, if results are missing then.
+        """
+        with Completions(self.leaves(), timeout) as completions:
+            async for leaf, _ in completions:
+                yield leaf
+
+    # -- looking, without waiting: one round trip per few hundred members -------------------------------------------
+
+    async def _metas(self) -> list[TaskMeta]:
+        leaves = list(self.leaves())
+        await look_up(leaves)
+        return [leaf.meta or TaskMeta.pending(leaf.id) for leaf in leaves]
+
+    async def ready(self) -> bool:
+        """Whether all members are over, well or not."""
+        return all(meta.ready for meta in await self._metas())
+
+    async def waiting(self) -> bool:
+        """Whether any member is not over."""
+        return not await self.ready()
+
+    async def successful(self) -> bool:
+        """Whether all members returned."""
+        return all(meta.status == SUCCESS for meta in await self._metas())
+
+    async def failed(self) -> bool:
+        """Whether any member raised."""
+        return any(meta.status == FAILURE for meta in await self._metas())
+
+    async def completed_count(self) -> int:
+        """How many members returned; a nested group counts as one, and once all of it did."""
+        await self._metas()
+        return sum(
+            all(leaf.meta is not None and leaf.meta.status == SUCCESS for leaf in result.leaves())
+            for result in self.results
+        )
+
+    async def children(self) -> list[ResultBase]:
+        """The members."""
+        return list(self.results)
+
+    async def forget(self) -> None:
+        """Remove the members' stored results."""
+        await asyncio.gather(*(leaf.forget() for leaf in self.leaves()))
+
+    def leaves(self) -> Iterator[AsyncResult[Any]]:
+        path = [iter(self.results)]
+        while path:
+            for result in path[-1]:
+                if isinstance(result, ResultSet):
+                    _check_nesting(len(path))
+                    path.append(iter(result.results))
+                    break
+                yield from result.leaves()
+            else:
+                path.pop()
+
+    def value(self) -> list[Any]:
+        return [result.value() for result in self.results]
+
+    # -- the list ---------------------------------------------------------------------------------------------------
+
+    def add(self, result: ResultBase) -> None:
+        """Append a member; does nothing if it is one."""
+        if result not in self.results:
+            self.results.append(result)
+
+    def update(self, results: Iterable[ResultBase]) -> None:
+        """Append those that are not members yet."""
+        known = set(self.results)
+        for result in results:
+            if result not in known:
+                known.add(result)
+                self.results.append(result)
+
+    def remove(self, result: ResultBase | str) -> None:
+        """Remove a member, given as a handle or an id. Raises `KeyError` if it is none."""
+        for index, member in enumerate(self.results):
+            if member == result:
+                del self.results[index]
+                return
+        raise KeyError(result)
+
+    def discard(self, result: ResultBase | str) -> None:
+        """Remove a member if it is one."""
+        if result in self.results:
+            self.remove(result)
+
+    def clear(self) -> None:
+        """Remove all members; their stored results stay."""
+        self.results.clear()
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self) -> Iterator[ResultBase]:
+        return iter(self.results)
+
+    def __getitem__(self, index: int) -> ResultBase:
+        return self.results[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self.results == other.results if isinstance(other, ResultSet) else NotImplemented
+
+    def __hash__(self) -> int:
+        raise TypeError(f"{type(self).__name__} has no id to hash; put its members, or a GroupResult, into sets")
+
+    def __repr__(self) -> str:
+        name = type(self).__name__ if self.id is None else f"{type(self).__name__}: {self.id}"
+        shown = ", ".join(str(result) for result in self.results[:5])
+        return f"<{name} [{shown}{', …' if len(self.results) > 5 else ''}]>"
+
+
+class GroupResult(ResultSet):
+    """A `ResultSet` with an id, under which it can be saved and restored in another process."""
+
+    id: str
+
+    def __init__(
+        self,
+        id: str,
+        results: Iterable[ResultBase] = (),
+        parent: ResultBase | None = None,
+        backend: ResultStore | None = None,
+    ) -> None:
+        super().__init__(results)
+        self.id = id
+        self.parent = parent
+        self._backend = backend
+
+    @classmethod
+    def of(cls, results: Iterable[ResultBase | str], backend: ResultStore, id: str | None = None) -> Self:
+        """A group of results given as handles or ids; ``id`` is made up if there is none."""
+        if isinstance(results, str):
+            raise UsageError(f"pass several results or ids, not {results!r}; a group that was saved: restore_group")
+        handles = (item if isinstance(item, ResultBase) else backend.result(item) for item in results)
+        return cls(id or str(uuid4()), handles, backend=backend)
+
+    @property
+    def backend(self) -> ResultStore:
+        """Where the group is saved: the one it was made with, else that of its first member."""
+        stores = (leaf.store for leaf in self.leaves())
+        backend = self._backend or next((store for store in stores if store is not None), None)
+        if backend is None:
+            raise UsageError(f"{self!r} has no backend; pass one when you make it")
+        return backend
+
+    async def save(self) -> None:
+        """Remember the members, for `restore`."""
+        await self.backend.save_group(self.id, self)
+
+    @classmethod
+    async def restore(cls, id: str, backend: ResultStore) -> GroupResult | None:
+        """The group saved under ``id``, or ``None``."""
+        return cast("GroupResult | None", await backend.restore_group(id))
+
+    async def delete(self) -> None:
+        """Forget the saved group; the members' results stay."""
+        await self.backend.delete_group(self.id)
+
+    def _members_as_tuples(self, nesting: int) -> list[ResultTuple] | None:
+        return [result._as_tuple(nesting + 1) for result in self.results]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, GroupResult):
+            parents = ([parent.id for parent in _parents(group)] for group in (self, other))
+            return self.id == other.id and self.results == other.results and next(parents) == next(parents)
+        return self.id == other if isinstance(other, str) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def result_from_tuple(data: Any, backend: ResultStore | None) -> ResultBase:
+    """The handle that ``data``, from `ResultBase.as_tuple` or from Celery, describes.
+
+    :raises DecodeError: it is not such a tuple.
+    :raises CyclicResultError: it contains itself, or nests deeper than any real workflow.
+    """
+    return _Builder(backend).build(data, 0)
+
+
+class _Builder:
+    """Builds handles from tuples out of the store, with a bound on everything that data could make endless."""
+
+    def __init__(self, backend: ResultStore | None) -> None:
+        self._backend = backend
+        self._nodes = 0
+
+    def build(self, data: Any, nesting: int) -> ResultBase:
+        _check_nesting(nesting)
+        chain: list[tuple[str, Any]] = []
+        while data is not None:
+            task_id, parent, members = _unpack(data)
+            chain.append((task_id, members))
+            self._nodes += 1
+            if len(chain) > _MAX_PARENTS or self._nodes > _MAX_NODES:
+                raise CyclicResultError("results are chained without end, or in a circle")
+            data = parent
+        result: ResultBase | None = None
+        for task_id, members in reversed(chain):
+            if members is None:
+                result = AsyncResult[Any](task_id, self._backend, result)
+            else:
+                nested = [self.build(member, nesting + 1) for member in members]
+                result = GroupResult(task_id, nested, result, self._backend)
+        if result is None:
+            raise DecodeError("a result tuple is empty")
+        return result
+
+
+def _unpack(data: Any) -> tuple[str, Any, Any]:
+    """``(id, parent's tuple or None, members' tuples or None)``; Celery also writes a bare id for ``[id, None]``."""
+    match data:
+        case [[str(task_id), parent], None | list() | tuple() as members] if task_id:
+            return task_id, parent or None, members
+        case [str(task_id), None | list() | tuple() as members] if task_id:
+            return task_id, None, members
+    raise DecodeError("what is stored is not a result tuple [[id, parent], members]")
+
+
+def _check_nesting(nesting: int) -> None:
+    if nesting > _MAX_NESTING:
+        raise CyclicResultError(f"groups are nested more than {_MAX_NESTING} deep, or in a circle")
+
+
+def _parents(result: ResultBase) -> Iterator[ResultBase]:
+    """The chain of parents, nearest first. Raises `CyclicResultError` if it closes into a circle."""
+    seen = {id(result)}
+    node = result.parent
+    while node is not None:
+        if id(node) in seen:
+            raise CyclicResultError(f"{node!r} is its own parent")
+        seen.add(id(node))
+        yield node
+        node = node.parent
+
+
+def _lineage(node: ResultBase, came_from: dict[ResultBase, ResultBase | None]) -> Iterator[ResultBase]:
+    ancestor: ResultBase | None = node
+    while ancestor is not None:
+        yield ancestor
+        ancestor = came_from[ancestor]
+
+
+def _raise_or_return(outcome: Outcome | None) -> Any:
+    if isinstance(outcome, Exception):
+        raise outcome
+    if outcome is None:
+        return None
+    if outcome.propagates:
+        if not isinstance(outcome.result, BaseException):  # only ever of an `EagerResult`
+            raise RemoteError(outcome.result)
+        # Several waiters may share the instance; each starts with a traceback of its own, as with asyncio's futures.
+        raise outcome.result.with_traceback(None)
+    return outcome.result
