@@ -1,0 +1,239 @@
+"""`gather`, `wait` and `as_completed`: over results of different stores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from aioresult import (
+    ALL_COMPLETED,
+    FIRST_COMPLETED,
+    FIRST_EXCEPTION,
+    Backend,
+    BackendClosedError,
+    ResultBase,
+    TimeoutError,
+    UsageError,
+    as_completed,
+    gather,
+    wait,
+)
+
+from ..harness import Harness, MemoryHarness, count_calls
+
+
+class Stores:
+    """The store under test and another; tasks whose id begins with ``x`` are on the other."""
+
+    def __init__(self, here: Backend, there: Backend, harness: Harness, other: Harness) -> None:
+        self.here, self.there = here, there
+        self._harness, self._other = harness, other
+
+    def backend(self, task_id: str) -> Backend:
+        return self.there if task_id.startswith("x") else self.here
+
+    def __getitem__(self, task_id: str) -> Any:
+        return self.backend(task_id).result(task_id)
+
+    async def done(self, *task_ids: str) -> None:
+        for task_id in task_ids:
+            await self.backend(task_id).mark_as_done(task_id, f"of {task_id}")
+
+    async def failed(self, task_id: str) -> None:
+        await self.backend(task_id).mark_as_failure(task_id, KeyError(task_id))
+
+    async def subscribed(self, here: int, there: int) -> None:
+        await self._harness.subscribed(here)
+        await self._other.subscribed(there)
+
+
+@pytest.fixture
+async def stores(harness: Harness) -> AsyncIterator[Stores]:
+    other = MemoryHarness()
+    yield Stores(await harness.connect(), await other.connect(), harness, other)
+    await other.close()
+
+
+# -- gather ---------------------------------------------------------------------------------------------------------
+
+
+async def test_gather_gives_the_values_in_order(stores: Stores) -> None:
+    results = [stores["x1"], stores.here.group([stores["a"], stores["x2"]]), stores["b"], stores["x1"]]
+    waiting = asyncio.create_task(gather(*results))
+    await stores.subscribed(2, 2)
+    await stores.done("b", "x2", "a", "x1")
+    assert await waiting == ["of x1", ["of a", "of x2"], "of b", "of x1"]
+    await stores.subscribed(0, 0)
+    assert await gather() == []
+
+
+async def test_gather_raises_the_first_failure_and_waits_for_nobody_else(stores: Stores) -> None:
+    waiting = asyncio.create_task(gather(stores["a"], stores["x1"], stores["b"]))
+    await stores.subscribed(2, 1)
+    await stores.failed("x1")
+    with pytest.raises(KeyError, match="x1"):
+        await waiting
+    await stores.subscribed(0, 0)
+
+
+async def test_gather_returns_exceptions_on_request(stores: Stores) -> None:
+    waiting = asyncio.create_task(gather(stores["x1"], stores["a"], stores["b"], return_exceptions=True))
+    await stores.subscribed(2, 1)
+    await stores.failed("a")
+    await stores.done("b", "x1")
+    first, lost, last = await waiting
+    assert (first, last) == ("of x1", "of b")
+    assert isinstance(lost, KeyError)
+
+
+async def test_a_backend_that_is_closed_ends_a_gather_over_several(stores: Stores) -> None:
+    """Invariant 7."""
+    waiting = asyncio.create_task(gather(stores["a"], stores["x1"]))
+    await stores.subscribed(1, 1)
+    await stores.there.aclose()
+    with pytest.raises(BackendClosedError):
+        await waiting
+    await stores.subscribed(0, 0)
+
+
+# -- wait -----------------------------------------------------------------------------------------------------------
+
+
+async def test_wait_for_all(stores: Stores) -> None:
+    a, b, x = stores["a"], stores["b"], stores["x1"]
+    waiting = asyncio.create_task(wait([a, b, x]))
+    await stores.subscribed(2, 1)
+    await stores.failed("a")
+    await stores.done("x1")
+    await stores.done("b")
+    assert await waiting == ({a, b, x}, set())
+    assert await wait([a, b], return_when=ALL_COMPLETED) == ({a, b}, set())
+    assert await wait([]) == (set(), set())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_wait_for_the_first(stores: Stores, fails: bool) -> None:
+    a, x = stores["a"], stores["x1"]
+    waiting = asyncio.create_task(wait([a, x], return_when=FIRST_COMPLETED))
+    await stores.subscribed(1, 1)
+    await (stores.failed("x1") if fails else stores.done("x1"))
+    assert await waiting == ({x}, {a})
+    await stores.subscribed(0, 0)
+
+
+async def test_wait_for_the_first_exception(stores: Stores) -> None:
+    a, b, x = stores["a"], stores["b"], stores["x1"]
+    waiting = asyncio.create_task(wait([a, b, x], return_when=FIRST_EXCEPTION))
+    await stores.subscribed(2, 1)
+    await stores.done("x1")
+    await stores.backend("b").mark_as_revoked("b")
+    assert await waiting == ({b, x}, {a})
+    await stores.done("a")
+    assert await wait([a, x], return_when=FIRST_EXCEPTION) == ({a, x}, set())
+
+
+async def test_what_is_ready_already_is_done_all_of_it(stores: Stores) -> None:
+    await stores.done("a", "b", "c")
+    results = {stores[task_id] for task_id in "abcd"}
+    done, pending = await wait(results, return_when=FIRST_COMPLETED)
+    assert {str(result) for result in done} == {"a", "b", "c"}
+    assert {str(result) for result in pending} == {"d"}
+
+
+async def test_the_end_of_a_wait_is_no_error(stores: Stores) -> None:
+    a, x = stores["a"], stores["x1"]
+    await stores.done("x1")
+    assert await x == "of x1"
+    for timeout in (0, 0.02):
+        assert await wait([a, x], timeout) == ({x}, {a})
+    await stores.subscribed(0, 0)
+
+
+async def test_a_group_is_done_when_all_of_it_is(stores: Stores) -> None:
+    a, b = stores["a"], stores["b"]
+    group, nothing = stores.here.group([a, b, a]), stores.here.group([])
+    await stores.done("a")
+    assert await wait([group, a, nothing], timeout=0) == ({a, nothing}, {group})
+    unknown = stores["c"]
+    assert await wait([unknown, nothing], return_when=FIRST_COMPLETED) == ({nothing}, {unknown})
+    await stores.done("b")
+    assert await wait([group, a]) == ({group, a}, set())
+
+
+async def test_a_constant_that_is_none_of_asyncios_is_refused(stores: Stores) -> None:
+    with pytest.raises(UsageError, match="return_when"):
+        await wait([stores["a"]], return_when="SOMETIME")
+
+
+# -- as_completed ---------------------------------------------------------------------------------------------------
+
+
+async def test_as_completed_over_two_stores(stores: Stores) -> None:
+    finished = as_completed([stores["a"], stores.there.group([stores["x1"], stores["b"]])])
+    for task_id in ("b", "x1", "a"):
+        step = asyncio.create_task(anext(finished))
+        await stores.done(task_id)
+        result: Any = await step
+        assert result == stores[task_id]
+        assert await result == f"of {task_id}"
+    assert [result async for result in finished] == []
+
+
+async def test_as_completed_within_a_time(stores: Stores) -> None:
+    finished = as_completed([stores["a"], stores["x1"]], timeout=0.02)
+    with pytest.raises(TimeoutError, match=r"with 1 more, .*timeout=0\.02 seconds"):
+        await anext(finished)
+    await stores.subscribed(0, 0)
+
+
+# -- all three ------------------------------------------------------------------------------------------------------
+
+
+async def test_whatever_is_no_result_is_refused(stores: Stores) -> None:
+    handle = stores["a"]
+    not_results: Any = [handle, "a"]
+    with pytest.raises(UsageError, match="'a' is not a result"):
+        await gather(*not_results)
+    with pytest.raises(UsageError, match="'a' is not a result"):
+        await wait(not_results)
+    with pytest.raises(UsageError, match="'a' is not a result"):
+        as_completed(not_results)
+    with pytest.raises(UsageError, match="several"):
+        await wait(handle)
+    with pytest.raises(UsageError, match="several"):
+        as_completed(handle)
+
+
+async def test_a_cancelled_join_leaves_nothing(stores: Stores) -> None:
+    """Invariant 5."""
+    results: list[ResultBase] = [stores["a"], stores["x1"], stores.here.group(["b", "c"])]
+
+    async def iterate() -> None:
+        async for _ in as_completed(results):
+            raise AssertionError("nothing has finished")
+
+    joins = [asyncio.create_task(join) for join in (gather(*results), wait(results), iterate())]
+    await stores.subscribed(3, 1)
+    for join in joins:
+        join.cancel()
+    await asyncio.wait(joins)
+    await stores.subscribed(0, 0)
+    assert len(stores.here._hub) == len(stores.there._hub) == 0
+
+
+async def test_a_store_without_members_is_left_alone(harness: Harness) -> None:
+    """A join asks each store for its own ids, and of those only for what is not known."""
+    first, second = harness.make(), harness.make()
+    calls = [count_calls(first), count_calls(second)]
+    await harness.open(first)
+    await harness.open(second)
+    await first.mark_as_done("a", 1)
+    known = second.result("a")
+    assert await known == 1
+    for count in calls:
+        count.clear()
+    assert await gather(first.result("a"), known, first.result("a")) == [1, 1, 1]
+    assert calls == [{"_fetch": 1}, {}]

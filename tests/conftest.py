@@ -1,0 +1,91 @@
+"""Fixtures. A server is started by the first test that asks for it, and gone when the session ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+
+import asyncpg
+import pytest
+import redis
+import redis.asyncio
+
+from .harness import Harness, MemoryHarness, RedisHarness
+from .postgres_harness import PostgresHarness
+from .servers import PostgresServer, RedisServer, postgres_server, redis_server
+
+BACKENDS = ["memory", "redis", "postgres"]
+
+
+@pytest.fixture(scope="session")
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis of the tests' own, which they may stop, freeze and configure as long as they put it right again."""
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_redis_url(request: pytest.FixtureRequest) -> str:
+    return os.environ.get("AIORESULT_TEST_REDIS_URL") or request.getfixturevalue("own_redis").url
+
+
+@pytest.fixture
+def redis_url(shared_redis_url: str) -> str:
+    """The URL of a Redis without keys."""
+    with redis.Redis.from_url(shared_redis_url) as client:
+        client.flushall()
+    return shared_redis_url
+
+
+@pytest.fixture
+async def redis_client(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
+    """A plain client on that Redis, to see what the library has done there."""
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def own_postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the tests' own, under the same terms as `own_redis`."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(own_postgres: PostgresServer) -> str:
+    """The URL of a PostgreSQL database without tables."""
+    asyncio.run(_empty(own_postgres.url))
+    return own_postgres.url
+
+
+async def _empty(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(params=BACKENDS)
+def new_harness(request: pytest.FixtureRequest) -> Harness:
+    if request.param == "postgres":
+        return PostgresHarness(request.getfixturevalue("postgres_url"))
+    if request.param == "redis":
+        return RedisHarness(request.getfixturevalue("redis_url"))
+    return MemoryHarness()
+
+
+@pytest.fixture
+async def harness(new_harness: Harness) -> AsyncIterator[Harness]:
+    """Every test that asks for this runs once per backend; only the server of that backend is started."""
+    yield new_harness
+    await new_harness.close()
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left_running() -> AsyncIterator[None]:
+    """After each test, no task is left in its event loop."""
+    yield
+    mine = asyncio.current_task()
+    assert {task for task in asyncio.all_tasks() if task is not mine} == set()

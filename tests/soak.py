@@ -1,0 +1,405 @@
+"""Three processes store, wait, cancel, forget and die at random, through a network and a server that fail at random.
+
+``python -m tests.soak --minutes 60 [--seconds 10] [--backend redis|postgres] [--seed 1]`` prints a table, and ends with
+an exit code other than 0 if anything that docs/guarantees.md promises did not hold:
+
+- every result that was reported as stored is there, with its value, until it is forgotten or expires
+- every waiter got the value, however often it was cancelled or its process killed and started again
+- nothing is kept without an expiry; no subscription and no connection outlives the processes
+- the memory of the process that was never killed is flat once it has warmed up
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import aioresult
+from aioresult import Backend, BackendConnectionError
+
+from .fault_proxy import Behaviour, FaultProxy, cut_anywhere, late_subscriptions, trickle
+from .sites import PostgresSite, RedisSite, Site, eventually
+
+SITES: dict[str, type[Site]] = {"redis": RedisSite, "postgres": PostgresSite}
+PROCESSES = 3
+#: How many ids are under way at once.
+UNDER_WAY = 300
+EXPIRES = 7200.0
+MEGABYTE = 2**20
+
+
+def value_of(task_id: str) -> list[Any]:
+    return [task_id, "x" * (hash_of(task_id) % 3000)]
+
+
+def hash_of(task_id: str) -> int:
+    """The same in every process."""
+    return sum(ord(character) * 31**index for index, character in enumerate(task_id[-6:]))
+
+
+# -- a process: does what it is told on stdin, and says on stdout when it is done ------------------------------------
+
+
+class Worker:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        while line := await reader.readline():
+            task = asyncio.create_task(self._do(*line.decode().split()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _do(self, what: str, task_id: str) -> None:
+        call = {"store": self._store, "wait": self._wait, "forget": self._forget}[what]
+        while True:
+            try:
+                await call(task_id)
+            except BackendConnectionError:
+                continue  # it was away for longer than retry_for
+            except Exception as exc:
+                print("failed", what, task_id, repr(exc), flush=True)
+            else:
+                print("done", what, task_id, flush=True)
+            return
+
+    async def _store(self, task_id: str) -> None:
+        await asyncio.sleep(random.uniform(0, 0.3))
+        await self._backend.mark_as_done(task_id, value_of(task_id))
+
+    async def _forget(self, task_id: str) -> None:
+        await self._backend.forget(task_id)
+
+    async def _wait(self, task_id: str) -> None:
+        while True:
+            patience = random.choice([0.01, 0.1, 1.0, 60.0])
+            with contextlib.suppress(TimeoutError):
+                if random.random() < 0.5:
+                    value = await self._backend.result(task_id).get(timeout=patience)
+                else:
+                    async with asyncio.timeout(patience):
+                        value = await self._backend.result(task_id)
+                assert value == value_of(task_id), f"a wrong value: {value!r}"
+                return
+
+
+async def work(url: str, listen: str) -> None:
+    options: dict[str, Any] = {"heartbeat": 0.3, "expires": EXPIRES, "retry_for": 5.0}
+    if listen:
+        options["listen_dsn"] = listen
+    while True:
+        with contextlib.suppress(BackendConnectionError):  # until it can be reached
+            async with aioresult.connect(url, **options) as backend:
+                await Worker(backend).run()
+                return
+
+
+# -- the one who tells them ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What became of it all on one kind of server."""
+
+    name: str
+    ids: int = 0
+    kills: int = 0
+    faults: int = 0
+    cuts: int = 0
+    connections: int = 0
+    seconds: float = 0.0
+    memory: list[int] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+
+    def row(self) -> tuple[str, ...]:
+        early, late = self.early_and_late()
+        return (
+            self.name,
+            f"{self.ids:,}",
+            f"{self.ids / self.seconds:,.0f}",
+            str(self.kills),
+            str(self.faults),
+            str(self.cuts),
+            str(self.connections),
+            f"{early / MEGABYTE:.1f} → {late / MEGABYTE:.1f}",
+            str(len(self.violations)),
+        )
+
+    def early_and_late(self) -> tuple[float, float]:
+        """The median of its memory in the second quarter of the time, and in the last."""
+        quarter = max(len(self.memory) // 4, 1)
+        return statistics.median(self.memory[quarter : 2 * quarter] or self.memory), statistics.median(
+            self.memory[-quarter:]
+        )
+
+
+HEADER = ("server", "ids", "per s", "kills", "faults", "cuts", "connections", "MB", "violations")
+
+
+class Soak:
+    """One server, three processes; `run` for so many seconds, then let all that was begun come to its end."""
+
+    def __init__(self, site: Site, seconds: float, seed: int) -> None:
+        self._site, self._seconds = site, seconds
+        self._chance = random.Random(seed)
+        self.report = Report(site.name)
+        self._processes: list[asyncio.subprocess.Process] = []
+        self._readers: list[asyncio.Task[None]] = []
+        #: By process, what it was told and has not done.
+        self._told: list[dict[tuple[str, str], None]] = [{} for _ in range(PROCESSES)]
+        #: By id, how many things are left to be done before it is over, or may be forgotten.
+        self._left: dict[str, int] = {}
+        self._kept: set[str] = set()
+        self._forgotten: list[str] = []
+        self._progress = asyncio.Event()
+
+    async def run(self) -> Report:
+        try:
+            await asyncio.to_thread(self._site.server.start)
+            async with self._site.backend() as backend:  # which makes the tables, where there are any
+                assert await backend.get_many(["a"])
+            async with FaultProxy(self._site.server.port) as proxy:
+                await self._soak(proxy)
+                self.report.cuts, self.report.connections = proxy.cuts, proxy.accepted
+            await self._look_at_what_is_left()
+        finally:
+            for process in self._processes:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+            self._site.server.remove()
+        return self.report
+
+    async def _soak(self, proxy: FaultProxy) -> None:
+        self._proxy = proxy
+        for index in range(PROCESSES):
+            await self._start(index)
+        started = time.monotonic()
+        disturbing = [asyncio.create_task(each) for each in (self._fail(), self._kill(), self._measure())]
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._feed()
+        except TimeoutError:
+            pass
+        self.report.seconds = time.monotonic() - started
+        for task in disturbing:
+            task.cancel()
+        for outcome in await asyncio.gather(*disturbing, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                self.report.violations.append(f"the soak itself failed: {outcome!r}")
+        proxy.behaviour = None
+        await self._mend()
+        try:
+            async with asyncio.timeout(60):
+                while self._left:
+                    self._progress.clear()
+                    await self._progress.wait()
+        except TimeoutError:
+            self.report.violations += [f"{task_id} never came to its end" for task_id in list(self._left)[:20]]
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        codes = await asyncio.gather(*(process.wait() for process in self._processes))
+        await asyncio.gather(*self._readers)
+        if set(codes) != {0}:
+            self.report.violations.append(f"processes ended with {codes}")
+
+    # -- the processes ------------------------------------------------------------------------------------------------
+
+    async def _start(self, index: int) -> None:
+        port = self._proxy.port
+        listen = self._site.url(port, "subscriptions") if isinstance(self._site, PostgresSite) else ""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.soak", "--worker", self._site.url(port), listen),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            cwd=Path(__file__).parent.parent,
+        )
+        self._processes[index : index + 1] = [process]
+        self._readers.append(asyncio.create_task(self._listen_to(index, process)))
+        self._send(index, *self._told[index])
+
+    def _send(self, index: int, *commands: tuple[str, str]) -> None:
+        process = self._processes[index]
+        assert process.stdin is not None
+        if process.returncode is None and not process.stdin.is_closing():  # else its successor is told
+            process.stdin.write("".join(f"{what} {task_id}\n" for what, task_id in commands).encode())
+
+    def _tell(self, what: str, task_id: str, index: int) -> None:
+        self._told[index][what, task_id] = None
+        self._send(index, (what, task_id))
+
+    async def _listen_to(self, index: int, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            status, what, task_id, *error = line.decode().rstrip("\n").split(" ", 3)
+            if (what, task_id) not in self._told[index]:
+                continue  # the last word of one that was killed, and that has been told again
+            del self._told[index][what, task_id]
+            if status == "failed":
+                self.report.violations.append(f"{what} {task_id}: {''.join(error)}")
+            self._done(what, task_id)
+
+    def _done(self, what: str, task_id: str) -> None:
+        self._left[task_id] -= 1
+        if not self._left[task_id]:
+            if what != "forget" and self._chance.random() < 0.95:
+                self._left[task_id] = 1
+                self._tell("forget", task_id, self._chance.randrange(PROCESSES))
+                return
+            del self._left[task_id]
+            self.report.ids += 1
+            if what == "forget":
+                self._forgotten = [*self._forgotten[-1000:], task_id]
+            else:
+                self._kept.add(task_id)
+        self._progress.set()
+
+    async def _feed(self) -> None:
+        number = 0
+        while True:
+            while len(self._left) < UNDER_WAY:
+                number += 1
+                task_id = f"id-{number}"
+                waiters = self._chance.randrange(1, 4)
+                self._left[task_id] = 1 + waiters
+                for what in self._chance.sample(["store", *["wait"] * waiters], 1 + waiters):
+                    # No process can be told the same thing twice.
+                    free = [index for index in range(PROCESSES) if (what, task_id) not in self._told[index]]
+                    self._tell(what, task_id, self._chance.choice(free))
+            self._progress.clear()
+            await self._progress.wait()
+
+    # -- what goes wrong ----------------------------------------------------------------------------------------------
+
+    async def _kill(self) -> None:
+        """All but the first, whose memory is watched."""
+        while True:
+            await asyncio.sleep(self._chance.uniform(1, 4))
+            index = self._chance.randrange(1, PROCESSES)
+            self._processes[index].kill()
+            await self._processes[index].wait()
+            self.report.kills += 1
+            await self._start(index)
+
+    async def _fail(self) -> None:
+        behaviours: list[Behaviour] = [cut_anywhere(self._chance), trickle(self._chance, 50), late_subscriptions(0.1)]
+        while True:
+            await asyncio.sleep(self._chance.uniform(0.1, 1))
+            self.report.faults += 1
+            match self._chance.choice(["behaviour"] * 4 + ["cut", "swallow", "kill", "freeze", "restart"]):
+                case "behaviour":
+                    self._proxy.behaviour = self._chance.choice(behaviours)
+                    await asyncio.sleep(self._chance.uniform(0.1, 1))
+                    self._proxy.behaviour = None
+                case "cut":
+                    self._proxy.cut()
+                case "swallow":
+                    self._proxy.swallow()
+                case "kill":
+                    await self._site.kill(self._chance.choice(["all", "commands", "subscriptions"]))
+                case "freeze":
+                    self._site.server.freeze()
+                    await asyncio.sleep(self._chance.uniform(0.1, 1.5))
+                    self._site.server.thaw()
+                case "restart":
+                    self._down = True
+                    await asyncio.to_thread(self._site.stop, self._chance.choice(self._site.stops))
+                    await asyncio.sleep(self._chance.uniform(0.1, 1))
+                    await asyncio.to_thread(self._site.server.start)
+                    self._down = False
+
+    _down = False
+
+    async def _mend(self) -> None:
+        """Whatever `_fail` was in the middle of."""
+        with contextlib.suppress(AssertionError):
+            self._site.server.thaw()
+        if self._down:
+            await asyncio.to_thread(self._site.stop, self._site.stops[0])
+            await asyncio.to_thread(self._site.server.start)
+
+    async def _measure(self) -> None:
+        process = psutil.Process(self._processes[0].pid)
+        while True:
+            self.report.memory.append(process.memory_info().rss)
+            await asyncio.sleep(min(self._seconds / 40, 5.0))
+
+    # -- afterwards ---------------------------------------------------------------------------------------------------
+
+    async def _look_at_what_is_left(self) -> None:
+        report = self.report
+        async with self._site.backend() as reader:
+            for meta in await reader.get_many(sorted(self._kept)):
+                if meta.result != value_of(meta.task_id):
+                    report.violations.append(f"{meta.task_id} was stored, and is {meta!r}")
+            there = [meta.task_id for meta in await reader.get_many(self._forgotten) if meta.ready]
+            if len(there) > 5:  # a store on a connection that was given up may be carried out late; see guarantees.md
+                report.violations.append(f"{there} were forgotten, and are there")
+        if endless := await self._site.without_expiry():
+            report.violations.append(f"{endless} results have no expiry")
+        try:
+            await eventually(self._nobody_is_connected)
+        except TimeoutError:
+            report.violations.append(f"{await self._site.connections()} connections are left")
+        early, late = report.early_and_late()
+        if late > early * 1.1 + 8 * MEGABYTE:
+            report.violations.append(f"memory grew from {early / MEGABYTE:.1f} to {late / MEGABYTE:.1f} MB")
+
+    async def _nobody_is_connected(self) -> bool:
+        return await self._site.connections() == 0
+
+
+async def soak(names: Iterable[str], seconds: float, seed: int) -> list[Report]:
+    return await asyncio.gather(*(Soak(SITES[name](), seconds, seed).run() for name in names))
+
+
+def show(reports: list[Report]) -> None:
+    rows = [HEADER, *(report.row() for report in reports)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    for report in reports:
+        for violation in report.violations[:20]:
+            print(f"{report.name}: {violation}")
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        asyncio.run(work(*sys.argv[2:]))
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m tests.soak")
+    parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--backend", choices=SITES, action="append")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4)))
+    given = parser.parse_args()
+    seconds = given.minutes * 60 + given.seconds or 60.0
+    print(f"{seconds:g} s, --seed {given.seed}", flush=True)
+    reports = asyncio.run(soak(given.backend or list(SITES), seconds, given.seed))
+    show(reports)
+    return 1 if any(report.violations for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What the documents show is true: every block of Python runs, and prints what the block after it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+_ROOT = Path(__file__).parent.parent
+_README = _ROOT / "README.md"
+_WRITING_A_BACKEND = _ROOT / "docs" / "writing_a_backend.md"
+_CHORDS = _ROOT / "docs" / "chords.md"
+
+_PYTHON = re.compile(
+    r"^```python\n(?:# (?P<name>\w+\.py)\n)?(?P<source>.*?)^```\n(?:\n```text\n(?P<prints>.*?)^```)?", re.M | re.S
+)
+
+
+class Block(NamedTuple):
+    source: str
+    #: The file that it is shown as; the others are run.
+    name: str | None
+    prints: str
+
+
+def blocks(document: Path) -> list[Block]:
+    found = _PYTHON.finditer(document.read_text(encoding="utf-8"))
+    return [Block(match["source"], match["name"], match["prints"] or "") for match in found]
+
+
+def run(folder: Path, *words: str) -> str:
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(_ROOT)]), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environ, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def lay_out(document: Path, folder: Path) -> list[Block]:
+    """Write the files that the document shows; the blocks that are left are to be run beside them."""
+    for block in blocks(document):
+        if block.name is not None:
+            (folder / block.name).write_text(block.source, encoding="utf-8")
+    return [block for block in blocks(document) if block.name is None]
+
+
+@pytest.mark.parametrize(("document", "count"), [(_README, 2), (_WRITING_A_BACKEND, 1), (_CHORDS, 1)])
+def test_every_block_of_python_runs(document: Path, count: int, tmp_path: Path) -> None:
+    to_run = lay_out(document, tmp_path)
+    assert len(to_run) == count
+    for block in to_run:
+        assert run(tmp_path, "-W", "error", "-c", block.source) == block.prints
+
+
+def test_the_backend_that_is_written_passes_the_conformance_suite(tmp_path: Path) -> None:
+    lay_out(_WRITING_A_BACKEND, tmp_path)
+    suite = {path.stem for path in (_ROOT / "tests" / "conformance").glob("test_*.py") if "chord" not in path.stem}
+    shown = re.findall(r"tests\.conformance\.(\w+)", (tmp_path / "test_conformance.py").read_text(encoding="utf-8"))
+    assert set(shown) == suite
+    found = re.search(r"^PYTHONPATH=\S+ python (.* test_conformance\.py)$", _WRITING_A_BACKEND.read_text("utf-8"), re.M)
+    assert found is not None
+    said = run(tmp_path, *shlex.split(found[1].replace("path/to/checkout", str(_ROOT))), "-p", "no:cacheprovider")
+    assert re.search(r"\b\d{3,} passed", said, re.M), said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/python examples/quickstart.py",
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest",
+    ],
+)
+def test_the_two_commands_are_lines_to_copy(command: str) -> None:
+    assert f"```sh\n{command}\n```" in _README.read_text(encoding="utf-8")
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    for document in (_README, *sorted((_ROOT / "docs").glob("*.md"))):
+        for target, anchor in re.findall(r"\]\(([\w./]+)(?:#([\w-]+))?\)", document.read_text(encoding="utf-8")):
+            found = document.parent / target
+            assert found.exists(), f"{document.name}: {target}"
+            assert not anchor or f"\n## {anchor}\n" in found.read_text(encoding="utf-8").lower(), f"{target}#{anchor}"

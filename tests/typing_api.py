@@ -1,0 +1,170 @@
+"""The public API as its users write it, for type checkers alone: nothing here is run.
+
+``mypy`` and ``pyright`` read this file; a type that they see differently from what stands here is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any, assert_type
+
+import aioresult
+from aioresult import (
+    AsyncResult,
+    Backend,
+    EagerResult,
+    GroupResult,
+    ResultBase,
+    ResultSet,
+    TaskMeta,
+    TaskRequest,
+    as_completed,
+    by_name,
+    by_url,
+    connect,
+    gather,
+    result_from_tuple,
+    wait,
+)
+from aioresult.backends.memory import MemoryBackend, MemoryStore
+from aioresult.backends.redis import RedisBackend
+
+
+async def connecting() -> None:
+    assert_type(
+        connect(
+            "redis://localhost/0",
+            expires=86400.0,
+            serializer="json",
+            accept=("json",),
+            compression=None,
+            global_keyprefix="",
+            extended=False,
+        ),
+        Backend,
+    )
+    async with connect("memory://") as backend:
+        assert_type(backend, Backend)
+    async with MemoryBackend(store=MemoryStore(), expires=None, compression="zstd") as memory:
+        assert_type(memory, MemoryBackend)
+    redis = await RedisBackend("redis://", accept=["json", "pickle"], heartbeat=1).open()
+    assert_type(redis, RedisBackend)
+    assert_type(await redis.aclose(), None)
+    assert_type(redis.as_uri(), str)
+    assert_type(by_name("redis"), type[Backend])
+    assert_type(by_url("redis://"), tuple[type[Backend], str])
+    MemoryBackend(expires="a day")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    MemoryBackend(expire=5)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+
+async def storing(backend: Backend) -> None:
+    request = TaskRequest(id="a", task="add", args=(1, 2), kwargs={}, group="g", children=[backend.result("b")])
+    assert_type(await backend.store_result("a", 1, "PROGRESS", traceback=None, request=request, expires=5), bool)
+    assert_type(await backend.mark_as_pending("a"), bool)
+    assert_type(await backend.mark_as_started("a", pid=1, hostname="here"), bool)
+    assert_type(await backend.mark_as_done("a", {"any": "value"}, request=request), bool)
+    assert_type(await backend.mark_as_failure("a", ValueError(), traceback="text"), bool)
+    assert_type(await backend.mark_as_retry("a", ValueError()), bool)
+    assert_type(await backend.mark_as_revoked("a", reason="why"), bool)
+
+
+async def reading(backend: Backend) -> None:
+    assert_type(await backend.get_task_meta("a"), TaskMeta)
+    assert_type(await backend.get_many(["a", "b"]), list[TaskMeta])
+    assert_type(await backend.wait_for("a", timeout=5), TaskMeta)
+    assert_type(await backend.exists("a"), bool)
+    assert_type(await backend.forget("a"), None)
+    assert_type(await backend.cleanup(), int)
+    assert_type(await backend.save_group("g", backend.group(["a"])), None)
+    assert_type(await backend.restore_group("g"), GroupResult | None)
+    assert_type(await backend.delete_group("g"), None)
+
+
+def a_meta(meta: TaskMeta) -> None:
+    assert_type(meta.task_id, str)
+    assert_type(meta.status, str)
+    assert_type(meta.result, Any)
+    assert_type(meta.traceback, str | None)
+    assert_type(meta.children, Sequence[Sequence[Any]])
+    assert_type(meta.date_done, datetime | None)
+    assert_type(meta.ready, bool)
+    assert_type(meta.group_id, str | None)
+    assert_type(meta.retries, int | None)
+    meta.status = "SUCCESS"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def a_result(backend: Backend) -> None:
+    assert_type(backend.result("a"), AsyncResult[Any])
+    r: AsyncResult[int] = backend.result("a")
+    assert_type(AsyncResult[int]("a", backend, parent=r), AsyncResult[int])
+    assert_type(await r, int)
+    assert_type(await r.get(timeout=1.5, propagate=True, follow_parents=True), int)
+    assert_type(await asyncio.wait_for(r, 5), int)
+    assert_type(await r.fetch(), TaskMeta)
+    assert_type(await r.state(), str)
+    assert_type(await r.ready(), bool)
+    assert_type(await r.successful(), bool)
+    assert_type(await r.failed(), bool)
+    assert_type(await r.exists(), bool)
+    assert_type(await r.traceback(), str | None)
+    assert_type(await r.children(), list[ResultBase])
+    assert_type(await r.forget(), None)
+    assert_type(r.meta, TaskMeta | None)
+    assert_type(r.id, str)
+    assert_type(r.parent, ResultBase | None)
+    assert_type(r.as_list(), list[str])
+    assert_type(result_from_tuple(r.as_tuple(), backend), ResultBase)
+    assert_type(await EagerResult("a", 5), int)
+    assert_type(await EagerResult[int]("a", ValueError(), "FAILURE"), int)
+    assert_type(await r.get_leaf(), Any)
+    assert_type(await r.graph(), dict[ResultBase, list[ResultBase]])
+    async for node, value in r.collect():
+        assert_type(node, ResultBase)
+        assert_type(value, Any)
+    async for above, below in r.iterdeps(intermediate=True):
+        assert_type(above, ResultBase | None)
+        assert_type(below, ResultBase)
+
+
+async def a_group(backend: Backend, r: AsyncResult[int]) -> None:
+    g = backend.group([r, "b"], id="g")
+    assert_type(g, GroupResult)
+    assert_type(await g, list[Any])
+    assert_type(await g.get(timeout=5, propagate=False), list[Any])
+    assert_type(await g.join(), list[Any])
+    async for each in g.as_completed(timeout=5):
+        assert_type(each, AsyncResult[Any])
+    assert_type(await g.completed_count(), int)
+    assert_type(await g.ready(), bool)
+    assert_type(await g.successful(), bool)
+    assert_type(await g.failed(), bool)
+    assert_type(await g.waiting(), bool)
+    assert_type(await g.save(), None)
+    assert_type(await GroupResult.restore("g", backend), GroupResult | None)
+    assert_type(await g.delete(), None)
+    assert_type(await g.forget(), None)
+    g.add(r)
+    g.remove(r)
+    g.discard("b")
+    g.update([r, g])
+    g.clear()
+    assert_type(len(g), int)
+    assert_type(list(g), list[ResultBase])
+    assert_type(g[0], ResultBase)
+    assert_type(GroupResult("g", [r, g], parent=r).id, str)
+    assert_type(ResultSet([r]).id, str | None)
+
+
+async def several(r: AsyncResult[int], g: GroupResult) -> None:
+    assert_type(await gather(r, g, return_exceptions=True), list[Any])
+    done, pending = await wait({r, g}, timeout=5, return_when=aioresult.FIRST_COMPLETED)
+    assert_type(done, set[ResultBase])
+    assert_type(pending, set[ResultBase])
+    async for each in as_completed([r, g], timeout=5):
+        assert_type(each, AsyncResult[Any])
+
+
+def streamed(r: AsyncResult[int]) -> AsyncIterator[AsyncResult[Any]]:
+    return as_completed([r])
