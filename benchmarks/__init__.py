@@ -1,0 +1,1 @@
+"""The benchmarks of aioresult; ``python -m benchmarks --help``, and docs/benchmarks.md."""

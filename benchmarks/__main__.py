@@ -1,0 +1,66 @@
+"""``python -m benchmarks``: start a server, measure, print tables."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .facts import facts
+from .progress import Progress
+from .report import as_data, table
+from .runner import run
+from .servers import start
+from .suite import BENCHMARK_NAMES, Entry, suite
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="See docs/benchmarks.md.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these of {', '.join(BENCHMARK_NAMES)}")
+    parser.add_argument("--backend", choices=("redis", "postgres", "memory"), default="redis")
+    parser.add_argument("--peers", action="store_true", help="other libraries too, each in an environment of its own")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, and nothing with 100,000 waiters")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number of every run")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies and the growth")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(BENCHMARK_NAMES):
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARK_NAMES)}")
+    if arguments.plot and find_spec("matplotlib") is None:  # said now, and not after minutes of measuring
+        parser.error("--plot needs matplotlib: pip install -e '.[bench]'")
+    return arguments
+
+
+def main() -> None:
+    arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+    peers: tuple[Entry, ...] = ()
+    if arguments.peers:
+        from .peers.environments import peers_for
+
+        peers = peers_for(arguments.backend)
+    benchmarks = suite(arguments.backend, tuple(arguments.names), arguments.quick, peers)
+    steps = sum(case.repetitions * len(case.entries) for benchmark in benchmarks for case in benchmark.cases)
+    progress = Progress(steps)
+    with start(arguments.backend) as server:
+        data: dict[str, Any] = {"backend": arguments.backend, "facts": facts(server), "benchmarks": []}
+        print(", ".join(f"{name} {value}" for name, value in data["facts"].items() if value), end="\n\n")
+        for benchmark in benchmarks:
+            outcomes = asyncio.run(run(benchmark, server, progress))
+            progress.clear()
+            print(table(benchmark, outcomes), flush=True)
+            data["benchmarks"].append(as_data(benchmark, outcomes))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(data, indent=1))
+    if arguments.plot:
+        from .plot import draw
+
+        draw(data, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
