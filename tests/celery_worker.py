@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import kombu.pools
 import pytest
 import redis
 from celery import Celery
@@ -104,6 +105,7 @@ def celery_workers(redis_url: str, folder: Path) -> Iterator[StartWorker]:
     with redis.Redis.from_url(redis_url) as client, contextlib.ExitStack() as stack:
         client.flushall()
         stack.callback(client.flushall)
+        stack.callback(kombu.pools.reset)  # all apps have them in common
 
         def start(name: str, backend: str, conf: Mapping[str, Any], apart: bool = False) -> Worker:
             if name not in running:
@@ -116,12 +118,13 @@ def celery_workers(redis_url: str, folder: Path) -> Iterator[StartWorker]:
 
 
 def close(app: Celery) -> None:
+    """And its connections with it, which Celery leaves to the garbage collector."""
     backend = app.backend
     if isinstance(backend, AsyncBackendMixin):
         consumer = backend.result_consumer
         consumer.subscribed_to.clear()  # or a result that is dropped later unsubscribes from a server that may be gone
         consumer.stop()
-        backend.client.close()
+        backend.client.connection_pool.disconnect()
     app.close()
 
 

@@ -58,16 +58,9 @@ class RedisServer:
         """``further`` words of the command line count for this time only."""
         command = [_redis_binary(), "--port", str(self.port), "--bind", _HOST, "--unixsocket", str(self.socket)]
         command += ["--dir", str(self.folder), "--save", "", "--daemonize", "no", *self._args, *further]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert self._process.stdout is not None
-        said = []
-        for line in self._process.stdout:  # its own word that it is ready; nothing is polled
-            said.append(line)
-            if "Ready to accept connections" in line:
-                break
-        else:
-            raise RuntimeError("redis-server did not start:\n" + "".join(said))
-        self._process.stdout.close()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._process = process
+        _read_until_ready(process).close()
 
     def stop(self, kill: bool = False) -> None:
         if self._process is not None:
@@ -148,7 +141,7 @@ class PostgresServer:
         fixed += ["logging_collector=off", "log_destination=stderr", "lc_messages=C"]
         fixed += [] if self._durable else ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]
         options = [word for setting in (*fixed, *settings) for word in ("-c", setting)]
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             self._command("postgres", "-D", str(self._data), *options),
             user=self._user,
             stdout=subprocess.PIPE,
@@ -156,16 +149,9 @@ class PostgresServer:
             text=True,
             cwd="/",
         )
-        assert self._process.stdout is not None
-        said = []
-        for line in self._process.stdout:
-            said.append(line)
-            if "ready to accept" in line:
-                break
-        else:
-            raise RuntimeError("postgres did not start:\n" + "".join(said))
+        self._process = process
         # It goes on writing its log to the pipe, and must not be blocked or killed by that.
-        threading.Thread(target=_discard, args=(self._process.stdout,), daemon=True).start()
+        threading.Thread(target=_discard, args=(_read_until_ready(process),), daemon=True).start()
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """SIGINT is PostgreSQL's fast shutdown, SIGQUIT the immediate one, as after a crash."""
@@ -193,10 +179,22 @@ class PostgresServer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _read_until_ready(process: subprocess.Popen[str]) -> IO[str]:
+    """Its log, read to its own word that it is ready: nothing is polled."""
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "ready to accept" in line.lower():
+            return process.stdout
+    process.stdout.close()
+    raise RuntimeError("the server did not start:\n" + "".join(said))
+
+
 def _discard(stream: IO[str]) -> None:
-    for _ in stream:
-        pass
-    stream.close()
+    with stream:
+        for _ in stream:
+            pass
 
 
 def _postgres_binaries(folder: Path) -> Path:

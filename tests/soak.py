@@ -20,7 +20,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,7 @@ class Soak:
         self._kept: set[str] = set()
         self._forgotten: list[str] = []
         self._progress = asyncio.Event()
+        self._steps: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Report:
         try:
@@ -185,7 +186,10 @@ class Soak:
             for process in self._processes:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
-            self._site.server.remove()
+            try:
+                await self._mend()
+            finally:
+                self._site.server.remove()
         return self.report
 
     async def _soak(self, proxy: FaultProxy) -> None:
@@ -297,9 +301,12 @@ class Soak:
             await asyncio.sleep(self._chance.uniform(1, 4))
             index = self._chance.randrange(1, PROCESSES)
             self._processes[index].kill()
-            await self._processes[index].wait()
             self.report.kills += 1
-            await self._start(index)
+            await self._whole(self._replace(index))
+
+    async def _replace(self, index: int) -> None:
+        await self._processes[index].wait()
+        await self._start(index)
 
     async def _fail(self) -> None:
         behaviours: list[Behaviour] = [cut_anywhere(self._chance), trickle(self._chance, 50), late_subscriptions(0.1)]
@@ -322,21 +329,25 @@ class Soak:
                     await asyncio.sleep(self._chance.uniform(0.1, 1.5))
                     self._site.server.thaw()
                 case "restart":
-                    self._down = True
-                    await asyncio.to_thread(self._site.stop, self._chance.choice(self._site.stops))
-                    await asyncio.sleep(self._chance.uniform(0.1, 1))
-                    await asyncio.to_thread(self._site.server.start)
-                    self._down = False
+                    await self._whole(self._restart(self._chance.choice(self._site.stops)))
 
-    _down = False
+    async def _restart(self, how: str) -> None:
+        await asyncio.to_thread(self._site.stop, how)
+        await asyncio.sleep(self._chance.uniform(0.1, 1))
+        await asyncio.to_thread(self._site.server.start)
+
+    async def _whole(self, step: Coroutine[Any, Any, None]) -> None:
+        """Do what must not be left half done: to cancel this is to go on, and `_mend` awaits the end of it."""
+        task = asyncio.create_task(step)
+        self._steps.add(task)
+        task.add_done_callback(self._steps.discard)
+        await asyncio.shield(task)
 
     async def _mend(self) -> None:
-        """Whatever `_fail` was in the middle of."""
-        with contextlib.suppress(AssertionError):
+        """Whatever `_fail` and `_kill` were in the middle of."""
+        await asyncio.gather(*self._steps)
+        with contextlib.suppress(AssertionError):  # it never ran
             self._site.server.thaw()
-        if self._down:
-            await asyncio.to_thread(self._site.stop, self._site.stops[0])
-            await asyncio.to_thread(self._site.server.start)
 
     async def _measure(self) -> None:
         process = psutil.Process(self._processes[0].pid)
@@ -370,7 +381,9 @@ class Soak:
 
 
 async def soak(names: Iterable[str], seconds: float, seed: int) -> list[Report]:
-    return await asyncio.gather(*(Soak(SITES[name](), seconds, seed).run() for name in names))
+    async with asyncio.TaskGroup() as group:
+        soaks = [group.create_task(Soak(SITES[name](), seconds, seed).run()) for name in names]
+    return [each.result() for each in soaks]
 
 
 def show(reports: list[Report]) -> None:
