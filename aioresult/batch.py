@@ -7,7 +7,6 @@ one round trip and no delay, a thousand concurrent ones pay a few; nothing waits
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -43,9 +42,11 @@ class Batcher(Generic[Item, Out]):
         self._max_items = max_items
         self._parallel = parallel
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[tuple[Item, asyncio.Future[Out]]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._working = 0
+        self._items: list[Item] = []
+        self._futures: list[asyncio.Future[Out]] = []
+        #: At most ``parallel``; those that have nothing to do wait for a future in `_parked`.
+        self._workers: set[asyncio.Task[None]] = set()
+        self._parked: list[asyncio.Future[None]] = []
         self._starting = False
         self._closed: Exception | None = None
 
@@ -54,68 +55,86 @@ class Batcher(Generic[Item, Out]):
         if self._closed is not None:
             raise self._closed
         future: asyncio.Future[Out] = self._loop.create_future()
-        self._queue.append((item, future))
-        self._start()
+        self._items.append(item)
+        self._futures.append(future)
+        if not self._starting:
+            self._start()
         return future
 
     def _start(self) -> None:
-        if self._working < self._parallel and not self._starting:
+        if self._parked:
             self._starting = True
-            self._working += 1
-            task = self._loop.create_task(self._work())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._parked.pop().set_result(None)
+        elif len(self._workers) < self._parallel:
+            self._starting = True
+            self._workers.add(self._loop.create_task(self._work()))
 
     async def _work(self) -> None:
-        # Only now, and not in `submit`: every coroutine that was ready to run in this turn of the loop is in the batch.
-        self._starting = False
-        while self._queue:
-            batch = self._take()
-            if self._queue:
-                self._start()
-            if batch:
-                await self._perform(batch)
-        self._working -= 1  # in the step that found the queue empty: nothing can be submitted between
+        while True:
+            # Only now, and not in `submit`: every coroutine that was ready to run in this turn of the loop is in the
+            # batch.
+            self._starting = False
+            while self._items:
+                items, futures = self._take()
+                if self._items:
+                    self._start()
+                if items:
+                    await self._perform(items, futures)
+            if self._closed is not None:
+                return
+            parked = self._loop.create_future()
+            self._parked.append(parked)
+            await parked
 
-    def _take(self) -> list[tuple[Item, asyncio.Future[Out]]]:
-        batch: list[tuple[Item, asyncio.Future[Out]]] = []
-        while self._queue and len(batch) < self._max_items:
-            entry = self._queue.popleft()
-            if not entry[1].done():  # its caller was cancelled
-                batch.append(entry)
-        return batch
+    def _take(self) -> tuple[Sequence[Item], Sequence[asyncio.Future[Out]]]:
+        count = self._max_items
+        items, futures = self._items[:count], self._futures[:count]
+        del self._items[:count], self._futures[:count]
+        if any(map(asyncio.Future.done, futures)):  # a caller was cancelled
+            items = [item for item, future in zip(items, futures, strict=True) if not future.done()]
+            futures = [future for future in futures if not future.done()]
+        return items, futures
 
-    async def _perform(self, batch: list[tuple[Item, asyncio.Future[Out]]]) -> None:
+    async def _perform(self, items: Sequence[Item], futures: Sequence[asyncio.Future[Out]]) -> None:
         outcomes: Sequence[Out | BaseException]
         try:
-            outcomes = await self._run([item for item, _ in batch])
-            if len(outcomes) != len(batch):  # else those beyond the last outcome would wait for ever
-                raise BackendError(f"{len(outcomes)} outcomes came back for {len(batch)} items")
-        except asyncio.CancelledError:
-            outcomes = [self._closed or asyncio.CancelledError()] * len(batch)
+            outcomes = await self._run(items)
+            if len(outcomes) != len(items):  # else those beyond the last outcome would wait for ever
+                raise BackendError(f"{len(outcomes)} outcomes came back for {len(items)} items")
+        except asyncio.CancelledError as exc:
+            _fail_all(futures, self._closed or exc)
+            raise
         except Exception as exc:
-            outcomes = [exc] * len(batch)
-        for (_, future), outcome in zip(batch, outcomes, strict=True):
-            if future.done():
-                continue
-            if isinstance(outcome, BaseException):
-                fail(future, outcome)
-            else:
-                future.set_result(outcome)
+            _fail_all(futures, exc)
+        else:
+            for future, outcome in zip(futures, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, BaseException):
+                    fail(future, outcome)
+                else:
+                    future.set_result(outcome)
 
     async def close(self, error: Exception) -> None:
         """Refuse new items, fail the queued ones with ``error``, let what is in flight finish for a moment."""
         self._closed = error
-        while self._queue:
-            _, future = self._queue.popleft()
-            if not future.done():
-                fail(future, error)
-        if tasks := list(self._tasks):
-            _, late = await asyncio.wait(tasks, timeout=1.0)
-            for task in late:
-                task.cancel()
+        _fail_all(self._futures, error)
+        self._items.clear()
+        self._futures.clear()
+        for parked in self._parked:
+            parked.set_result(None)
+        if self._workers:
+            _, late = await asyncio.wait(self._workers, timeout=1.0)
+            for worker in late:
+                worker.cancel()
             if late:
                 await asyncio.wait(late)
+
+
+def _fail_all(futures: Sequence[asyncio.Future[Any]], error: BaseException) -> None:
+    for future in futures:
+        if not future.done():
+            fail(future, error)
 
 
 def fail(future: asyncio.Future[Any], error: BaseException) -> None:

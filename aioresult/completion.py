@@ -6,23 +6,26 @@ Joins, groups and `as_completed` all stand on `Completions`. It costs one waiter
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterable
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from .exceptions import UsageError
-from .hub import Outcome, Waiter, timed_out
+from .exceptions import AioResultError, UsageError
+from .hub import Outcome, Waiter, chunked, timed_out
 from .meta import ResultTuple, SupportsAsTuple, TaskMeta
-from .states import IGNORED
+from .states import IGNORED, PENDING
 
 __all__ = ["Completions", "Leaf", "ResultStore", "look_up"]
+
+#: How many are looked up before what was found is handed over.
+_CHUNK = 500
 
 
 class ResultStore(Protocol):
     """What result handles need of a backend (`aioresult.backends.base.Backend` is one)."""
 
+    def check(self) -> None: ...
     def result(self, task_id: str) -> Any: ...
-    def watch(self, task_id: str, waiter: Waiter) -> None: ...
+    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     async def look_up(self, task_ids: Iterable[str]) -> list[Outcome]: ...
     async def get_task_meta(self, task_id: str) -> TaskMeta: ...
@@ -69,60 +72,85 @@ class _Inbox(Generic[L]):
 
 
 class Completions(Generic[L]):
-    """An async iterator of ``(leaf, outcome)``; every outcome is a ready meta, or why there will be none.
+    """An async iterator of what has finished since its last step, in order, as a list of ``(leaf, outcome)``.
+
+    Every outcome is a ready meta, or why there will be none.
 
     Use it in ``with``, which ends the subscriptions that are left. ``timeout`` is in seconds from now: after it, the
     next step that would have to wait raises `aioresult.TimeoutError`. With 0 what is stored is looked up once.
+
+    What is over already is found by looking, a chunk at a time, and never meets the hub.
     """
 
     def __init__(self, leaves: Iterable[L], timeout: float | None = None) -> None:
         self._timeout = timeout
+        self._once = timeout is not None and timeout <= 0
         self._expired = False
-        self._finished: deque[tuple[L, Outcome]] = deque()
+        self._looking: asyncio.Task[None] | None = None
+        self._finished: list[tuple[L, Outcome]] = []
         self._inboxes: dict[ResultStore, _Inbox[L]] = {}
         self._wake: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._unfinished = 0
         for leaf in leaves:
-            known = leaf.outcome
-            if isinstance(known, TaskMeta) and (known.ready or known.status == IGNORED or leaf.store is None):
+            known, store = leaf.outcome, leaf.store
+            if isinstance(known, TaskMeta) and (known.ready or known.status == IGNORED or store is None):
                 self._finished.append((leaf, known))
-            elif leaf.store is None:
+            elif store is None:
                 error = UsageError(f"{leaf!r} has no backend")
                 leaf.learn(error)
                 self._finished.append((leaf, error))
             else:
                 self._unfinished += 1
-                inbox = self._inboxes.setdefault(leaf.store, _Inbox(self))
+                if (inbox := self._inboxes.get(store)) is None:
+                    inbox = self._inboxes[store] = _Inbox(self)
                 inbox.pending.setdefault(leaf.id, []).append(leaf)
 
     def __enter__(self) -> Self:
-        if self._timeout is not None and self._timeout <= 0:
-            return self
-        if self._timeout is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
-        try:
-            for store, inbox in self._inboxes.items():
-                for task_id in inbox.pending:
-                    store.watch(task_id, inbox)
-        except BaseException:
-            self.__exit__()
-            raise
+        for store in self._inboxes:
+            store.check()
+        if self._unfinished:
+            if self._timeout is not None and not self._once:
+                self._timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+            self._looking = asyncio.create_task(self._look())
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         if self._timer is not None:
             self._timer.cancel()
         for store, inbox in self._inboxes.items():
             for task_id in inbox.pending:
                 store.unwatch(task_id, inbox)
 
+    async def _look(self) -> None:
+        for store, inbox in self._inboxes.items():
+            for task_ids in chunked(inbox.pending, _CHUNK):
+                try:
+                    outcomes = await store.look_up(task_ids)
+                except AioResultError as exc:
+                    # Whoever watches is told of it if it is for good, and else waits until it has passed.
+                    outcomes = [exc if self._once else TaskMeta.pending(task_id) for task_id in task_ids]
+                for task_id, outcome in zip(task_ids, outcomes, strict=True):
+                    if isinstance(outcome, Exception) or outcome.status != PENDING:
+                        inbox.receive(task_id, outcome)
+                if not self._once:
+                    self._watch(store, inbox, [task_id for task_id in task_ids if task_id in inbox.pending])
+        if self._once:
+            self._expire()
+
+    def _watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
+        for task_id in task_ids:
+            try:
+                store.watch(task_id, inbox, look=False)
+            except AioResultError as exc:  # it was closed, or is of another event loop
+                inbox.receive(task_id, exc)
+
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> tuple[L, Outcome]:
-        if self._timeout is not None and self._timeout <= 0 and not self._expired:
-            await self._look_once()
+    async def __anext__(self) -> list[tuple[L, Outcome]]:
         while not self._finished:
             if not self._unfinished:
                 raise StopAsyncIteration
@@ -130,14 +158,8 @@ class Completions(Generic[L]):
                 raise timed_out(self._describe(), self._timeout)
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
-        return self._finished.popleft()
-
-    async def _look_once(self) -> None:
-        self._expired = True
-        for store, inbox in self._inboxes.items():
-            ids = list(inbox.pending)
-            for task_id, outcome in zip(ids, await store.look_up(ids), strict=True):
-                inbox.receive(task_id, outcome)
+        finished, self._finished = self._finished, []
+        return finished
 
     def finish(self, leaves: Iterable[L], outcome: Outcome) -> None:
         """Called by an inbox: these are over."""
@@ -145,11 +167,6 @@ class Completions(Generic[L]):
             self._unfinished -= 1
             self._finished.append((leaf, outcome))
         self._rouse()
-
-    @property
-    def at_hand(self) -> bool:
-        """Whether the next step has an outcome without waiting."""
-        return bool(self._finished)
 
     def _expire(self) -> None:
         self._expired = True

@@ -176,9 +176,10 @@ class Hub:
 
     # -- the waiters' side: plain calls, no await, nothing to cancel ------------------------------------------------
 
-    def watch(self, task_id: str, waiter: Waiter) -> None:
+    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None:
         """Tell ``waiter`` of every meta of ``task_id`` from now on; what is stored already comes first.
 
+        Without ``look`` it is read only after subscribing: for who has just looked and found nothing that is final.
         Raises the error given to `close` if that was called.
         """
         if self._closed is not None:
@@ -191,7 +192,7 @@ class Hub:
             if task_id in self._to_drop:  # its subscription still stands, and is this topic's to undo now
                 del self._to_drop[task_id]
                 topic.subscribed = True
-            self._to_look[task_id] = None
+            (self._to_look if look else self._to_add)[task_id] = None
             self._work.set()
 
     def unwatch(self, task_id: str, waiter: Waiter) -> None:

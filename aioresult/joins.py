@@ -48,14 +48,15 @@ async def wait(
         return done, pending - done
     enough = False
     with suppress(TimeoutError), Completions(leaves.values(), timeout) as completions:
-        async for leaf, outcome in completions:
-            for result in owners[id(leaf)]:
-                missing[result] -= 1
-                if not missing[result]:
-                    done.add(result)
-            failed = isinstance(outcome, Exception) or outcome.propagates
-            enough |= bool(done) if return_when == FIRST_COMPLETED else failed and return_when == FIRST_EXCEPTION
-            if enough and not completions.at_hand:
+        async for finished in completions:
+            for leaf, outcome in finished:
+                for result in owners[id(leaf)]:
+                    missing[result] -= 1
+                    if not missing[result]:
+                        done.add(result)
+                failed = isinstance(outcome, Exception) or outcome.propagates
+                enough |= bool(done) if return_when == FIRST_COMPLETED else failed and return_when == FIRST_EXCEPTION
+            if enough:
                 break
     return done, pending - done
 

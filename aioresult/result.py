@@ -194,10 +194,11 @@ class AsyncResult(ResultBase, Generic[T]):
         ancestors = (leaf for parent in _parents(self) for leaf in parent.leaves())
         family: list[AsyncResult[Any]] = [self, *ancestors]
         with Completions(family, timeout) as completions:
-            async for leaf, outcome in completions:
-                if leaf is self:
-                    return
-                _raise_or_return(outcome)
+            async for finished in completions:
+                for leaf, outcome in finished:
+                    if leaf is self:
+                        return
+                    _raise_or_return(outcome)
 
     # -- what `Completions` needs -----------------------------------------------------------------------------------
 
@@ -354,9 +355,10 @@ class ResultSet(ResultBase):
         :raises TimeoutError: the time is up. For the rest see `AsyncResult.get`.
         """
         with Completions(self.leaves(), timeout) as completions:
-            async for _, outcome in completions:
-                if propagate or isinstance(outcome, Exception):
-                    _raise_or_return(outcome)
+            async for finished in completions:
+                for _, outcome in finished:
+                    if propagate or isinstance(outcome, Exception):
+                        _raise_or_return(outcome)
         return self.value()
 
     async def join(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:
@@ -372,8 +374,9 @@ class ResultSet(ResultBase):
         :raises TimeoutError: ``timeout`` seconds after the first step, if results are missing then.
         """
         with Completions(self.leaves(), timeout) as completions:
-            async for leaf, _ in completions:
-                yield leaf
+            async for finished in completions:
+                for leaf, _ in finished:
+                    yield leaf
 
     # -- looking, without waiting: one round trip per few hundred members -------------------------------------------
 

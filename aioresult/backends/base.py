@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback as tracebacks
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -99,7 +100,7 @@ class Backend(BackendCore):
         """
         return await self._submit(task_id, value, state, traceback, request, expires)
 
-    async def _submit(
+    def _submit(
         self,
         task_id: str,
         value: Any,
@@ -108,17 +109,20 @@ class Backend(BackendCore):
         request: Any = None,
         expires: float | None = None,
         only_new: bool = False,
-    ) -> bool:
-        self._check()
+    ) -> asyncio.Future[bool]:
+        self.check()
         done = datetime.now(UTC) if state in READY_STATES else None
         children: Sequence[ResultTuple] = ()
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] | None = None
+        group_id: str | None = None
         if request is not None:
             children = [_as_tuple(child) for child in getattr(request, "children", None) or ()]
             extra = self._extra_fields(request)
-        meta = TaskMeta(self._valid_id(task_id), state, value, traceback, children, done, extra)
+            group_id = extra.get("group_id")
+        task_id = self._valid_id(task_id)
+        payload = self._encode(TaskMeta(task_id, state, value, traceback, children, done, extra))
         seconds = self.expires if expires is None else checked_seconds("expires", expires)
-        return await self._stores.submit(Record(meta, self._encode(meta), seconds, only_new))
+        return self._stores.submit(Record(task_id, payload, seconds, only_new, group_id))
 
     def _extra_fields(self, request: Any) -> dict[str, Any]:
         """The optional fields, in Celery's order (``Backend._get_result_meta``)."""
@@ -156,9 +160,10 @@ class Backend(BackendCore):
 
     async def mark_as_done(self, task_id: str, value: Any, request: Any = None, expires: float | None = None) -> bool:
         """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``."""
-        self._check()
-        kept = False
-        if not getattr(request, "ignore_result", False):
+        if getattr(request, "ignore_result", False):
+            self.check()
+            kept = False
+        else:
             kept = await self._submit(task_id, value, SUCCESS, None, request, expires)
         if request is not None:
             await self._return_part(request, task_id, SUCCESS, value)
@@ -223,7 +228,7 @@ class Backend(BackendCore):
         :raises DecodeError: what is stored cannot be read. `ContentDisallowed`: its serializer is not in ``accept``.
         :raises BackendConnectionError: the server was away for longer than ``retry_for``.
         """
-        self._check()
+        self.check()
         task_id = self._valid_id(task_id)
         return await self._fetches.submit(task_id) or TaskMeta.pending(task_id)
 
@@ -238,7 +243,7 @@ class Backend(BackendCore):
 
     async def look_up(self, task_ids: Iterable[str]) -> list[Outcome]:
         """As `get_many`, but a result that cannot be read is an exception in its place and spoils no other."""
-        self._check()
+        self.check()
         outcomes: list[Outcome] = []
         for ids in chunked(map(self._valid_id, task_ids), self.fetch_chunk):
             found = await self._calls.submit(partial(self._read, ids))
@@ -248,7 +253,7 @@ class Backend(BackendCore):
 
     async def exists(self, task_id: str) -> bool:
         """Whether anything is stored under ``task_id``: also if it is only pending, or cannot be read."""
-        self._check()
+        self.check()
         try:
             return await self._fetches.submit(self._valid_id(task_id)) is not None
         except DecodeError:
@@ -261,7 +266,7 @@ class Backend(BackendCore):
         :raises TimeoutError: the time is up. A result that is there beats a deadline that has passed.
         :raises BackendClosedError: the backend was closed meanwhile. Otherwise raises as `get_task_meta`.
         """
-        self._check()
+        self.check()
         task_id = self._valid_id(task_id)
         if timeout is not None and timeout <= 0:
             meta = await self.get_task_meta(task_id)
@@ -272,7 +277,7 @@ class Backend(BackendCore):
 
     async def wait_for_topic(self, topic: str, waiter: SingleWaiter) -> TaskMeta:
         """Wait for a task, or for a chord by its topic; for handles."""
-        self._check()
+        self.check()
         self._hub.watch(topic, waiter)
         try:
             return await waiter.future
@@ -280,10 +285,13 @@ class Backend(BackendCore):
             self._hub.unwatch(topic, waiter)
             waiter.stop()
 
-    def watch(self, task_id: str, waiter: Waiter) -> None:
-        """Have ``waiter`` told of every meta of ``task_id``: the layer below `wait_for`. Pair it with `unwatch`."""
-        self._check()
-        self._hub.watch(self._valid_id(task_id), waiter)
+    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None:
+        """Have ``waiter`` told of every meta of ``task_id``: the layer below `wait_for`. Pair it with `unwatch`.
+
+        Without ``look`` nothing is read before the subscription stands: for who has just done so.
+        """
+        self.check()
+        self._hub.watch(self._valid_id(task_id), waiter, look)
 
     def unwatch(self, task_id: str, waiter: Waiter) -> None:
         """End what `watch` began; harmless if it has ended."""
@@ -294,12 +302,12 @@ class Backend(BackendCore):
 
     async def forget(self, task_id: str) -> None:
         """Remove the result. Does not wake those who wait for it: the task may yet be run again."""
-        self._check()
+        self.check()
         await self._deletes.submit(self._valid_id(task_id))
 
     async def cleanup(self) -> int:
         """Remove what has expired and return how many; 0 where the server expires by itself."""
-        self._check()
+        self.check()
         return await self._call(self._cleanup)
 
     # -- groups -----------------------------------------------------------------------------------------------------
@@ -312,7 +320,7 @@ class Backend(BackendCore):
         ``group`` is a `GroupResult`, ours or Celery's, or its tuple. It is kept for ``expires`` seconds, and longer
         if a result of one of its members, stored with a request that names the group, is kept longer.
         """
-        self._check()
+        self.check()
         group_id = self._valid_id(group_id)
         payload = self._encode_group(group_id, _as_tuple(group))
         seconds = self.expires if expires is None else checked_seconds("expires", expires)
@@ -320,7 +328,7 @@ class Backend(BackendCore):
 
     async def restore_group(self, group_id: str) -> GroupResult | None:
         """The group saved under this id, or ``None``. Raises `DecodeError` if what is stored is no group."""
-        self._check()
+        self.check()
         group_id = self._valid_id(group_id)
         payload = await self._call(lambda: self._fetch_group(group_id))
         if payload is None:
@@ -332,7 +340,7 @@ class Backend(BackendCore):
 
     async def delete_group(self, group_id: str) -> None:
         """Forget the group; its members' results stay."""
-        self._check()
+        self.check()
         group_id = self._valid_id(group_id)
         await self._call(lambda: self._delete_group(group_id))
 
@@ -349,7 +357,7 @@ class Backend(BackendCore):
         :returns: a handle; awaiting it gives the header's results. For a chord of size 0, complete at once, see
             `Chord.claim`.
         """
-        self._check()
+        self.check()
         group_id = self._valid_id(group if isinstance(group, str) else str(getattr(group, "id", "") or ""))
         if not isinstance(group, str):
             await self.save_group(group_id, group)
@@ -360,7 +368,7 @@ class Backend(BackendCore):
 
     async def set_chord_size(self, group_id: str, size: int) -> ReadyChord | None:
         """Say how many parts there are, where `create_chord` could not; a `ReadyChord` if all of them have come."""
-        self._check()
+        self.check()
         return await self._chords.set_size(self._valid_id(group_id), _size(size))
 
     async def on_chord_part_return(
@@ -381,7 +389,7 @@ class Backend(BackendCore):
         :param body: what Celery sends along with every part; not needed for a chord made with `create_chord`.
         :param lease: seconds that the claim lasts, instead of ``chord_lease``; 0 leaves the claim to `ready_chords`.
         """
-        self._check()
+        self.check()
         if index is not None:
             _count("the index of a part", index)
         seconds = self.chord_lease if lease is None else checked_seconds("lease", lease)
@@ -400,24 +408,24 @@ class Backend(BackendCore):
         outage is waited out, however long. Leaving the loop ends the subscription when the iterator is closed: wrap it
         in `contextlib.aclosing` to have that happen at once.
         """
-        self._check()
+        self.check()
         async with aclosing(self._chords.ready()) as chords:
             async for ready in chords:
                 yield ready
 
     async def chord_step(self, step: ChordStep) -> ChordState:
         """One atomic step; for `aioresult.chord`."""
-        self._check()
+        self.check()
         return await self._steps.submit(step)
 
     async def active_chords(self) -> Sequence[str]:
         """The chords that may be complete; for `aioresult.chord`."""
-        self._check()
+        self.check()
         return [group_id for group_id in await self._call(self._active_chords) if self._is_id(group_id)]
 
     def watch_topic(self, topic: str, waiter: Waiter) -> None:
         """As `watch`, of what is no task; for `aioresult.chord`."""
-        self._check()
+        self.check()
         self._hub.watch(topic, waiter)
 
     # -- handles: no I/O --------------------------------------------------------------------------------------------

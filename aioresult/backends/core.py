@@ -66,13 +66,15 @@ class CoreOptions(TypedDict, total=False):
 class Record(NamedTuple):
     """One store, as `Backend._store` gets it."""
 
-    meta: TaskMeta
-    #: What `Backend._encode` made of it.
+    task_id: str
+    #: What `Backend._encode` made of its meta.
     payload: Any
     #: Seconds to live; 0 for ever.
     expires: float
     #: Store only if nothing is stored under the id.
     only_new: bool = False
+    #: The group that must live at least as long.
+    group_id: str | None = None
 
 
 class BackendCore(ABC):
@@ -200,9 +202,27 @@ class BackendCore(ABC):
         """Remove what has expired, where the server does not do so by itself; return how many."""
         return 0
 
-    def _valid_id(self, task_id: str) -> str:
-        """``task_id`` as text, of tasks and groups; raises `UsageError` for what the store could not keep."""
-        return valid_id(task_id)
+    def _valid_id(self, task_id: str | UUID) -> str:
+        """``task_id`` as text, of tasks and groups.
+
+        Raises `UsageError` for what the store could not keep, or not apart from others.
+        """
+        if isinstance(task_id, UUID):
+            return str(task_id)
+        if not isinstance(task_id, str):
+            raise UsageError(f"an id must be a str, not {type(task_id).__qualname__}")
+        if not task_id:
+            raise UsageError("an id must not be empty")
+        if task_id[0] == "\x00":
+            raise UsageError("an id must not begin with NUL")
+        if len(task_id) > _MAX_ID_LENGTH:
+            raise UsageError(f"an id of {len(task_id):,} characters is too long; at most {_MAX_ID_LENGTH:,} are kept")
+        if not task_id.isascii():
+            try:
+                task_id.encode()
+            except UnicodeEncodeError as exc:
+                raise UsageError(f"the id {task_id!r} cannot be written as UTF-8: {exc.reason}") from None
+        return task_id
 
     def _is_id(self, text: str) -> bool:
         """Whether ``text``, which comes from the server, where others write too, can be an id at all."""
@@ -266,11 +286,13 @@ class BackendCore(ABC):
         self._loop = asyncio.get_running_loop()
         self._thread = get_ident()
         self._hub = Hub(_HubSource(self), chunk=self.fetch_chunk, recheck=self.recheck)
-        self._stores = Batcher(self._perform_store, max_items=self.store_chunk, parallel=self.store_parallel)
+        self._stores = Batcher(
+            partial(self._persist, self._store), max_items=self.store_chunk, parallel=self.store_parallel
+        )
         self._fetches = Batcher(self._read, max_items=self.fetch_chunk, parallel=2)
         self._deletes = Batcher(self._perform_delete, max_items=self.fetch_chunk)
         self._calls = Batcher(self._perform_calls, max_items=1, parallel=_PARALLEL_CALLS)
-        self._steps = Batcher(self._perform_steps, max_items=self.store_chunk, parallel=self.store_parallel)
+        self._steps = Batcher(self._perform_steps, max_items=self.fetch_chunk, parallel=2)
         self._hub.start()
         return self
 
@@ -278,7 +300,7 @@ class BackendCore(ABC):
         """Fail everyone who waits with `BackendClosedError` and close every connection. May be called twice."""
         if self._loop is None:
             return
-        self._check()
+        self.check()
         self._loop = None
         self._changing = self._was_closed = True
         await uncancelled(self._shut_down(self._closed()))
@@ -303,8 +325,8 @@ class BackendCore(ABC):
     ) -> None:
         await self.aclose()
 
-    def _check(self) -> None:
-        """Called first by every public coroutine, so that misuse fails here and not deep in a socket."""
+    def check(self) -> None:
+        """Raise if it is not open, or not in this event loop: misuse fails here, and not deep in a socket."""
         if self._loop is None and self._was_closed:
             raise self._closed()
         if self._loop is None:
@@ -318,9 +340,6 @@ class BackendCore(ABC):
 
     # -- what the batchers and the hub run --------------------------------------------------------------------------
 
-    async def _perform_store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
-        return await self._persist(lambda: self._store(records))
-
     async def _call(self, operation: Callable[[], Awaitable[T]]) -> T:
         """`_persist` for what goes into no batch: in a task of the backend's own, which `aclose` ends, all the same."""
         return cast("T", await self._calls.submit(partial(self._persist, operation)))
@@ -328,21 +347,22 @@ class BackendCore(ABC):
     async def _perform_calls(self, calls: Sequence[Callable[[], Awaitable[Any]]]) -> Sequence[Any]:
         return [await call() for call in calls]
 
-    async def _persist(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Repeat ``operation`` while the server cannot be reached, until it has been away for ``retry_for``.
+    async def _persist(self, operation: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Repeat ``operation(*args)`` while the server cannot be reached, until it has been away for ``retry_for``.
 
         The time counts from the first failure of *any* call: in a long outage each further call fails at once,
         instead of queueing up for the same disappointment. A failure so long ago that nobody knows what was since
         does not count.
         """
-        backoff = Backoff()
-        first: float | None = None
+        backoff: Backoff | None = None
+        first = 0.0
         while True:
             try:
-                value = await operation()
+                value = await operation(*args)
             except BackendConnectionError:
                 now = asyncio.get_running_loop().time()
-                first = now if first is None else first
+                if backoff is None:
+                    backoff, first = Backoff(), now
                 if self._down_since is None or now - self._down_at > self.retry_for:
                     self._down_since = now
                 self._down_at = now
@@ -354,17 +374,17 @@ class BackendCore(ABC):
                 return value
 
     async def _perform_delete(self, task_ids: Sequence[str]) -> Sequence[None]:
-        await self._persist(lambda: self._delete(task_ids))
+        await self._persist(self._delete, task_ids)
         return [None] * len(task_ids)
 
     async def _perform_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
-        return await self._persist(lambda: self._chord_steps(steps))
+        return await self._persist(self._chord_steps, steps)
 
     async def _read(self, task_ids: Sequence[str]) -> Sequence[Outcome | None]:
         """Fetch and decode; a result that cannot be decoded is an error in its place, and harms no other."""
-        if any(task_id.startswith("\x00") for task_id in task_ids):
+        if min(task_ids) < "\x01":  # the topics of chords begin with NUL
             return await self._read_topics(task_ids)
-        stored = await self._persist(lambda: self._fetch(task_ids))
+        stored = await self._persist(self._fetch, task_ids)
         return [
             None if value is None else self._outcome(task_id, value)
             for task_id, value in zip(task_ids, stored, strict=True)
@@ -404,26 +424,6 @@ class _HubSource:
         self.subscribe = backend._subscribe
         self.unsubscribe = backend._unsubscribe
         self.read = backend._read
-
-
-def valid_id(task_id: str | UUID) -> str:
-    """``task_id`` as text. Raises `UsageError` for an id that no store could keep apart from others."""
-    if not isinstance(task_id, str):
-        if isinstance(task_id, UUID):
-            return str(task_id)
-        raise UsageError(f"an id must be a str, not {type(task_id).__qualname__}")
-    if not task_id:
-        raise UsageError("an id must not be empty")
-    if task_id.startswith("\x00"):
-        raise UsageError("an id must not begin with NUL")
-    if len(task_id) > _MAX_ID_LENGTH:
-        raise UsageError(f"an id of {len(task_id):,} characters is too long; at most {_MAX_ID_LENGTH:,} are kept")
-    if not task_id.isascii():
-        try:
-            task_id.encode()
-        except UnicodeEncodeError as exc:
-            raise UsageError(f"the id {task_id!r} cannot be written as UTF-8: {exc.reason}") from None
-    return task_id
 
 
 def checked_seconds(name: str, value: float) -> float:

@@ -106,12 +106,12 @@ class KeyValueStoreBackend(Backend):
         return self._group_prefix + group_id
 
     async def _fetch(self, task_ids: Sequence[str]) -> Sequence[bytes | BaseException | None]:
-        return await self._get([self._task_key(task_id) for task_id in task_ids])
+        return await self._get([self._task_prefix + task_id for task_id in task_ids])
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
         writes = [
             Write(
-                self._task_prefix + record.meta.task_id,
+                self._task_prefix + record.task_id,
                 Op.PUT_IF_ABSENT if record.only_new else Op.PUT_UNLESS_SUCCESS,
                 record.payload,
                 record.expires,
@@ -120,9 +120,9 @@ class KeyValueStoreBackend(Backend):
         ]
         # A group lives at least as long as its members. A write of its own: the two keys need not share a slot.
         groups = [
-            Write(self._group_key(record.meta.group_id), Op.EXTEND, expires=record.expires)
+            Write(self._group_key(record.group_id), Op.EXTEND, expires=record.expires)
             for record in records
-            if record.meta.group_id
+            if record.group_id
         ]
         return (await self._write(writes + groups))[: len(records)]
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar, Unpack
+from uuid import UUID
 
 import asyncpg
 
@@ -247,7 +248,7 @@ class PostgresBackend(Backend):
 
     # -- results ----------------------------------------------------------------------------------------------------
 
-    def _valid_id(self, task_id: str) -> str:
+    def _valid_id(self, task_id: str | UUID) -> str:
         task_id = super()._valid_id(task_id)
         if len(task_id) > _MAX_ID_LENGTH or "\x00" in task_id:
             raise UsageError(
@@ -320,19 +321,19 @@ class PostgresBackend(Backend):
         self, connection: Any, records: Sequence[Record], indexes: list[int], outcomes: list[bool | BaseException]
     ) -> None:
         # By id, so that two batches in flight lock their common rows in the same order.
-        indexes.sort(key=lambda index: records[index].meta.task_id)
+        indexes.sort(key=lambda index: records[index].task_id)
         rows = [self._row(records[index]) for index in indexes]
         sql = self._sql.store_new if records[indexes[0]].only_new else self._sql.store
         stored = {row[0] for row in await connection.fetch(sql, *zip(*rows, strict=True))}
         for index in indexes:
-            outcomes[index] = records[index].meta.task_id in stored
+            outcomes[index] = records[index].task_id in stored
 
     def _row(self, record: Record) -> tuple[Any, ...]:
         # Celery's rule, date_done plus the reader's default, is enough for most; the others get a row in our table.
-        by_default = record.expires == self.expires and record.meta.date_done is not None
+        by_default = record.expires == self.expires and record.payload[2] is not None  # its date_done
         seconds = record.expires or math.inf
-        group_id = _text(record.meta.group_id, _MAX_ID_LENGTH)
-        return (record.meta.task_id, *record.payload, None if by_default else seconds, group_id, seconds)
+        group_id = _text(record.group_id, _MAX_ID_LENGTH)
+        return (record.task_id, *record.payload, None if by_default else seconds, group_id, seconds)
 
     async def _delete(self, task_ids: Sequence[str]) -> None:
         await self._run(lambda connection: connection.execute(self._sql.delete, task_ids))
@@ -481,7 +482,7 @@ def _rounds(records: Sequence[Record]) -> Iterator[list[int]]:
         now: dict[bool, list[int]] = {False: [], True: []}
         later: list[int] = []
         for index in waiting:
-            task_id = records[index].meta.task_id
+            task_id = records[index].task_id
             if task_id in seen:
                 later.append(index)
             else:

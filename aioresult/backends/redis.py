@@ -34,6 +34,12 @@ from .redis_scripts import CHORD, EXTEND, PUT, REGISTER, SCRIPTS
 __all__ = ["RedisBackend"]
 
 
+#: Once the server has carried out what it read, it writes to its clients, the last that it got something for first. A
+#: script's own reply comes after what it published: whoever stores would be woken before those who wait, and keep them
+#: from the processor. But a client has one place in that queue, that of its first reply, which is to this.
+_WAITERS_FIRST: Command = ("PING",)
+
+
 class RedisBackend(KeyValueStoreBackend):
     """``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://`` or ``redis+socket://``.
 
@@ -41,6 +47,11 @@ class RedisBackend(KeyValueStoreBackend):
     ``?protocol=2``, ``?client_name=web``, ``?socket_connect_timeout=3``, ``?ssl_ca_certs=/etc/ca.pem``. Certificates
     are verified unless ``?ssl_cert_reqs=none`` says otherwise.
     """
+
+    # Small batches, many at once: a connection that is pipelined needs not wait for one to send the next, and whoever
+    # is in the first goes on while the server works at the others.
+    store_chunk = 64
+    store_parallel = 16
 
     def __init__(self, url: str = "redis://", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
@@ -50,7 +61,7 @@ class RedisBackend(KeyValueStoreBackend):
         self._connecting = asyncio.Lock()
 
     async def _open(self) -> None:
-        await self._command_connection()
+        await self._reconnected()
 
     async def _close(self) -> None:
         for connection in (self._commands, self._listener):
@@ -58,9 +69,7 @@ class RedisBackend(KeyValueStoreBackend):
                 await connection.close()
         self._commands = self._listener = None
 
-    async def _command_connection(self) -> RedisConnection:
-        if self._commands is not None and not self._commands.closed:
-            return self._commands
+    async def _reconnected(self) -> RedisConnection:
         async with self._connecting:  # one of those who need it connects, the others get what it got
             if self._commands is None or self._commands.closed:
                 if self._commands is not None:
@@ -83,22 +92,30 @@ class RedisBackend(KeyValueStoreBackend):
 
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
         """The replies. Raises if any of them says that the server is not ready, for then all are to be repeated."""
-        connection = await self._command_connection()
+        connection = self._commands
+        if connection is None or connection.closed:
+            connection = await self._reconnected()
         replies = await connection.request(commands)
-        missing = [i for i, r in enumerate(replies) if isinstance(r, hiredis.ReplyError) and _code(r) == "NOSCRIPT"]
+        if refused := [index for index, reply in enumerate(replies) if isinstance(reply, hiredis.ReplyError)]:
+            await self._try_again(connection, commands, replies, refused)
+        return replies
+
+    async def _try_again(
+        self, connection: RedisConnection, commands: Sequence[Command], replies: list[Any], refused: Sequence[int]
+    ) -> None:
+        missing = [index for index in refused if _code(replies[index]) == "NOSCRIPT"]
         if missing:  # SCRIPT FLUSH, or a restart behind a proxy that kept the connection
             await self._load_scripts(connection)
             again = await connection.request([commands[index] for index in missing])
             for index, reply in zip(missing, again, strict=True):
                 replies[index] = reply
-        for reply in replies:
+        for reply in [replies[index] for index in refused]:
             if isinstance(reply, hiredis.ReplyError):
                 error = translate(reply, self.as_uri())
                 if isinstance(error, BackendConnectionError):
                     if _code(reply) == "READONLY":  # after a failover: the name may lead to the new master by now
                         await connection.close()
                     raise error
-        return replies
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | BaseException | None]:
         # Not MGET: that would tie the keys to one slot, and the server up for as long as it copies all the values.
@@ -109,21 +126,22 @@ class RedisBackend(KeyValueStoreBackend):
         ]
 
     async def _write(self, writes: Sequence[Write]) -> list[bool | BaseException]:
-        replies = await self._execute([_command(write) for write in writes])
-        outcomes: list[bool | BaseException] = []
-        for write, reply in zip(writes, replies, strict=True):
-            current = reply
-            try:
-                while isinstance(current, bytes) and write.op is Op.PUT_UNLESS_SUCCESS:
-                    current = 0 if self.codec.is_success(current) else await self._replace(write, current)
-            except SerializationError as exc:
-                outcomes.append(exc)
-                continue
-            if isinstance(current, hiredis.ReplyError):
-                outcomes.append(self._refusal(current, BackendStoreError, f"store {write.key}"))
-            else:
-                outcomes.append(bool(current))
-        return outcomes
+        _, *replies = await self._execute([_WAITERS_FIRST, *map(_command, writes)])
+        return [
+            reply == 1 if isinstance(reply, int) else await self._written(write, reply)
+            for write, reply in zip(writes, replies, strict=True)
+        ]
+
+    async def _written(self, write: Write, reply: Any) -> bool | BaseException:
+        """What came of ``write``, where the reply is not simply that."""
+        try:
+            while isinstance(reply, bytes) and write.op is Op.PUT_UNLESS_SUCCESS:
+                reply = 0 if self.codec.is_success(reply) else await self._replace(write, reply)
+        except SerializationError as exc:
+            return exc
+        if isinstance(reply, hiredis.ReplyError):
+            return self._refusal(reply, BackendStoreError, f"store {write.key}")
+        return bool(reply)
 
     async def _replace(self, write: Write, current: bytes) -> Any:
         """Try again to put over a value that the script could not judge: compare and set, still in the server."""
@@ -240,9 +258,10 @@ def _command(write: Write, digest: str = "") -> Command:
     ttl = _milliseconds(write.expires)
     match write.op:
         case Op.PUT_UNLESS_SUCCESS:
-            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "", digest
+            more = ("", digest) if digest else ()
+            return "EVALSHA", PUT, 1, write.key, write.value, ttl, *more
         case Op.PUT_IF_ABSENT:
-            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "absent", ""
+            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "absent"
         case Op.PUT:
             return ("SET", write.key, write.value, "PX", ttl) if ttl else ("SET", write.key, write.value)
         case Op.EXTEND:

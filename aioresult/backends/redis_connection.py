@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import hiredis
@@ -120,27 +120,27 @@ class RedisConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
-        reader, on_message = self._reader, self._on_message
+        gets, on_message = self._reader.gets, self._on_message
         try:
-            reader.feed(data)
-            while (reply := reader.gets()) is not _NOT_ENOUGH:
-                if on_message is not None and isinstance(reply, list) and reply[0] == b"message":
-                    on_message(reply[1], reply[2])
-                elif on_message is not None or not isinstance(reply, hiredis.PushNotification):
-                    self._replied(reply)
+            self._reader.feed(data)
+            while (reply := gets()) is not _NOT_ENOUGH:
+                if isinstance(reply, list):
+                    if on_message is not None and reply[0] == b"message":
+                        on_message(reply[1], reply[2])
+                        continue
+                    if on_message is None and isinstance(reply, hiredis.PushNotification):
+                        continue
+                if not self._requests:
+                    raise ValueError("a reply that nobody asked for")
+                request = self._requests[0]
+                request.replies.append(reply)
+                refused = request.one_command and isinstance(reply, hiredis.ReplyError)
+                if refused or len(request.replies) == request.want:
+                    self._requests.popleft()
+                    if not request.future.done():
+                        request.future.set_result(request.replies)
         except Exception as exc:  # a reply of a form that Redis never sends may break anything that looks into it
             self._fail(BackendConnectionError(f"{self._where} does not speak Redis' protocol: {exc}"))
-
-    def _replied(self, reply: Any) -> None:
-        if not self._requests:
-            self._fail(BackendConnectionError(f"{self._where} sent a reply that nobody asked for"))
-            return
-        request = self._requests[0]
-        request.replies.append(reply)
-        if len(request.replies) == request.want or (request.one_command and isinstance(reply, hiredis.ReplyError)):
-            self._requests.popleft()
-            if not request.future.done():
-                request.future.set_result(request.replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(BackendConnectionError(f"the connection to {self._where} was lost: {exc or 'closed by the server'}"))
@@ -153,20 +153,21 @@ class RedisConnection(asyncio.Protocol):
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    async def request(self, commands: Sequence[Command]) -> list[Any]:
+    def request(self, commands: Sequence[Command]) -> Coroutine[Any, Any, list[Any]]:
         """The reply to each command; an error reply is a `hiredis.ReplyError` in its place.
 
         All commands go out at once, whatever is in flight. Raises `BackendConnectionError` if the connection breaks
         before the last reply; the commands may have been executed then.
         """
-        return await self._send(b"".join(map(_pack, commands)), len(commands), False)
+        return self._send(b"".join(map(_pack, commands)), len(commands))
 
-    async def request_many(self, command: Command, replies: int) -> list[Any]:
+    def request_many(self, command: Command, replies: int) -> Coroutine[Any, Any, list[Any]]:
         """As `request`, of one command that is answered by several replies (SUBSCRIBE), or by one error."""
-        return await self._send(_pack(command), replies, True)
+        return self._send(_pack(command), replies, one_command=True)
 
-    async def _send(self, data: bytes, want: int, one_command: bool) -> list[Any]:
-        await self._writable.wait()
+    async def _send(self, data: bytes, want: int, one_command: bool = False) -> list[Any]:
+        if not self._writable.is_set():
+            await self._writable.wait()
         if self.closed:
             raise BackendConnectionError(f"the connection to {self._where} is closed")
         future: asyncio.Future[list[Any]] = self._loop.create_future()

@@ -13,21 +13,24 @@ __all__ = ["CHORD", "EXTEND", "PUT", "REGISTER", "SCRIPTS"]
 # stored value itself where the script cannot tell: compressed, or of another serializer. The caller then decodes it
 # and, if it may be replaced, tries again with the digest of what it saw.
 #   KEYS[1]: the key, which is also the channel
-#   ARGV: value; milliseconds to live, 0 for ever; "absent" to store only over nothing; digest of a replaceable value
+#   ARGV: value; milliseconds to live, 0 for ever; and, if at all, "absent" to store only over nothing; digest of a
+#         replaceable value
 # A value equal to the new one counts as stored: it is this very store, repeated after its reply was lost.
 _PUT = f"""
 local key, value, ttl, guard, digest = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local head = redis.call('GETRANGE', key, 0, {len(SUCCESS_HEAD) - 1})
-if head ~= '' then
+local ok
+if ttl == '0' then ok = redis.call('SET', key, value, 'NX') else ok = redis.call('SET', key, value, 'PX', ttl, 'NX') end
+if not ok then
     if guard == 'absent' then return 0 end
+    local head = redis.call('GETRANGE', key, 0, {len(SUCCESS_HEAD) - 1})
     if head == '{SUCCESS_HEAD.decode()}' then return redis.call('GET', key) == value and 1 or 0 end
     if string.sub(head, 1, 12) ~= '{SUCCESS_HEAD[:12].decode()}' then
         local current = redis.call('GET', key)
         if current == value then return 1 end
         if redis.sha1hex(current) ~= digest then return current end
     end
+    if ttl == '0' then redis.call('SET', key, value) else redis.call('SET', key, value, 'PX', ttl) end
 end
-if ttl == '0' then redis.call('SET', key, value) else redis.call('SET', key, value, 'PX', ttl) end
 redis.call('PUBLISH', key, value)
 return 1
 """

@@ -68,6 +68,20 @@ _PEERS = (
         larger={"pool": 1000},
         reads_celery=True,
     ),
+    _Peer(
+        "streaq 7.2",
+        "benchmarks.peers.streaq:Streaq",
+        ("streaq==7.2.0", "coredis==6.9.0"),
+        note="a connection per waiter, by default of 64, and hangs when none is left",
+        larger={"pool": 2000},  # with 1,000, just as many waiters hang
+    ),
+    _Peer(
+        "docket 0.27",
+        "benchmarks.peers.docket:DocketResults",
+        ("pydocket==0.27.0", "redis==8.1.0"),
+        note="a connection per waiter, by default of 100, and raises when none is left",
+        larger={"pool": 1000},
+    ),
 )
 
 

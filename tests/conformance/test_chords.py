@@ -142,7 +142,7 @@ async def test_concurrent_parts_share_their_way_to_the_server(harness: Harness) 
     await backend.create_chord("g", size=2000)
     calls.clear()
     await asyncio.gather(*(part(backend, index) for index in range(2000)))
-    assert calls["_chord_steps"] <= 2000 / backend.store_chunk + 1  # and one that reads the parts
+    assert calls["_chord_steps"] <= 2000 / backend.fetch_chunk + 1  # and one that reads the parts
 
 
 async def test_claim_takes_what_is_complete_and_nobodys(harness: Harness) -> None:
