@@ -67,7 +67,9 @@ class Batcher(Generic[Item, Out]):
             self._parked.pop().set_result(None)
         elif len(self._workers) < self._parallel:
             self._starting = True
-            self._workers.add(self._loop.create_task(self._work()))
+            worker = self._loop.create_task(self._work())
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
 
     async def _work(self) -> None:
         while True:
@@ -123,8 +125,8 @@ class Batcher(Generic[Item, Out]):
         self._futures.clear()
         for parked in self._parked:
             parked.set_result(None)
-        if self._workers:
-            _, late = await asyncio.wait(self._workers, timeout=1.0)
+        if workers := list(self._workers):
+            _, late = await asyncio.wait(workers, timeout=1.0)
             for worker in late:
                 worker.cancel()
             if late:

@@ -236,3 +236,27 @@ async def test_closing_an_idle_one_is_at_once(new_batcher: NewBatcher) -> None:
     await batcher.close(BackendClosedError("closed"))
     with pytest.raises(BackendClosedError):
         await batcher.submit(1)
+
+
+async def test_calls_one_after_the_other_need_one_task(new_batcher: NewBatcher) -> None:
+    trips = RoundTrips()
+    trips.gate.set()
+    batcher = new_batcher(trips.run, max_items=10, parallel=3)
+    before = asyncio.all_tasks()
+    assert [await batcher.submit(n) for n in range(5)] == [0, 10, 20, 30, 40]
+    assert len(asyncio.all_tasks() - before) == 1
+
+
+async def test_a_worker_that_is_cancelled_is_replaced(new_batcher: NewBatcher) -> None:
+    """As at the end of `asyncio.run`, which cancels every task there is and waits for them."""
+    trips = RoundTrips()
+    batcher = new_batcher(trips.run, max_items=10)
+    before = asyncio.all_tasks()
+    (caller,) = await in_flight(trips, batcher, [0])
+    (worker,) = asyncio.all_tasks() - before - {caller}
+    worker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await asyncio.wait([worker])
+    trips.gate.set()
+    assert await batcher.submit(1) == 10

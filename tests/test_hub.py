@@ -127,6 +127,15 @@ def watch(source: ScriptedSource, task_id: str = "a") -> SingleWaiter:
     return waiter
 
 
+async def test_who_has_looked_is_read_for_once_subscribed(source: ScriptedSource) -> None:
+    waiter = SingleWaiter("a", None)
+    source.hub.watch("a", waiter, look=False)
+    source.store("a")  # before the subscription: no message tells of it
+    await source.drain()
+    assert waiter.future.done()
+    assert [name for name, _ in source.calls] == ["subscribe", "read", "unsubscribe"]
+
+
 async def perform(source: ScriptedSource, script: Sequence[str]) -> tuple[list[SingleWaiter], list[SingleWaiter]]:
     """Do what the script says. Returns those who still wait, or were told, and those who left before they were."""
     waiters = [watch(source)]

@@ -29,7 +29,7 @@ from aioresult import (
     SerializationError,
     TaskMeta,
 )
-from aioresult.serialization import Codec
+from aioresult.serialization import Codec, _json_dumps, _json_meta, _meta_as_mapping
 from aioresult.states import EXCEPTION_STATES, FAILURE, RETRY, STARTED, SUCCESS
 
 kombu_json: Any = kombu.utils.json  # has no annotations
@@ -279,6 +279,26 @@ def test_pickle_keeps_an_exception_whole_if_it_survives_that() -> None:
 )
 def test_a_result_can_be_written_without_the_other_fields(meta: TaskMeta, written: str) -> None:
     assert Codec().dumps_result(meta).decode() == written
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        TaskMeta('ü"\\', "SUCCESS", {"a": [1.5, None, "\ud83d\ude00"]}, None, (), DONE),
+        TaskMeta("t", STARTED, {"pid": 1}),
+        TaskMeta("t", FAILURE, None, 'line 1\n\t"line 2"', [(("child", None), None)], DONE),
+        TaskMeta("t", 'MY "STATE"', DONE, None, (), None, {"name": "tasks.add", "args": [1, "é"], "retries": 0}),
+    ],
+)
+def test_the_json_written_in_place_is_that_of_a_mapping(meta: TaskMeta) -> None:
+    assert _json_meta(meta) == _meta_as_mapping(_json_dumps, meta)
+
+
+def test_white_space_around_a_result_is_nothing_and_anything_else_an_error() -> None:
+    assert Codec().decode("t", b' {"status": "SUCCESS", "result": 1}\r\n').result == 1
+    for data in (b'{"status": "SUCCESS"} {}', b'{"status": "SUCCESS"}x', b" "):
+        with pytest.raises(DecodeError, match="the result of task t cannot be read"):
+            Codec().decode("t", data)
 
 
 @pytest.mark.parametrize(

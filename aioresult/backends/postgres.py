@@ -40,7 +40,7 @@ from .core import logger
 from .postgres_chords import ChordTable
 from .postgres_listener import Listener, bounded, close_connection
 from .postgres_schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql
-from .postgres_statements import CLEANUP_BATCH, INSPECT, Statements
+from .postgres_statements import CLEANUP_BATCH, INSPECT, PLAIN_COLUMNS, Statements
 
 __all__ = ["PostgresBackend", "schema_sql"]
 
@@ -263,11 +263,12 @@ class PostgresBackend(Backend):
         return [found.get(task_id) for task_id in task_ids]
 
     def _encode(self, meta: TaskMeta) -> tuple[Any, ...]:
-        """The columns of the result, from ``status`` on."""
+        """The columns of the result, from ``status`` on; no more than `PLAIN_COLUMNS` if the others are null."""
+        plain = (meta.status, self.codec.dumps_result(meta), meta.date_done)
+        if meta.traceback is None and not meta.children and not meta.extra:
+            return plain
         return (
-            meta.status,
-            self.codec.dumps_result(meta),
-            meta.date_done,
+            *plain,
             _text(meta.traceback),
             self.codec.dumps(meta.children, f"the children of task {meta.task_id}") if meta.children else None,
             *(self._encode_optional(column, meta.extra or {}) for column in self._columns),
@@ -322,18 +323,26 @@ class PostgresBackend(Backend):
     ) -> None:
         # By id, so that two batches in flight lock their common rows in the same order.
         indexes.sort(key=lambda index: records[index].task_id)
-        rows = [self._row(records[index]) for index in indexes]
-        sql = self._sql.store_new if records[indexes[0]].only_new else self._sql.store
+        batch = [records[index] for index in indexes]
+        plain = all(map(self._is_plain, batch))
+        rows = [(record.task_id, *record.payload) if plain else self._row(record) for record in batch]
+        sql = self._sql.store[batch[0].only_new, plain]
         stored = {row[0] for row in await connection.fetch(sql, *zip(*rows, strict=True))}
         for index in indexes:
             outcomes[index] = records[index].task_id in stored
 
+    def _is_plain(self, record: Record) -> bool:
+        return len(record.payload) == len(PLAIN_COLUMNS) and self._expires_by_default(record)
+
+    def _expires_by_default(self, record: Record) -> bool:
+        """Celery's rule, date_done plus the reader's default, is enough for most; others get a row in our table."""
+        return record.expires == self.expires and record.payload[2] is not None
+
     def _row(self, record: Record) -> tuple[Any, ...]:
-        # Celery's rule, date_done plus the reader's default, is enough for most; the others get a row in our table.
-        by_default = record.expires == self.expires and record.payload[2] is not None  # its date_done
         seconds = record.expires or math.inf
-        group_id = _text(record.group_id, _MAX_ID_LENGTH)
-        return (record.task_id, *record.payload, None if by_default else seconds, group_id, seconds)
+        missing = (None,) * (len(PLAIN_COLUMNS) + 2 + len(self._columns) - len(record.payload))
+        expiry = None if self._expires_by_default(record) else seconds
+        return (record.task_id, *record.payload, *missing, expiry, _text(record.group_id, _MAX_ID_LENGTH), seconds)
 
     async def _delete(self, task_ids: Sequence[str]) -> None:
         await self._run(lambda connection: connection.execute(self._sql.delete, task_ids))

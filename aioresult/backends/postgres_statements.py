@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from .postgres_schema import EXTENDED_COLUMNS, Tables, instant_sql, literal_sql
 
-__all__ = ["CLEANUP_BATCH", "INSPECT", "Statements"]
+__all__ = ["CLEANUP_BATCH", "INSPECT", "PLAIN_COLUMNS", "Statements"]
+
+#: All that most results have.
+PLAIN_COLUMNS = ("status", "result", "date_done")
 
 #: How many rows one statement of `Statements.cleanup` deletes at most.
 CLEANUP_BATCH = 1000
@@ -32,7 +35,7 @@ class Statements:
     def __init__(self, names: Tables, optional: Sequence[str], expires: float) -> None:
         tasks, groups = names.tasks, names.groups
         task_expiry, group_expiry = names.task_expiry, names.group_expiry
-        columns = ["status", "result", "date_done", "traceback", "children", *optional]
+        columns = [*PLAIN_COLUMNS, "traceback", "children", *optional]
         listed = ", ".join(columns)
         types = {
             **EXTENDED_COLUMNS,
@@ -43,11 +46,6 @@ class Statements:
             "seconds": "float8",
             "group_seconds": "float8",
         }
-        inputs = ["task_id", *columns, "seconds", "group_id", "group_seconds"]
-        arrays = ", ".join(
-            f"${index}::{types.get(name, 'text').partition('(')[0]}[]" for index, name in enumerate(inputs, 1)
-        )
-
         # LATERAL with a LIMIT is one index look-up per id, whatever the planner believes of the tables: with a plan
         # made while they were empty, "= ANY" compares every row with every id, and takes seventy times as long.
         self.fetch: str = f"""
@@ -58,26 +56,31 @@ class Statements:
             {_expiry_of("t.task_id", "t.date_done", task_expiry)}
             WHERE NOT {_gone("t.date_done", expires)}"""
 
-        def store(replaceable: str) -> str:
-            return f"""
-            WITH input AS MATERIALIZED (
-                SELECT * FROM unnest({arrays}) AS input({", ".join(inputs)})
-            ), stored AS (
-                INSERT INTO {tasks} AS t (id, task_id, {listed})
-                SELECT nextval({literal_sql(names.task_sequence)}), task_id, {listed} FROM input
-                ON CONFLICT (task_id) DO UPDATE SET ({listed}) = ROW({", ".join(f"excluded.{c}" for c in columns)})
-                WHERE {replaceable}
-                   OR (SELECT {_gone("t.date_done", expires)}
-                       FROM (SELECT 1) one {_expiry_of("t.task_id", "t.date_done", task_expiry)})
-                RETURNING task_id, date_done AS done
+        def store(only_new: bool, plain: bool) -> str:
+            given = PLAIN_COLUMNS if plain else columns
+            inputs = ["task_id", *given, *(() if plain else ("seconds", "group_id", "group_seconds"))]
+            arrays = ", ".join(
+                f"${index}::{types.get(name, 'text').partition('(')[0]}[]" for index, name in enumerate(inputs, 1)
+            )
+            replaceable = (
+                "false"
+                if only_new
+                else """t.status IS DISTINCT FROM 'SUCCESS'
+                   -- the very same store, repeated because its reply was lost
+                   OR (t.status, t.date_done, t.result) IS NOT DISTINCT FROM
+                      (excluded.status, excluded.date_done, excluded.result)"""
+            )
+            beside = f"""
+            DELETE FROM {task_expiry} e USING stored WHERE e.id = stored.task_id"""
+            if not plain:
+                beside = f"""
+                DELETE FROM {task_expiry} e USING input JOIN stored USING (task_id)
+                WHERE e.id = task_id AND seconds IS NULL
             ), expiring AS (
                 INSERT INTO {task_expiry} AS e (id, expires_at, date_done)
                 SELECT task_id, {instant_sql("seconds")}, done FROM input JOIN stored USING (task_id)
                 WHERE seconds IS NOT NULL
                 ON CONFLICT (id) DO UPDATE SET (expires_at, date_done) = ROW(excluded.expires_at, excluded.date_done)
-            ), by_default AS (
-                DELETE FROM {task_expiry} e USING input JOIN stored USING (task_id)
-                WHERE e.id = task_id AND seconds IS NULL
             ), living_on AS (
                 -- a group lives at least as long as its members; in order, or two batches could wait for each other
                 INSERT INTO {group_expiry} AS old (id, expires_at, date_done)
@@ -90,17 +93,27 @@ class Statements:
                 GROUP BY g.taskset_id, g.date_done, e.expires_at ORDER BY g.taskset_id
                 ON CONFLICT (id) DO UPDATE SET date_done = excluded.date_done, expires_at =
                     CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
-                         ELSE greatest(old.expires_at, excluded.expires_at) END
+                         ELSE greatest(old.expires_at, excluded.expires_at) END"""
+            return f"""
+            WITH input AS MATERIALIZED (
+                SELECT * FROM unnest({arrays}) AS input({", ".join(inputs)})
+            ), stored AS (
+                INSERT INTO {tasks} AS t (id, task_id, {listed})
+                SELECT nextval({literal_sql(names.task_sequence)}), task_id,
+                       {", ".join(column if column in given else "NULL" for column in columns)} FROM input
+                ON CONFLICT (task_id) DO UPDATE SET ({listed}) = ROW({", ".join(f"excluded.{c}" for c in columns)})
+                WHERE {replaceable}
+                   OR (SELECT {_gone("t.date_done", expires)}
+                       FROM (SELECT 1) one {_expiry_of("t.task_id", "t.date_done", task_expiry)})
+                RETURNING task_id, date_done AS done
+            ), by_default AS ({beside}
             )
             SELECT task_id FROM stored"""
 
-        self.store: str = store(
-            """t.status IS DISTINCT FROM 'SUCCESS'
-                   -- the very same store, repeated because its reply was lost
-                   OR (t.status, t.date_done, t.result) IS NOT DISTINCT FROM
-                      (excluded.status, excluded.date_done, excluded.result)"""
-        )
-        self.store_new: str = store("false")
+        #: By whether they store only what is new, and whether they take the `PLAIN_COLUMNS` of each row only.
+        self.store = {
+            (only_new, plain): store(only_new, plain) for only_new in (False, True) for plain in (False, True)
+        }
         self.delete: str = f"""
             WITH gone AS (DELETE FROM {task_expiry} WHERE id = ANY($1::varchar[]))
             DELETE FROM {tasks} WHERE task_id = ANY($1::varchar[])"""

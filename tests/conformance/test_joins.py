@@ -14,6 +14,7 @@ from aioresult import (
     FIRST_EXCEPTION,
     Backend,
     BackendClosedError,
+    BackendConnectionError,
     ResultBase,
     TimeoutError,
     UsageError,
@@ -22,7 +23,7 @@ from aioresult import (
     wait,
 )
 
-from ..harness import Harness, MemoryHarness, count_calls
+from ..harness import Gate, Harness, MemoryHarness, count_calls, intercept
 
 
 class Stores:
@@ -237,3 +238,77 @@ async def test_a_store_without_members_is_left_alone(harness: Harness) -> None:
         count.clear()
     assert await gather(first.result("a"), known, first.result("a")) == [1, 1, 1]
     assert calls == [{"_fetch": 1}, {}]
+
+
+# -- looking at what is over, before anything is watched --------------------------------------------------------------
+
+
+async def test_what_is_over_is_found_without_a_subscription(harness: Harness) -> None:
+    backend = harness.make()
+    calls = count_calls(backend)
+    await harness.open(backend)
+    await asyncio.gather(*(backend.mark_as_done(f"t{number}", number) for number in range(1200)))
+    calls.clear()
+    assert await backend.group(f"t{number}" for number in range(1200)) == list(range(1200))
+    assert calls == {"_fetch": 3}
+
+
+async def test_a_result_stored_between_the_look_and_the_watch_is_not_missed(harness: Harness) -> None:
+    backend, worker = harness.make(), await harness.connect()
+
+    async def fetch(original: Any, *args: Any) -> Any:
+        found = await original(*args)
+        await worker.mark_as_done("t", 1)  # which that was too early to see
+        return found
+
+    intercept(backend, "_fetch", fetch)
+    await harness.open(backend)
+    assert await backend.group(["t"]) == [1]
+
+
+async def test_a_server_that_does_not_answer_holds_no_deadline_up(harness: Harness) -> None:
+    backend = harness.make()
+    gate = Gate(backend, "_fetch")
+    await harness.open(backend)
+    with pytest.raises(TimeoutError, match="task a, with 1 more"):
+        await backend.group(["a", "b"]).get(timeout=0.01)
+    assert gate.reached.is_set()
+    gate.open.set()
+    await backend.get_many(["a"])
+    assert len(backend._hub) == 0  # nobody goes on to watch what nobody waits for
+    await backend.mark_as_done("a", 1)
+    await backend.mark_as_done("b", 2)
+    assert await backend.group(["a", "b"]).get(timeout=60) == [1, 2]
+
+
+async def test_an_outage_while_it_looks_fails_no_join(harness: Harness) -> None:
+    backend = harness.make(retry_for=0.0)
+    outages = 3
+
+    async def fetch(original: Any, *args: Any) -> Any:
+        nonlocal outages
+        outages -= 1
+        if outages >= 0:
+            raise BackendConnectionError("away")
+        return await original(*args)
+
+    intercept(backend, "_fetch", fetch)
+    await harness.open(backend)
+    await backend.mark_as_done("t", 1)
+    assert await backend.group(["t"]) == [1]
+    outages = 1
+    with pytest.raises(BackendConnectionError, match="away"):  # but who looks once has nothing to wait for
+        await backend.group(["t"]).get(timeout=0)
+
+
+async def test_closing_while_it_looks_ends_a_join(harness: Harness) -> None:
+    backend = harness.make()
+    gate = Gate(backend, "_fetch")
+    await backend.open()
+    joining = asyncio.create_task(backend.group(["t"]).get())
+    await gate.reached.wait()
+    closing = asyncio.create_task(backend.aclose())
+    with pytest.raises(BackendClosedError):
+        await joining
+    gate.open.set()
+    await closing

@@ -561,3 +561,31 @@ async def test_what_may_be_a_success_that_this_writer_cannot_read_is_not_overwri
     else:
         assert not await careful.mark_as_failure("t", ValueError("late"))
     assert await trusting.result("t") == {1, 2}
+
+
+async def test_a_plain_result_keeps_nothing_of_the_fuller_one_it_replaces(harness: Harness) -> None:
+    backend = await harness.connect(expires=3600.0, extended=True)
+    request = TaskRequest(id="t", task="tasks.add", args=[1], children=[(("child", None), None)])
+    await backend.store_result("t", KeyError("again"), RETRY, "Traceback …", request, expires=60)
+    fuller = await backend.get_task_meta("t")
+    assert (fuller.traceback, fuller.name, len(fuller.children)) == ("Traceback …", "tasks.add", 1)
+    # Together with one that is not plain: both are in one batch.
+    await asyncio.gather(backend.mark_as_done("t", 1), backend.mark_as_done("u", 2, request, expires=60))
+    plain, other = await backend.get_many(["t", "u"])
+    assert (plain.result, plain.traceback, plain.name, list(plain.children)) == (1, None, None, [])
+    assert (other.result, other.name) == (2, "tasks.add")
+    left = await harness.seconds_left("t")
+    assert left is not None
+    assert left > 60
+
+
+async def test_a_batch_of_plain_results_replaces_what_had_an_expiry_of_its_own(harness: Harness) -> None:
+    backend = await harness.connect(expires=3600.0)
+    ids = [f"t{number}" for number in range(5)]
+    await asyncio.gather(*(backend.store_result(task_id, {}, STARTED, "note", expires=60) for task_id in ids))
+    await asyncio.gather(*(backend.mark_as_done(task_id, task_id) for task_id in ids))
+    for meta in await backend.get_many(ids):
+        assert (meta.result, meta.traceback) == (meta.task_id, None)
+        left = await harness.seconds_left(meta.task_id)
+        assert left is not None
+        assert left > 60
