@@ -1,13 +1,14 @@
 """How many channels? ``python -m benchmarks.postgres_channels`` starts a PostgreSQL, measures, and prints a table.
 
-An id's channel is named by the first digits of the id's hash, in the trigger and in `PostgresBackend`. Here the number
-of digits varies: none make one channel for all, 2 make 256, 40 a channel for each id. See docs/postgres.md.
+An id's channel follows from the id's hash, in the trigger and in `PostgresBackend`. Here their number varies. See
+docs/postgres.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import sys
 from collections.abc import Awaitable, Sequence
@@ -17,21 +18,35 @@ from typing import Any, Self
 
 import asyncpg
 
-from aioresult.backends import postgres, postgres_schema
+from aioresult.backends import postgres_schema
 from aioresult.backends.postgres import PostgresBackend
 from tests.servers import postgres_server
 
 from .channel import Channel, spawn, standard
 
-CHANNELS = {0: "1", 1: "16", 2: "256", 3: "4,096", 40: "one per id"}
+#: 0 stands for a channel per id.
+CHANNELS = (1, 16, 64, 256, 4096, 0)
+#: As many as a channel's name has room for, where each id has one.
+DIGITS = 40
 PROCESSES = 4
 FEW = 25
 CONCURRENCY = 1_000
 
 
-def use(digits: int) -> None:
-    for module in (postgres_schema, postgres):
-        setattr(module, "SHARD_DIGITS", digits)  # noqa: B010 - which it does not have for others to set
+def use(channels: int) -> None:
+    """Have ids share so many channels, in this process and in the schema that it makes."""
+
+    def in_sql(prefix: str, id: str) -> str:
+        digest = f"substr(encode(sha256(convert_to({id}, 'UTF8')), 'hex'), 1, {DIGITS})"
+        number = f"(('x' || substr({digest}, 1, 8))::bit(32)::int8 % {channels})"
+        return f"{prefix} || {number if channels else digest}"
+
+    def in_python(self: PostgresBackend, task_id: str) -> str:
+        digest = hashlib.sha256(task_id.encode()).hexdigest()[:DIGITS]
+        return self._channel_prefix + (str(int(digest[:8], 16) % channels) if channels else digest)
+
+    postgres_schema._channel = in_sql
+    PostgresBackend._channel = in_python  # type: ignore[method-assign, assignment]
 
 
 def task_ids(numbers: Sequence[int]) -> list[str]:
@@ -53,9 +68,9 @@ class Counting(PostgresBackend):
         return sum(map(len, self._waiting.values())) == count and not (hub._to_look or hub._to_add or hub._to_read)
 
 
-async def wait(url: str, digits: int, numbers: Sequence[int]) -> None:
+async def wait(url: str, channels: int, numbers: Sequence[int]) -> None:
     """A waiting process: tells how long subscribing took; when the last waiter was awake, and how much was heard."""
-    use(digits)
+    use(channels)
     channel = await standard()
     async with Counting(url) as backend:
         began = monotonic_ns()
@@ -70,8 +85,8 @@ async def wait(url: str, digits: int, numbers: Sequence[int]) -> None:
 class Waiting:
     """Waiting processes, each with its share of the waiters."""
 
-    def __init__(self, url: str, digits: int, shares: Sequence[range]) -> None:
-        self._specs = [[url, digits, [share.start, share.stop, share.step]] for share in shares]
+    def __init__(self, url: str, channels: int, shares: Sequence[range]) -> None:
+        self._specs = [[url, channels, [share.start, share.stop, share.step]] for share in shares]
         self._processes: list[asyncio.subprocess.Process] = []
         self._channels: list[Channel] = []
         #: Seconds that the slowest took to subscribe.
@@ -115,8 +130,8 @@ async def rate(count: int, work: Awaitable[None]) -> float:
     return count * 1e9 / (monotonic_ns() - began)
 
 
-async def measure(url: str, digits: int, count: int) -> dict[str, float]:
-    use(digits)
+async def measure(url: str, channels: int, count: int) -> dict[str, float]:
+    use(channels)
     connection = await asyncpg.connect(url)
     await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     await connection.close()
@@ -125,17 +140,17 @@ async def measure(url: str, digits: int, count: int) -> dict[str, float]:
     async with PostgresBackend(url) as backend:
         await store(backend, warm)
         figures["stores/s"] = await rate(count, store(backend, idle))
-        async with Waiting(url, digits, [awaited]) as waiting:
+        async with Waiting(url, channels, [awaited]) as waiting:
             figures[f"{count:,} subscribe, s"] = waiting.subscribing
             figures["stores/s meanwhile"] = await rate(count, store(backend, others))
             began = monotonic_ns()
             await store(backend, awaited)
             figures["awake/s"] = count * 1e9 / ((await waiting.awake())[0] - began)
-        async with Waiting(url, digits, [quarters[place::PROCESSES] for place in range(PROCESSES)]) as waiting:
+        async with Waiting(url, channels, [quarters[place::PROCESSES] for place in range(PROCESSES)]) as waiting:
             await store(backend, quarters)
             figures["heard by each of 4 that wait for a quarter"] = (await waiting.awake())[1] / count
         async with Waiting(
-            url, digits, [rest[place * FEW : (place + 1) * FEW] for place in range(PROCESSES)]
+            url, channels, [rest[place * FEW : (place + 1) * FEW] for place in range(PROCESSES)]
         ) as waiting:
             await store(backend, rest[::-1])  # those that are waited for come last
             figures[f"… for {FEW}"] = (await waiting.awake())[1] / count
@@ -155,19 +170,19 @@ def main() -> None:
     parser.add_argument("--wait", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.wait:
-        url, digits, share = arguments.wait
-        asyncio.run(wait(url, digits, range(*share)))
+        url, channels, share = arguments.wait
+        asyncio.run(wait(url, channels, range(*share)))
         return
-    rows: dict[int, list[dict[str, Any]]] = {digits: [] for digits in CHANNELS}
+    rows: dict[int, list[dict[str, Any]]] = {channels: [] for channels in CHANNELS}
     with postgres_server() as server:
         for _ in range(arguments.rounds):
-            for digits, figures in rows.items():
-                figures.append(asyncio.run(measure(server.url, digits, arguments.count)))
-    names = list(rows[0][0])
+            for channels, figures in rows.items():
+                figures.append(asyncio.run(measure(server.url, channels, arguments.count)))
+    names = list(rows[1][0])
     print(f"| channels | {' | '.join(names)} |\n|---{'|---:' * len(names)}|")
-    for digits, figures in rows.items():
+    for channels, figures in rows.items():
         cells = [shown(name, median(each[name] for each in figures)) for name in names]
-        print(f"| {CHANNELS[digits]} | {' | '.join(cells)} |")
+        print(f"| {channels or 'one per id'} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
