@@ -1,12 +1,14 @@
 """The batcher: concurrent calls become one round trip.
 
-Whatever is asked for while a round trip is in flight goes out together in the next one. A lone call therefore pays
-one round trip and no delay, a thousand concurrent ones pay a few; nothing waits for a timer.
+Whatever is asked for in one turn of the event loop, or while as many round trips as may be are in flight, goes out
+together in the next one. A lone call therefore pays one round trip and no delay, a thousand concurrent ones pay a few;
+nothing waits for a timer.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -42,11 +44,11 @@ class Batcher(Generic[Item, Out]):
         self._max_items = max_items
         self._parallel = parallel
         self._loop = asyncio.get_running_loop()
-        self._items: list[Item] = []
-        self._futures: list[asyncio.Future[Out]] = []
-        #: At most ``parallel``; those that have nothing to do wait for a future in `_parked`.
-        self._workers: set[asyncio.Task[None]] = set()
-        self._parked: list[asyncio.Future[None]] = []
+        self._items: deque[Item] = deque()
+        self._futures: deque[asyncio.Future[Out]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._working = 0
+        #: Whether a task was made that has not begun: it will take what is submitted until then.
         self._starting = False
         self._closed: Exception | None = None
 
@@ -62,36 +64,28 @@ class Batcher(Generic[Item, Out]):
         return future
 
     def _start(self) -> None:
-        if self._parked:
+        if self._working < self._parallel:
             self._starting = True
-            self._parked.pop().set_result(None)
-        elif len(self._workers) < self._parallel:
-            self._starting = True
-            worker = self._loop.create_task(self._work())
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            self._working += 1
+            task = self._loop.create_task(self._work())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _work(self) -> None:
-        while True:
-            # Only now, and not in `submit`: every coroutine that was ready to run in this turn of the loop is in the
-            # batch.
-            self._starting = False
-            while self._items:
-                items, futures = self._take()
-                if self._items:
-                    self._start()
-                if items:
-                    await self._perform(items, futures)
-            if self._closed is not None:
-                return
-            parked = self._loop.create_future()
-            self._parked.append(parked)
-            await parked
+        # Only now, and not in `submit`: every coroutine that was ready to run in this turn of the loop is in the batch.
+        self._starting = False
+        while self._items:
+            items, futures = self._take()
+            if self._items and not self._starting:
+                self._start()
+            if items:
+                await self._perform(items, futures)
+        self._working -= 1  # in the step that found the queue empty: nothing can be submitted between
 
     def _take(self) -> tuple[Sequence[Item], Sequence[asyncio.Future[Out]]]:
-        count = self._max_items
-        items, futures = self._items[:count], self._futures[:count]
-        del self._items[:count], self._futures[:count]
+        count = min(self._max_items, len(self._items))
+        items = [self._items.popleft() for _ in range(count)]
+        futures = [self._futures.popleft() for _ in range(count)]
         if any(map(asyncio.Future.done, futures)):  # a caller was cancelled
             items = [item for item, future in zip(items, futures, strict=True) if not future.done()]
             futures = [future for future in futures if not future.done()]
@@ -103,9 +97,8 @@ class Batcher(Generic[Item, Out]):
             outcomes = await self._run(items)
             if len(outcomes) != len(items):  # else those beyond the last outcome would wait for ever
                 raise BackendError(f"{len(outcomes)} outcomes came back for {len(items)} items")
-        except asyncio.CancelledError as exc:
+        except asyncio.CancelledError as exc:  # by `close`, or at the end of `asyncio.run`: those in the queue are next
             _fail_all(futures, self._closed or exc)
-            raise
         except Exception as exc:
             _fail_all(futures, exc)
         else:
@@ -123,12 +116,10 @@ class Batcher(Generic[Item, Out]):
         _fail_all(self._futures, error)
         self._items.clear()
         self._futures.clear()
-        for parked in self._parked:
-            parked.set_result(None)
-        if workers := list(self._workers):
-            _, late = await asyncio.wait(workers, timeout=1.0)
-            for worker in late:
-                worker.cancel()
+        if tasks := list(self._tasks):
+            _, late = await asyncio.wait(tasks, timeout=1.0)
+            for task in late:
+                task.cancel()
             if late:
                 await asyncio.wait(late)
 

@@ -1,12 +1,14 @@
 """Many results at once: handed over in the order in which they finish, whichever backend each lives on.
 
-Joins, groups and `as_completed` all stand on `Completions`. It costs one waiter per backend, not a task per result.
+Joins, groups and `as_completed` all stand on `Completions`. It costs a waiter per backend, and a large join a task per
+backend, but none per result.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from .exceptions import AioResultError, UsageError
@@ -16,12 +18,15 @@ from .states import IGNORED, PENDING
 
 __all__ = ["Completions", "Leaf", "ResultStore", "look_up"]
 
-#: How many are looked up before what was found is handed over.
-_CHUNK = 500
+#: So many are left to the hub, which gathers them with those of other joins.
+_FEW = 100
 
 
 class ResultStore(Protocol):
     """What result handles need of a backend (`aioresult.backends.base.Backend` is one)."""
+
+    #: How many ids go into one round trip.
+    fetch_chunk: int
 
     def check(self) -> None: ...
     def result(self, task_id: str) -> Any: ...
@@ -79,14 +84,16 @@ class Completions(Generic[L]):
     Use it in ``with``, which ends the subscriptions that are left. ``timeout`` is in seconds from now: after it, the
     next step that would have to wait raises `aioresult.TimeoutError`. With 0 what is stored is looked up once.
 
-    What is over already is found by looking, a chunk at a time, and never meets the hub.
+    Of many, what is over already is found by looking, a chunk at a time, and never meets the hub.
     """
 
     def __init__(self, leaves: Iterable[L], timeout: float | None = None) -> None:
         self._timeout = timeout
         self._once = timeout is not None and timeout <= 0
         self._expired = False
-        self._looking: asyncio.Task[None] | None = None
+        self._looks: list[asyncio.Task[None]] = []
+        #: Why looking once has failed.
+        self._error: Exception | None = None
         self._finished: list[tuple[L, Outcome]] = []
         self._inboxes: dict[ResultStore, _Inbox[L]] = {}
         self._wake: asyncio.Future[None] | None = None
@@ -109,42 +116,53 @@ class Completions(Generic[L]):
     def __enter__(self) -> Self:
         for store in self._inboxes:
             store.check()
-        if self._unfinished:
-            if self._timeout is not None and not self._once:
-                self._timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
-            self._looking = asyncio.create_task(self._look())
+        if self._unfinished and self._timeout is not None and not self._once:
+            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+        if self._once:
+            self._looks.append(asyncio.create_task(self._look_once()))
+            return self
+        for store, inbox in self._inboxes.items():
+            if len(inbox.pending) > _FEW:
+                self._looks.append(asyncio.create_task(self._look_and_watch(store, inbox)))
+            else:
+                self._watch(store, inbox, tuple(inbox.pending), look=True)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
+        for look in self._looks:
+            look.cancel()
         if self._timer is not None:
             self._timer.cancel()
         for store, inbox in self._inboxes.items():
             for task_id in inbox.pending:
                 store.unwatch(task_id, inbox)
 
-    async def _look(self) -> None:
-        for store, inbox in self._inboxes.items():
-            for task_ids in chunked(inbox.pending, _CHUNK):
-                try:
-                    outcomes = await store.look_up(task_ids)
-                except AioResultError as exc:
-                    # Whoever watches is told of it if it is for good, and else waits until it has passed.
-                    outcomes = [exc if self._once else TaskMeta.pending(task_id) for task_id in task_ids]
-                for task_id, outcome in zip(task_ids, outcomes, strict=True):
-                    if isinstance(outcome, Exception) or outcome.status != PENDING:
-                        inbox.receive(task_id, outcome)
-                if not self._once:
-                    self._watch(store, inbox, [task_id for task_id in task_ids if task_id in inbox.pending])
-        if self._once:
-            self._expire()
+    async def _look_once(self) -> None:
+        try:
+            for store, inbox in self._inboxes.items():
+                for task_ids in chunked(inbox.pending, store.fetch_chunk):
+                    await self._look_up(store, inbox, task_ids)
+        except Exception as exc:
+            self._error = exc
+        self._expire()
 
-    def _watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
+    async def _look_and_watch(self, store: ResultStore, inbox: _Inbox[L]) -> None:
+        for task_ids in chunked(inbox.pending, store.fetch_chunk):
+            # Whoever watches is told of what goes wrong if it is for good, and else waits until it has passed.
+            with suppress(Exception):
+                await self._look_up(store, inbox, task_ids)
+            self._watch(store, inbox, [task_id for task_id in task_ids if task_id in inbox.pending], look=False)
+
+    async def _look_up(self, store: ResultStore, inbox: _Inbox[L], task_ids: Sequence[str]) -> None:
+        for task_id, outcome in zip(task_ids, await store.look_up(task_ids), strict=True):
+            if isinstance(outcome, Exception) or outcome.status != PENDING:
+                inbox.receive(task_id, outcome)
+
+    def _watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str], look: bool) -> None:
         for task_id in task_ids:
             try:
-                store.watch(task_id, inbox, look=False)
-            except AioResultError as exc:  # it was closed, or is of another event loop
+                store.watch(task_id, inbox, look)
+            except AioResultError as exc:  # it was closed meanwhile, or the id is none
                 inbox.receive(task_id, exc)
 
     def __aiter__(self) -> Self:
@@ -154,6 +172,8 @@ class Completions(Generic[L]):
         while not self._finished:
             if not self._unfinished:
                 raise StopAsyncIteration
+            if self._error is not None:
+                raise self._error
             if self._expired and self._timeout is not None:
                 raise timed_out(self._describe(), self._timeout)
             self._wake = asyncio.get_running_loop().create_future()

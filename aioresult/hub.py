@@ -5,7 +5,8 @@ waiter, subscribe, have the subscription confirmed, *then* read what is stored. 
 found by it; one stored after it arrives as a message. A lost connection throws every subscription back to the start
 of that order, so the gap of a reconnect is closed by the same rule.
 
-A first look, before subscribing, is only a fast path: what has finished already never costs a subscription.
+A first look, before subscribing, is only a fast path: what has finished already never costs a subscription. Whoever
+has just looked enters at "to add".
 
 ::
 

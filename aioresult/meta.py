@@ -25,12 +25,12 @@ class SupportsAsTuple(Protocol):
 
 
 @dataclass_transform(frozen_default=True)
-def _record(cls: type[T]) -> type[T]:
+def _frozen_to_checkers(cls: type[T]) -> type[T]:
     """A frozen dataclass to type checkers only: at run time, that would make every store a tenth slower."""
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
-@_record
+@_frozen_to_checkers
 class TaskMeta:
     """What is known of a task at one moment. Read-only: everyone who waits for a task gets the same one.
 

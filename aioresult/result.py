@@ -213,8 +213,12 @@ class AsyncResult(ResultBase, Generic[T]):
         return TaskMeta(self.id, IGNORED) if self.ignored and not self._known() else self._outcome
 
     def learn(self, outcome: Outcome) -> None:
-        """Note the news; for those who wait for many results at once."""
-        self._outcome = outcome
+        """Note the news; for those who wait for many results at once.
+
+        What a read brings may be older than what a message has brought meanwhile: nothing comes after the end.
+        """
+        if not self._known():
+            self._outcome = outcome
 
     # -- looking, without waiting -----------------------------------------------------------------------------------
 
@@ -229,7 +233,7 @@ class AsyncResult(ResultBase, Generic[T]):
     async def fetch(self) -> TaskMeta:
         """Read what is stored now. Raises as `aioresult.backends.base.Backend.get_task_meta`."""
         meta = await self.backend.get_task_meta(self.id)
-        self._outcome = meta
+        self.learn(meta)
         return meta
 
     async def _current(self) -> TaskMeta:

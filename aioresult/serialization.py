@@ -99,8 +99,8 @@ def _json_dumps(value: Any) -> bytes:
     return _json_encode(value).encode()
 
 
-def _json_meta(meta: TaskMeta) -> bytes:
-    """The bytes that `_meta_as_mapping` has. All fields but the result are plain, and quicker written in place."""
+def _dump_json(meta: TaskMeta) -> bytes:
+    """The bytes that `_dump_fields` has, written in place: half of the time would go into a dict and a walk over it."""
     traceback = "null" if meta.traceback is None else _json_encode(meta.traceback)
     children = _json_encode(meta.children) if meta.children else "[]"
     done = "null" if meta.date_done is None else f'"{meta.date_done.isoformat()}"'
@@ -197,7 +197,7 @@ def _serializer_of(data: bytes, own: str) -> str:
     return "json" if first < 0x80 else "pickle" if first == 0x80 else "msgpack"
 
 
-def _meta_as_mapping(dumps: Callable[[Any], bytes], meta: TaskMeta) -> bytes:
+def _dump_fields(dumps: Callable[[Any], bytes], meta: TaskMeta) -> bytes:
     return dumps(
         {
             "status": meta.status,
@@ -247,7 +247,7 @@ class Codec:
                 f"this backend could not read what it stores; add it to accept"
             )
         self._dumps = _SERIALIZERS[serializer][0]
-        self._dumps_meta = _json_meta if serializer == "json" else partial(_meta_as_mapping, self._dumps)
+        self._dumps_meta = _dump_json if serializer == "json" else partial(_dump_fields, self._dumps)
 
     def dumps(self, value: Any, what: str) -> bytes:
         """``value`` as bytes, compressed if this codec compresses. ``what`` names it in the `EncodeError`."""
@@ -287,17 +287,17 @@ class Codec:
 
     def dumps_result(self, meta: TaskMeta) -> bytes:
         """The result of ``meta`` alone, for stores that keep the other fields in columns of their own."""
-        return self._written(self._dumps, self._plain(meta).result, meta)
+        return self._written(self._dumps, self._without_exception(meta).result, meta)
 
     def encode(self, meta: TaskMeta) -> bytes:
         """``meta`` as one value, its fields in Celery's order.
 
         Raises `EncodeError`, which names the task and the type, and `ResultTooLargeError`.
         """
-        return self._written(self._dumps_meta, self._plain(meta), meta)
+        return self._written(self._dumps_meta, self._without_exception(meta), meta)
 
-    def _plain(self, meta: TaskMeta) -> TaskMeta:
-        """Without an exception, where the serializer has no way to write one."""
+    def _without_exception(self, meta: TaskMeta) -> TaskMeta:
+        """As data instead, unless the serializer can write it as it is."""
         if meta.status not in EXCEPTION_STATES or not isinstance(meta.result, BaseException):
             return meta
         if self.serializer == "pickle" and _survives_pickle(meta.result):

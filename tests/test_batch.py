@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import pytest
@@ -238,25 +239,29 @@ async def test_closing_an_idle_one_is_at_once(new_batcher: NewBatcher) -> None:
         await batcher.submit(1)
 
 
-async def test_calls_one_after_the_other_need_one_task(new_batcher: NewBatcher) -> None:
+async def test_the_end_of_the_loop_leaves_nobody_waiting(new_batcher: NewBatcher) -> None:
+    """`asyncio.run` cancels every task there is; whoever cleans up then may still store."""
     trips = RoundTrips()
-    trips.gate.set()
-    batcher = new_batcher(trips.run, max_items=10, parallel=3)
-    before = asyncio.all_tasks()
-    assert [await batcher.submit(n) for n in range(5)] == [0, 10, 20, 30, 40]
-    assert len(asyncio.all_tasks() - before) == 1
-
-
-async def test_a_worker_that_is_cancelled_is_replaced(new_batcher: NewBatcher) -> None:
-    """As at the end of `asyncio.run`, which cancels every task there is and waits for them."""
-    trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=10)
+    batcher = new_batcher(trips.run, max_items=1)
     before = asyncio.all_tasks()
     (caller,) = await in_flight(trips, batcher, [0])
     (worker,) = asyncio.all_tasks() - before - {caller}
+    queued = await submitted(batcher, [1, 2])
+    trips.gate.set()
     worker.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
-    await asyncio.wait([worker])
-    trips.gate.set()
-    assert await batcher.submit(1) == 10
+    assert await batcher.submit(3) == 30
+    assert await asyncio.gather(*queued) == [10, 20]
+
+
+async def test_each_burst_runs_in_the_context_of_its_first_caller(new_batcher: NewBatcher) -> None:
+    name: ContextVar[str] = ContextVar("name", default="")
+
+    async def run(items: Sequence[int]) -> list[str]:
+        return [name.get()] * len(items)
+
+    batcher: Any = new_batcher(run, max_items=10)
+    for each in ("first", "second"):
+        name.set(each)
+        assert await batcher.submit(0) == each

@@ -29,7 +29,7 @@ from aioresult import (
     SerializationError,
     TaskMeta,
 )
-from aioresult.serialization import Codec, _json_dumps, _json_meta, _meta_as_mapping
+from aioresult.serialization import Codec, _dump_fields, _dump_json, _json_dumps
 from aioresult.states import EXCEPTION_STATES, FAILURE, RETRY, STARTED, SUCCESS
 
 kombu_json: Any = kombu.utils.json  # has no annotations
@@ -291,7 +291,7 @@ def test_a_result_can_be_written_without_the_other_fields(meta: TaskMeta, writte
     ],
 )
 def test_the_json_written_in_place_is_that_of_a_mapping(meta: TaskMeta) -> None:
-    assert _json_meta(meta) == _meta_as_mapping(_json_dumps, meta)
+    assert _dump_json(meta) == _dump_fields(_json_dumps, meta)
 
 
 def test_white_space_around_a_result_is_nothing_and_anything_else_an_error() -> None:

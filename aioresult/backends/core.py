@@ -88,10 +88,10 @@ class BackendCore(ABC):
     - any other `BackendError` when it will not: it reaches whoever asked.
     """
 
-    #: How many ids go into one fetch or subscription; how many records into one store.
+    #: How many ids go into one fetch or subscription, or steps of chords into one call.
     fetch_chunk = 500
+    #: How many records go into one store, and how many stores may be in flight at once.
     store_chunk = 500
-    #: How many stores may be in flight at once.
     store_parallel = 2
 
     def __init__(
@@ -207,9 +207,9 @@ class BackendCore(ABC):
 
         Raises `UsageError` for what the store could not keep, or not apart from others.
         """
-        if isinstance(task_id, UUID):
-            return str(task_id)
         if not isinstance(task_id, str):
+            if isinstance(task_id, UUID):
+                return str(task_id)
             raise UsageError(f"an id must be a str, not {type(task_id).__qualname__}")
         if not task_id:
             raise UsageError("an id must not be empty")
@@ -382,7 +382,7 @@ class BackendCore(ABC):
 
     async def _read(self, task_ids: Sequence[str]) -> Sequence[Outcome | None]:
         """Fetch and decode; a result that cannot be decoded is an error in its place, and harms no other."""
-        if min(task_ids) < "\x01":  # the topics of chords begin with NUL
+        if min(task_ids) < "\x01":  # the topics of chords begin with NUL, and so sort before every id
             return await self._read_topics(task_ids)
         stored = await self._persist(self._fetch, task_ids)
         return [

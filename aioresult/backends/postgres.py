@@ -267,12 +267,12 @@ class PostgresBackend(Backend):
         plain = (meta.status, self.codec.dumps_result(meta), meta.date_done)
         if meta.traceback is None and not meta.children and not meta.extra:
             return plain
-        return (
-            *plain,
+        others = (
             _text(meta.traceback),
             self.codec.dumps(meta.children, f"the children of task {meta.task_id}") if meta.children else None,
             *(self._encode_optional(column, meta.extra or {}) for column in self._columns),
         )
+        return plain if others.count(None) == len(others) else (*plain, *others)
 
     def _encode_optional(self, column: str, extra: Mapping[str, Any]) -> Any:
         if column == "stamps":
@@ -326,13 +326,14 @@ class PostgresBackend(Backend):
         batch = [records[index] for index in indexes]
         plain = all(map(self._is_plain, batch))
         rows = [(record.task_id, *record.payload) if plain else self._row(record) for record in batch]
-        sql = self._sql.store[batch[0].only_new, plain]
+        statements = self._sql.store_plain if plain else self._sql.store
+        sql = statements[batch[0].only_new]
         stored = {row[0] for row in await connection.fetch(sql, *zip(*rows, strict=True))}
         for index in indexes:
             outcomes[index] = records[index].task_id in stored
 
     def _is_plain(self, record: Record) -> bool:
-        return len(record.payload) == len(PLAIN_COLUMNS) and self._expires_by_default(record)
+        return len(record.payload) == len(PLAIN_COLUMNS) and not record.group_id and self._expires_by_default(record)
 
     def _expires_by_default(self, record: Record) -> bool:
         """Celery's rule, date_done plus the reader's default, is enough for most; others get a row in our table."""
@@ -340,7 +341,7 @@ class PostgresBackend(Backend):
 
     def _row(self, record: Record) -> tuple[Any, ...]:
         seconds = record.expires or math.inf
-        missing = (None,) * (len(PLAIN_COLUMNS) + 2 + len(self._columns) - len(record.payload))
+        missing = (None,) * (len(self._sql.columns) - len(record.payload))
         expiry = None if self._expires_by_default(record) else seconds
         return (record.task_id, *record.payload, *missing, expiry, _text(record.group_id, _MAX_ID_LENGTH), seconds)
 

@@ -19,6 +19,12 @@ PLAIN_COLUMNS = ("status", "result", "date_done")
 #: How many rows one statement of `Statements.cleanup` deletes at most.
 CLEANUP_BATCH = 1000
 
+#: What a store may take the place of.
+_REPLACEABLE = """
+    t.status IS DISTINCT FROM 'SUCCESS'
+    -- the very same store, repeated because its reply was lost
+    OR (t.status, t.date_done, t.result) IS NOT DISTINCT FROM (excluded.status, excluded.date_done, excluded.result)"""
+
 #: Which of the relations ``$1`` to ``$5`` there are, with the columns and the trigger of the first.
 INSPECT = """
     SELECT to_regclass($1)::oid::int8 AS tasks, to_regclass($2)::oid::int8 AS groups,
@@ -35,7 +41,9 @@ class Statements:
     def __init__(self, names: Tables, optional: Sequence[str], expires: float) -> None:
         tasks, groups = names.tasks, names.groups
         task_expiry, group_expiry = names.task_expiry, names.group_expiry
-        columns = [*PLAIN_COLUMNS, "traceback", "children", *optional]
+        #: Of a result, in the order in which `store` takes them, between the id and ``seconds`` to live.
+        self.columns: list[str] = [*PLAIN_COLUMNS, "traceback", "children", *optional]
+        columns = self.columns
         listed = ", ".join(columns)
         types = {
             **EXTENDED_COLUMNS,
@@ -62,27 +70,30 @@ class Statements:
             arrays = ", ".join(
                 f"${index}::{types.get(name, 'text').partition('(')[0]}[]" for index, name in enumerate(inputs, 1)
             )
-            replaceable = (
-                "false"
-                if only_new
-                else """t.status IS DISTINCT FROM 'SUCCESS'
-                   -- the very same store, repeated because its reply was lost
-                   OR (t.status, t.date_done, t.result) IS NOT DISTINCT FROM
-                      (excluded.status, excluded.date_done, excluded.result)"""
-            )
-            beside = f"""
-            DELETE FROM {task_expiry} e USING stored WHERE e.id = stored.task_id"""
-            if not plain:
-                beside = f"""
+            replaceable = "false" if only_new else _REPLACEABLE
+            steps = {
+                "input AS MATERIALIZED": f"SELECT * FROM unnest({arrays}) AS input({', '.join(inputs)})",
+                "stored AS": f"""
+                INSERT INTO {tasks} AS t (id, task_id, {listed})
+                SELECT nextval({literal_sql(names.task_sequence)}), task_id,
+                       {", ".join(column if column in given else "NULL" for column in columns)} FROM input
+                ON CONFLICT (task_id) DO UPDATE SET ({listed}) = ROW({", ".join(f"excluded.{c}" for c in columns)})
+                WHERE {replaceable}
+                   OR (SELECT {_gone("t.date_done", expires)}
+                       FROM (SELECT 1) one {_expiry_of("t.task_id", "t.date_done", task_expiry)})
+                RETURNING task_id, date_done AS done""",
+                "by_default AS": f"""
                 DELETE FROM {task_expiry} e USING input JOIN stored USING (task_id)
-                WHERE e.id = task_id AND seconds IS NULL
-            ), expiring AS (
+                WHERE e.id = task_id {"" if plain else "AND seconds IS NULL"}""",
+            }
+            if not plain:
+                steps["expiring AS"] = f"""
                 INSERT INTO {task_expiry} AS e (id, expires_at, date_done)
                 SELECT task_id, {instant_sql("seconds")}, done FROM input JOIN stored USING (task_id)
                 WHERE seconds IS NOT NULL
-                ON CONFLICT (id) DO UPDATE SET (expires_at, date_done) = ROW(excluded.expires_at, excluded.date_done)
-            ), living_on AS (
-                -- a group lives at least as long as its members; in order, or two batches could wait for each other
+                ON CONFLICT (id) DO UPDATE SET (expires_at, date_done) = ROW(excluded.expires_at, excluded.date_done)"""
+                # A group lives at least as long as its members. In order, or two batches could wait for each other.
+                steps["living_on AS"] = f"""
                 INSERT INTO {group_expiry} AS old (id, expires_at, date_done)
                 SELECT g.taskset_id,
                        greatest(max({instant_sql("group_seconds")}), {_expires_at("g.date_done", expires)}), g.date_done
@@ -94,26 +105,12 @@ class Statements:
                 ON CONFLICT (id) DO UPDATE SET date_done = excluded.date_done, expires_at =
                     CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
                          ELSE greatest(old.expires_at, excluded.expires_at) END"""
-            return f"""
-            WITH input AS MATERIALIZED (
-                SELECT * FROM unnest({arrays}) AS input({", ".join(inputs)})
-            ), stored AS (
-                INSERT INTO {tasks} AS t (id, task_id, {listed})
-                SELECT nextval({literal_sql(names.task_sequence)}), task_id,
-                       {", ".join(column if column in given else "NULL" for column in columns)} FROM input
-                ON CONFLICT (task_id) DO UPDATE SET ({listed}) = ROW({", ".join(f"excluded.{c}" for c in columns)})
-                WHERE {replaceable}
-                   OR (SELECT {_gone("t.date_done", expires)}
-                       FROM (SELECT 1) one {_expiry_of("t.task_id", "t.date_done", task_expiry)})
-                RETURNING task_id, date_done AS done
-            ), by_default AS ({beside}
-            )
-            SELECT task_id FROM stored"""
+            return f"WITH {', '.join(f'{name} ({sql})' for name, sql in steps.items())} SELECT task_id FROM stored"
 
-        #: By whether they store only what is new, and whether they take the `PLAIN_COLUMNS` of each row only.
-        self.store = {
-            (only_new, plain): store(only_new, plain) for only_new in (False, True) for plain in (False, True)
-        }
+        #: By whether it stores only what is new.
+        self.store: dict[bool, str] = {only_new: store(only_new, plain=False) for only_new in (False, True)}
+        #: The same, for rows of which no more than the `PLAIN_COLUMNS` are given.
+        self.store_plain: dict[bool, str] = {only_new: store(only_new, plain=True) for only_new in (False, True)}
         self.delete: str = f"""
             WITH gone AS (DELETE FROM {task_expiry} WHERE id = ANY($1::varchar[]))
             DELETE FROM {tasks} WHERE task_id = ANY($1::varchar[])"""

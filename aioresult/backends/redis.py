@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Unpack
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -34,9 +35,9 @@ from .redis_scripts import CHORD, EXTEND, PUT, REGISTER, SCRIPTS
 __all__ = ["RedisBackend"]
 
 
-#: Once the server has carried out what it read, it writes to its clients, the last that it got something for first. A
-#: script's own reply comes after what it published: whoever stores would be woken before those who wait, and keep them
-#: from the processor. But a client has one place in that queue, that of its first reply, which is to this.
+#: Goes before every batch of writes. Redis writes to its clients in reverse order of their first pending reply, and a
+#: script's reply comes after what it published: whoever stores would be woken before those who wait, and keep them from
+#: the processor. The reply to this makes the storer last.
 _WAITERS_FIRST: Command = ("PING",)
 
 
@@ -50,8 +51,8 @@ class RedisBackend(KeyValueStoreBackend):
 
     # Small batches, many at once: a connection that is pipelined needs not wait for one to send the next, and whoever
     # is in the first goes on while the server works at the others.
-    store_chunk = 64
-    store_parallel = 16
+    store_chunk = 50
+    store_parallel = 20
 
     def __init__(self, url: str = "redis://", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
@@ -61,7 +62,7 @@ class RedisBackend(KeyValueStoreBackend):
         self._connecting = asyncio.Lock()
 
     async def _open(self) -> None:
-        await self._reconnected()
+        await self._connected()
 
     async def _close(self) -> None:
         for connection in (self._commands, self._listener):
@@ -69,7 +70,7 @@ class RedisBackend(KeyValueStoreBackend):
                 await connection.close()
         self._commands = self._listener = None
 
-    async def _reconnected(self) -> RedisConnection:
+    async def _connected(self) -> RedisConnection:
         async with self._connecting:  # one of those who need it connects, the others get what it got
             if self._commands is None or self._commands.closed:
                 if self._commands is not None:
@@ -94,15 +95,16 @@ class RedisBackend(KeyValueStoreBackend):
         """The replies. Raises if any of them says that the server is not ready, for then all are to be repeated."""
         connection = self._commands
         if connection is None or connection.closed:
-            connection = await self._reconnected()
+            connection = await self._connected()
         replies = await connection.request(commands)
         if refused := [index for index, reply in enumerate(replies) if isinstance(reply, hiredis.ReplyError)]:
-            await self._try_again(connection, commands, replies, refused)
+            await self._retry_refused(connection, commands, replies, refused)
         return replies
 
-    async def _try_again(
+    async def _retry_refused(
         self, connection: RedisConnection, commands: Sequence[Command], replies: list[Any], refused: Sequence[int]
     ) -> None:
+        """Load missing scripts, and put the new replies in their places; raise if the server is not ready."""
         missing = [index for index in refused if _code(replies[index]) == "NOSCRIPT"]
         if missing:  # SCRIPT FLUSH, or a restart behind a proxy that kept the connection
             await self._load_scripts(connection)
@@ -128,11 +130,11 @@ class RedisBackend(KeyValueStoreBackend):
     async def _write(self, writes: Sequence[Write]) -> list[bool | BaseException]:
         _, *replies = await self._execute([_WAITERS_FIRST, *map(_command, writes)])
         return [
-            reply == 1 if isinstance(reply, int) else await self._written(write, reply)
+            reply == 1 if isinstance(reply, int) else await self._judged(write, reply)
             for write, reply in zip(writes, replies, strict=True)
         ]
 
-    async def _written(self, write: Write, reply: Any) -> bool | BaseException:
+    async def _judged(self, write: Write, reply: Any) -> bool | BaseException:
         """What came of ``write``, where the reply is not simply that."""
         try:
             while isinstance(reply, bytes) and write.op is Op.PUT_UNLESS_SUCCESS:
@@ -270,6 +272,7 @@ def _command(write: Write, digest: str = "") -> Command:
             return "UNLINK", write.key
 
 
+@lru_cache(maxsize=64)  # nearly always the same
 def _milliseconds(seconds: float) -> int:
     """As Redis takes them; 0 stays 0, which is "for ever"."""
     return max(1, round(seconds * 1000)) if seconds else 0

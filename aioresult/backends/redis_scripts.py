@@ -18,16 +18,19 @@ __all__ = ["CHORD", "EXTEND", "PUT", "REGISTER", "SCRIPTS"]
 # A value equal to the new one counts as stored: it is this very store, repeated after its reply was lost.
 _PUT = f"""
 local key, value, ttl, guard, digest = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local ok
-if ttl == '0' then ok = redis.call('SET', key, value, 'NX') else ok = redis.call('SET', key, value, 'PX', ttl, 'NX') end
-if not ok then
-    if guard == 'absent' then return 0 end
+local new
+if ttl == '0' then new = redis.pcall('SET', key, value, 'NX')
+else new = redis.pcall('SET', key, value, 'PX', ttl, 'NX') end
+if not new or new.err then -- something is stored, or nothing can be, which matters only if something is to be
     local head = redis.call('GETRANGE', key, 0, {len(SUCCESS_HEAD) - 1})
-    if head == '{SUCCESS_HEAD.decode()}' then return redis.call('GET', key) == value and 1 or 0 end
-    if string.sub(head, 1, 12) ~= '{SUCCESS_HEAD[:12].decode()}' then
-        local current = redis.call('GET', key)
-        if current == value then return 1 end
-        if redis.sha1hex(current) ~= digest then return current end
+    if head ~= '' then
+        if guard == 'absent' then return 0 end
+        if head == '{SUCCESS_HEAD.decode()}' then return redis.call('GET', key) == value and 1 or 0 end
+        if string.sub(head, 1, 12) ~= '{SUCCESS_HEAD[:12].decode()}' then
+            local current = redis.call('GET', key)
+            if current == value then return 1 end
+            if redis.sha1hex(current) ~= digest then return current end
+        end
     end
     if ttl == '0' then redis.call('SET', key, value) else redis.call('SET', key, value, 'PX', ttl) end
 end

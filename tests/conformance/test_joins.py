@@ -15,13 +15,16 @@ from aioresult import (
     Backend,
     BackendClosedError,
     BackendConnectionError,
+    BackendError,
     ResultBase,
+    TaskMeta,
     TimeoutError,
     UsageError,
     as_completed,
     gather,
     wait,
 )
+from aioresult.states import STARTED, SUCCESS
 
 from ..harness import Gate, Harness, MemoryHarness, count_calls, intercept
 
@@ -253,35 +256,64 @@ async def test_what_is_over_is_found_without_a_subscription(harness: Harness) ->
     assert calls == {"_fetch": 3}
 
 
+async def test_small_joins_look_together(harness: Harness) -> None:
+    backend = harness.make()
+    calls = count_calls(backend)
+    await harness.open(backend)
+    waiting = [asyncio.create_task(backend.group([f"a{number}", f"b{number}"]).get()) for number in range(200)]
+    await harness.subscribed(400)
+    assert calls["_fetch"] <= 4
+    await asyncio.gather(*(backend.mark_as_done(f"{letter}{number}", 1) for letter in "ab" for number in range(200)))
+    assert await asyncio.gather(*waiting) == [[1, 1]] * 200
+
+
+#: More than are left to the hub.
+MANY = [f"t{number}" for number in range(150)]
+
+
 async def test_a_result_stored_between_the_look_and_the_watch_is_not_missed(harness: Harness) -> None:
     backend, worker = harness.make(), await harness.connect()
 
     async def fetch(original: Any, *args: Any) -> Any:
         found = await original(*args)
-        await worker.mark_as_done("t", 1)  # which that was too early to see
+        await asyncio.gather(*(worker.mark_as_done(task_id, task_id) for task_id in MANY))  # too late to be seen
         return found
 
     intercept(backend, "_fetch", fetch)
     await harness.open(backend)
-    assert await backend.group(["t"]) == [1]
+    assert await backend.group(MANY) == MANY
 
 
 async def test_a_server_that_does_not_answer_holds_no_deadline_up(harness: Harness) -> None:
     backend = harness.make()
     gate = Gate(backend, "_fetch")
     await harness.open(backend)
-    with pytest.raises(TimeoutError, match="task a, with 1 more"):
-        await backend.group(["a", "b"]).get(timeout=0.01)
+    with pytest.raises(TimeoutError, match="task t0, with 149 more"):
+        await backend.group(MANY).get(timeout=0.01)
     assert gate.reached.is_set()
     gate.open.set()
-    await backend.get_many(["a"])
+    await backend.get_many(["t0"])
     assert len(backend._hub) == 0  # nobody goes on to watch what nobody waits for
-    await backend.mark_as_done("a", 1)
-    await backend.mark_as_done("b", 2)
-    assert await backend.group(["a", "b"]).get(timeout=60) == [1, 2]
+    await asyncio.gather(*(backend.mark_as_done(task_id, task_id) for task_id in MANY))
+    assert await backend.group(MANY).get(timeout=60) == MANY
 
 
-async def test_an_outage_while_it_looks_fails_no_join(harness: Harness) -> None:
+async def test_a_server_that_does_not_answer_holds_up_no_results_of_another(harness: Harness) -> None:
+    here, other = harness.make(), MemoryHarness()
+    gate = Gate(here, "_fetch")
+    await harness.open(here)
+    there = await other.connect()
+    await there.mark_as_done("x", 1)
+    results = [*(here.result(task_id) for task_id in MANY), there.result("x"), *(there.result(f"x{n}") for n in MANY)]
+    steps = as_completed(results)
+    assert (await anext(steps)).id == "x"
+    await steps.aclose()
+    gate.open.set()
+    await other.close()
+
+
+@pytest.mark.parametrize("ids", [["t"], MANY], ids=["few", "many"])
+async def test_an_outage_fails_no_join_but_one_that_looks_once(harness: Harness, ids: list[str]) -> None:
     backend = harness.make(retry_for=0.0)
     outages = 3
 
@@ -294,21 +326,50 @@ async def test_an_outage_while_it_looks_fails_no_join(harness: Harness) -> None:
 
     intercept(backend, "_fetch", fetch)
     await harness.open(backend)
-    await backend.mark_as_done("t", 1)
-    assert await backend.group(["t"]) == [1]
-    outages = 1
-    with pytest.raises(BackendConnectionError, match="away"):  # but who looks once has nothing to wait for
-        await backend.group(["t"]).get(timeout=0)
+    await asyncio.gather(*(backend.mark_as_done(task_id, task_id) for task_id in ids))
+    assert await backend.group(ids) == ids
+    for join in (backend.group(ids).get(timeout=0), wait([backend.group(ids)], timeout=0)):
+        outages = 1
+        with pytest.raises(BackendConnectionError, match="away"):
+            await join
+
+
+@pytest.mark.parametrize("ids", [["t"], MANY], ids=["few", "many"])
+async def test_a_bug_in_a_backend_hangs_no_join(
+    harness: Harness, ids: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = harness.make()
+
+    async def fetch(original: Any, *args: Any) -> Any:
+        raise KeyError("a bug")
+
+    intercept(backend, "_fetch", fetch)
+    await harness.open(backend)
+    with pytest.raises(BackendError, match="KeyError: 'a bug'"):
+        await backend.group(ids)
+    with pytest.raises(KeyError, match="a bug"):
+        await backend.group(ids).get(timeout=0)
 
 
 async def test_closing_while_it_looks_ends_a_join(harness: Harness) -> None:
     backend = harness.make()
     gate = Gate(backend, "_fetch")
     await backend.open()
-    joining = asyncio.create_task(backend.group(["t"]).get())
+    joining = asyncio.create_task(backend.group(MANY).get())
     await gate.reached.wait()
     closing = asyncio.create_task(backend.aclose())
     with pytest.raises(BackendClosedError):
         await joining
     gate.open.set()
     await closing
+
+
+async def test_a_read_that_comes_late_does_not_undo_the_end(harness: Harness) -> None:
+    """The message may overtake it: they come over different connections."""
+    backend = await harness.connect()
+    result = backend.result("t")
+    await backend.mark_as_done("t", 1)
+    assert await result == 1
+    result.learn(TaskMeta("t", STARTED, {"pid": 1}))
+    assert result.meta is not None
+    assert result.meta.status == SUCCESS

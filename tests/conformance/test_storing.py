@@ -271,9 +271,9 @@ async def test_cleanup_leaves_what_has_not_expired(harness: Harness) -> None:
     assert (await reader.get_task_meta("kept")).result == 1
 
 
-@pytest.mark.parametrize(("member", "expected"), [(1000, 1000), (0, None), (5, 100)])
+@pytest.mark.parametrize(("member", "expected"), [(1000, 1000), (0, None), (5, 100), (None, 86400)])
 async def test_a_group_lives_at_least_as_long_as_its_members(
-    harness: Harness, member: float, expected: float | None
+    harness: Harness, member: float | None, expected: float | None
 ) -> None:
     worker, submitter = await harness.pair()
     await submitter.save_group("g", submitter.group(["t"], id="g"), expires=100)
