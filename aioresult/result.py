@@ -217,7 +217,7 @@ class AsyncResult(ResultBase, Generic[T]):
 
         What a read brings may be older than what a message has brought meanwhile: nothing comes after the end.
         """
-        if not self._known():
+        if self._outcome is None or not self._known():
             self._outcome = outcome
 
     # -- looking, without waiting -----------------------------------------------------------------------------------
@@ -425,11 +425,14 @@ class ResultSet(ResultBase):
         path = [iter(self.results)]
         while path:
             for result in path[-1]:
-                if isinstance(result, ResultSet):
+                if isinstance(result, AsyncResult):
+                    yield result
+                elif isinstance(result, ResultSet):
                     _check_nesting(len(path))
                     path.append(iter(result.results))
                     break
-                yield from result.leaves()
+                else:
+                    yield from result.leaves()
             else:
                 path.pop()
 
@@ -511,7 +514,11 @@ class GroupResult(ResultSet):
         """A group of results given as handles or ids; ``id`` is made up if there is none."""
         if isinstance(results, str):
             raise UsageError(f"pass several results or ids, not {results!r}; a group that was saved: restore_group")
-        handles = (item if isinstance(item, ResultBase) else backend.result(item) for item in results)
+        # Ids are looked for first: an abstract class is slow to say that something is no instance of it.
+        handles = (
+            backend.result(item) if isinstance(item, str) or not isinstance(item, ResultBase) else item
+            for item in results
+        )
         return cls(id or str(uuid4()), handles, backend=backend)
 
     @property
