@@ -162,8 +162,7 @@ def _wake(plan: _Plan) -> Benchmark:
             Figure("cpu_to_wait", "CPU to begin waiting", "µs"),
             Figure("cpu_to_wake", "CPU to wake", "µs"),
         )
-        peers = plan.peers if count < 10_000 else tuple(peer for peer in plan.peers if not peer.note)
-        entries = (waiting, limit, whole, *(peers if count < 100_000 else ()))
+        entries = (waiting, limit, whole, *(plan.peers if count < 100_000 else ()))
         repetitions = plan.repetitions if count < 100_000 else 3
         cases.append(Case(f"{count:,} waiters", "wake", {"count": count}, entries, figures, repetitions, count))
     growth = (Figure("each", "time per waiter", "µs", Goal(1.2, False)),)
