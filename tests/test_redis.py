@@ -57,6 +57,20 @@ async def through(proxy: TcpProxy, **options: Any) -> AsyncIterator[RedisBackend
         yield backend
 
 
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each round trip to the server, how many replies it brings."""
+    wanted: list[int] = []
+    send = RedisConnection._send
+
+    async def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> list[Any]:
+        wanted.append(want)
+        return await send(self, data, want, one_command)
+
+    monkeypatch.setattr(RedisConnection, "_send", counted)
+    return wanted
+
+
 async def subscribed(client: Client, count: int) -> None:
     async def holds() -> bool:
         return len(await client.pubsub_channels()) == count
@@ -115,17 +129,10 @@ async def test_handles_cost_no_io(backend: Backend, redis_client: Client) -> Non
 
 
 async def test_a_join_of_finished_results_takes_few_round_trips_and_no_subscription(
-    backend: Backend, redis_client: Client, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, redis_client: Client, trips: list[int]
 ) -> None:
     await asyncio.gather(*(backend.mark_as_done(f"id-{number}", number) for number in range(10_000)))
-    trips: list[int] = []
-    send = RedisConnection._send
-
-    async def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> list[Any]:
-        trips.append(want)
-        return await send(self, data, want, one_command)
-
-    monkeypatch.setattr(RedisConnection, "_send", counted)
+    trips.clear()
     await redis_client.config_resetstat()
     assert await backend.group(f"id-{number}" for number in range(10_000)) == list(range(10_000))
     assert len(trips) <= 36
@@ -133,15 +140,7 @@ async def test_a_join_of_finished_results_takes_few_round_trips_and_no_subscript
     assert "subscribe" not in await calls(redis_client)
 
 
-async def test_concurrent_stores_share_round_trips(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    trips: list[int] = []
-    send = RedisConnection._send
-
-    async def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> list[Any]:
-        trips.append(want)
-        return await send(self, data, want, one_command)
-
-    monkeypatch.setattr(RedisConnection, "_send", counted)
+async def test_concurrent_stores_share_round_trips(backend: Backend, trips: list[int]) -> None:
     await asyncio.gather(*(backend.mark_as_done(f"id-{number}", number) for number in range(1_000)))
     assert sum(trips) == 1_000 + len(trips)  # a PING before each; see `_WAITERS_FIRST`
     assert len(trips) == 20
