@@ -59,12 +59,11 @@ class Batcher(Generic[Item, Out]):
         future: asyncio.Future[Out] = self._loop.create_future()
         self._items.append(item)
         self._futures.append(future)
-        if not self._starting:
-            self._start()
+        self._start()
         return future
 
     def _start(self) -> None:
-        if self._working < self._parallel:
+        if self._working < self._parallel and not self._starting:
             self._starting = True
             self._working += 1
             task = self._loop.create_task(self._work())
@@ -76,7 +75,7 @@ class Batcher(Generic[Item, Out]):
         self._starting = False
         while self._items:
             items, futures = self._take()
-            if self._items and not self._starting:
+            if self._items:
                 self._start()
             if items:
                 await self._perform(items, futures)

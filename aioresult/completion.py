@@ -116,11 +116,13 @@ class Completions(Generic[L]):
     def __enter__(self) -> Self:
         for store in self._inboxes:
             store.check()
-        if self._unfinished and self._timeout is not None and not self._once:
-            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+        if not self._inboxes:
+            return self
         if self._once:
             self._looks.append(asyncio.create_task(self._look_once()))
             return self
+        if self._timeout is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
         for store, inbox in self._inboxes.items():
             if len(inbox.pending) > _FEW:
                 self._looks.append(asyncio.create_task(self._look_and_watch(store, inbox)))

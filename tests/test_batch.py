@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 
@@ -13,22 +13,6 @@ from aioresult import BackendClosedError, BackendConnectionError, BackendError
 from aioresult.batch import Batcher
 
 from .harness import until
-
-NewBatcher: TypeAlias = Callable[..., Batcher[int, int]]
-
-
-@pytest.fixture
-async def new_batcher() -> AsyncIterator[NewBatcher]:
-    """Makes batchers, and closes them after the test."""
-    made: list[Batcher[int, int]] = []
-
-    def new(run: Callable[[Sequence[int]], Awaitable[Sequence[Any]]], **bounds: int) -> Batcher[int, int]:
-        made.append(Batcher(run, **bounds))
-        return made[-1]
-
-    yield new
-    for batcher in made:
-        await batcher.close(BackendClosedError("the test is over"))
 
 
 class RoundTrips:
@@ -68,25 +52,25 @@ async def in_flight(trips: RoundTrips, batcher: Batcher[int, int], items: Sequen
     return tasks
 
 
-async def test_concurrent_calls_share_a_round_trip(new_batcher: NewBatcher) -> None:
+async def test_concurrent_calls_share_a_round_trip() -> None:
     trips = RoundTrips()
     trips.gate.set()
-    batcher = new_batcher(trips.run, max_items=1000)
+    batcher = Batcher(trips.run, max_items=1000)
     assert await asyncio.gather(*map(batcher.submit, range(100))) == [n * 10 for n in range(100)]
     assert trips.batches == [list(range(100))]
 
 
-async def test_a_lone_call_is_sent_at_once(new_batcher: NewBatcher) -> None:
+async def test_a_lone_call_is_sent_at_once() -> None:
     trips = RoundTrips()
     trips.gate.set()
-    batcher = new_batcher(trips.run, max_items=1000)
+    batcher = Batcher(trips.run, max_items=1000)
     assert [await batcher.submit(n) for n in range(3)] == [0, 10, 20]
     assert trips.batches == [[0], [1], [2]]
 
 
-async def test_what_comes_while_one_is_in_flight_goes_out_together_in_the_next(new_batcher: NewBatcher) -> None:
+async def test_what_comes_while_one_is_in_flight_goes_out_together_in_the_next() -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=1000)
+    batcher = Batcher(trips.run, max_items=1000)
     tasks = await in_flight(trips, batcher, [0])
     for n in range(1, 5):
         tasks += await submitted(batcher, [n])
@@ -97,9 +81,9 @@ async def test_what_comes_while_one_is_in_flight_goes_out_together_in_the_next(n
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 3])
-async def test_neither_a_batch_nor_their_number_exceeds_its_bound(new_batcher: NewBatcher, parallel: int) -> None:
+async def test_neither_a_batch_nor_their_number_exceeds_its_bound(parallel: int) -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=10, parallel=parallel)
+    batcher = Batcher(trips.run, max_items=10, parallel=parallel)
     tasks = await submitted(batcher, range(45))
     await until(lambda: trips.under_way == parallel)
     trips.gate.set()
@@ -109,9 +93,9 @@ async def test_neither_a_batch_nor_their_number_exceeds_its_bound(new_batcher: N
     assert trips.most_under_way == parallel
 
 
-async def test_a_second_batch_may_go_while_the_first_is_in_flight(new_batcher: NewBatcher) -> None:
+async def test_a_second_batch_may_go_while_the_first_is_in_flight() -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=10, parallel=2)
+    batcher = Batcher(trips.run, max_items=10, parallel=2)
     tasks = await in_flight(trips, batcher, [0])
     tasks += await in_flight(trips, batcher, [1])
     assert trips.batches == [[0], [1]]
@@ -124,10 +108,10 @@ class OddFails(RoundTrips):
         return BackendError(f"{item} is odd") if item % 2 else item * 10
 
 
-async def test_an_error_in_a_place_is_raised_to_that_caller_alone(new_batcher: NewBatcher) -> None:
+async def test_an_error_in_a_place_is_raised_to_that_caller_alone() -> None:
     trips = OddFails()
     trips.gate.set()
-    tasks = await submitted(new_batcher(trips.run, max_items=10), range(4))
+    tasks = await submitted(Batcher(trips.run, max_items=10), range(4))
     for task in tasks[1::2]:
         with pytest.raises(BackendError, match="is odd"):
             await task
@@ -140,11 +124,9 @@ class AllFail(RoundTrips):
         raise BackendConnectionError("lost")
 
 
-async def test_an_error_of_the_whole_is_raised_to_every_caller_and_the_next_batch_goes_out(
-    new_batcher: NewBatcher,
-) -> None:
+async def test_an_error_of_the_whole_is_raised_to_every_caller_and_the_next_batch_goes_out() -> None:
     trips = AllFail()
-    batcher = new_batcher(trips.run, max_items=10)
+    batcher = Batcher(trips.run, max_items=10)
     tasks = await in_flight(trips, batcher, [0, 1, 2])
     tasks += await submitted(batcher, [3])
     trips.gate.set()
@@ -155,20 +137,18 @@ async def test_an_error_of_the_whole_is_raised_to_every_caller_and_the_next_batc
 
 
 @pytest.mark.parametrize("outcomes", [[], [1], [1, 2, 3, 4]])
-async def test_a_run_that_miscounts_is_an_error_to_all_of_its_callers(
-    new_batcher: NewBatcher, outcomes: list[int]
-) -> None:
+async def test_a_run_that_miscounts_is_an_error_to_all_of_its_callers(outcomes: list[int]) -> None:
     async def run(items: Sequence[int]) -> Sequence[int]:
         return outcomes
 
-    for task in await submitted(new_batcher(run, max_items=10), range(3)):
+    for task in await submitted(Batcher(run, max_items=10), range(3)):
         with pytest.raises(BackendError, match=f"{len(outcomes)} outcomes came back for 3 items"):
             await task
 
 
-async def test_a_caller_that_is_cancelled_in_the_queue_is_not_sent(new_batcher: NewBatcher) -> None:
+async def test_a_caller_that_is_cancelled_in_the_queue_is_not_sent() -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=2)
+    batcher = Batcher(trips.run, max_items=2)
     first = await in_flight(trips, batcher, [0])
     queued = await submitted(batcher, [1, 2, 3, 4])
     for task in queued[:3]:
@@ -180,9 +160,9 @@ async def test_a_caller_that_is_cancelled_in_the_queue_is_not_sent(new_batcher: 
     assert trips.batches == [[0], [4]]
 
 
-async def test_a_queue_of_cancelled_callers_alone_sends_nothing(new_batcher: NewBatcher) -> None:
+async def test_a_queue_of_cancelled_callers_alone_sends_nothing() -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=2)
+    batcher = Batcher(trips.run, max_items=2)
     first = await in_flight(trips, batcher, [0])
     queued = await submitted(batcher, [1, 2, 3])
     for task in queued:
@@ -193,9 +173,9 @@ async def test_a_queue_of_cancelled_callers_alone_sends_nothing(new_batcher: New
     assert trips.batches == [[0], [4]]
 
 
-async def test_a_caller_that_is_cancelled_in_flight_disturbs_nobody(new_batcher: NewBatcher) -> None:
+async def test_a_caller_that_is_cancelled_in_flight_disturbs_nobody() -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=10)
+    batcher = Batcher(trips.run, max_items=10)
     tasks = await in_flight(trips, batcher, [0, 1, 2])
     tasks[1].cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -205,9 +185,9 @@ async def test_a_caller_that_is_cancelled_in_flight_disturbs_nobody(new_batcher:
     assert (await tasks[0], await tasks[2]) == (0, 20)
 
 
-async def test_closing_fails_the_queue_lets_the_rest_finish_and_refuses_more(new_batcher: NewBatcher) -> None:
+async def test_closing_fails_the_queue_lets_the_rest_finish_and_refuses_more() -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=10)
+    batcher = Batcher(trips.run, max_items=10)
     sent = await in_flight(trips, batcher, [0, 1])
     queued = await submitted(batcher, [2, 3])
     error = BackendClosedError("closed")
@@ -222,9 +202,9 @@ async def test_closing_fails_the_queue_lets_the_rest_finish_and_refuses_more(new
     assert trips.batches == [[0, 1]]
 
 
-async def test_closing_does_not_wait_for_ever(new_batcher: NewBatcher) -> None:
+async def test_closing_does_not_wait_for_ever() -> None:
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=10)
+    batcher = Batcher(trips.run, max_items=10)
     sent = await in_flight(trips, batcher, [0, 1])
     error = BackendClosedError("closed")
     await batcher.close(error)
@@ -232,17 +212,17 @@ async def test_closing_does_not_wait_for_ever(new_batcher: NewBatcher) -> None:
     assert await asyncio.gather(*sent, return_exceptions=True) == [error, error]
 
 
-async def test_closing_an_idle_one_is_at_once(new_batcher: NewBatcher) -> None:
-    batcher = new_batcher(RoundTrips().run, max_items=10)
+async def test_closing_an_idle_one_is_at_once() -> None:
+    batcher = Batcher(RoundTrips().run, max_items=10)
     await batcher.close(BackendClosedError("closed"))
     with pytest.raises(BackendClosedError):
         await batcher.submit(1)
 
 
-async def test_the_end_of_the_loop_leaves_nobody_waiting(new_batcher: NewBatcher) -> None:
+async def test_the_end_of_the_loop_leaves_nobody_waiting() -> None:
     """`asyncio.run` cancels every task there is; whoever cleans up then may still store."""
     trips = RoundTrips()
-    batcher = new_batcher(trips.run, max_items=1)
+    batcher = Batcher(trips.run, max_items=1)
     before = asyncio.all_tasks()
     (caller,) = await in_flight(trips, batcher, [0])
     (worker,) = asyncio.all_tasks() - before - {caller}
@@ -255,13 +235,13 @@ async def test_the_end_of_the_loop_leaves_nobody_waiting(new_batcher: NewBatcher
     assert await asyncio.gather(*queued) == [10, 20]
 
 
-async def test_each_burst_runs_in_the_context_of_its_first_caller(new_batcher: NewBatcher) -> None:
+async def test_each_burst_runs_in_the_context_of_its_first_caller() -> None:
     name: ContextVar[str] = ContextVar("name", default="")
 
     async def run(items: Sequence[int]) -> list[str]:
         return [name.get()] * len(items)
 
-    batcher: Any = new_batcher(run, max_items=10)
+    batcher: Any = Batcher(run, max_items=10)
     for each in ("first", "second"):
         name.set(each)
         assert await batcher.submit(0) == each
