@@ -568,6 +568,31 @@ async def test_a_replica_is_left_for_the_next_connection(redis_client: Client) -
 # -- redis-py -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("refusing", [True, False])
+async def test_whoever_is_cancelled_while_connecting_ends_whatever_the_server_says(
+    own_redis: RedisServer, refusing: bool
+) -> None:
+    """Up to Python 3.11 a cancellation that meets the outcome in the same turn of the loop can be lost on the way."""
+    async with TcpProxy(own_redis.port) as proxy:
+        proxy.refuse(refusing)
+        met = 0
+        for turns in range(40):
+            for _ in range(10):
+                connection = RedisConnection("here", 5)
+                connecting = asyncio.create_task(connection.connect(Connection(port=proxy.port)))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if connecting.cancel():
+                    met += 1
+                    with pytest.raises(asyncio.CancelledError):
+                        await connecting
+                    assert connection.closed
+                else:
+                    await asyncio.gather(connecting, return_exceptions=True)
+                    await connection.close()
+        assert met > 50
+
+
 async def test_redis_py_still_has_what_the_take_over_needs(own_redis: RedisServer) -> None:
     """Fails when redis-py renames its one private attribute that we need; `take_over` is the place to mend."""
     link = Connection(host="127.0.0.1", port=own_redis.port)

@@ -79,7 +79,8 @@ class RedisConnection(asyncio.Protocol):
         on_message: Callable[[bytes, bytes], None] | None = None,
         on_lost: Callable[[BackendError], None] | None = None,
     ) -> None:
-        self.closed: bool = False
+        #: Until it is connected, and from when it was lost.
+        self.closed: bool = True
         self._where = where
         self._heartbeat = heartbeat
         self._on_message = on_message
@@ -101,20 +102,26 @@ class RedisConnection(asyncio.Protocol):
         self._link = link
         task = asyncio.current_task()
         cancelled = 0 if task is None else task.cancelling()
+        failure: Exception | None = None
         try:
             await link.connect()  # type: ignore[no-untyped-call]
         except (redis_errors.RedisError, OSError, ValueError) as exc:
-            await self.close()
-            raise translate(exc, self._where) from exc
+            failure = exc
         except BaseException:
             await self.close()
             raise
-        self._transport = take_over(link, self)
-        self._timer = self._loop.call_later(self._heartbeat, self._beat)
-        if task is not None and task.cancelling() > cancelled:
-            # redis-py awaits in `asyncio.wait_for`, which up to Python 3.11 may swallow a cancellation.
+        # redis-py awaits in `asyncio.wait_for`, which up to Python 3.11 may swallow a cancellation and give the outcome
+        # instead; a caller that repeats what failed would go on for ever.
+        swallowed = task is not None and task.cancelling() > cancelled
+        if swallowed:
             await self.close()
-            raise asyncio.CancelledError
+            raise asyncio.CancelledError from failure
+        if failure is not None:
+            await self.close()
+            raise translate(failure, self._where) from failure
+        self._transport = take_over(link, self)
+        self.closed = False
+        self._timer = self._loop.call_later(self._heartbeat, self._beat)
 
     # -- asyncio.Protocol -------------------------------------------------------------------------------------------
 
@@ -222,9 +229,8 @@ class RedisConnection(asyncio.Protocol):
         """Close the socket; what is in flight fails."""
         self._on_lost = None
         self._stop_timer()
-        if not self.closed and self._link.is_connected:
+        if not self.closed:
             self._fail(BackendConnectionError(f"the connection to {self._where} was closed"))
-        self.closed = True
         await self._link.disconnect(nowait=True)
 
 
