@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from typing import Any
 
@@ -42,4 +43,5 @@ async def main(what: str, url: str, prefix: str, count: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
     asyncio.run(main(*sys.argv[1:]))

@@ -169,6 +169,10 @@ async def no_subscription(site: Site, web: Backend) -> None:
     await eventually(lambda: _equal(site.subscriptions(web), 0))
 
 
+async def no_more_connections(site: Site, than: int) -> None:
+    await eventually(lambda: _at_most(site.connections(), than))
+
+
 async def _mostly_subscribed(web: Backend) -> bool:
     hub = web._hub
     return sum(topic.subscribed for topic in hub._topics.values()) > 0.9 * len(hub) and not hub._to_add
@@ -202,14 +206,14 @@ async def survive(
                     assert outcome == load.value(task_id), f"{task_id}: {outcome!r}"
             assert len(web._hub) == 0
             await no_subscription(site, web)
-            await eventually(lambda: _at_most(site.connections(), connections + site.connections_of_two))
+            await no_more_connections(site, connections + site.connections_of_two)
     async with site.backend() as reader:
         metas = await reader.get_many(load.acknowledged)
     assert {meta.task_id: meta.result for meta in metas} == {name: load.value(name) for name in load.acknowledged}
     assert len(load.acknowledged) == waiters + waiters // 5
     refusals = load.refusals
     del load, web, worker, reader, outcomes, metas
-    await eventually(lambda: _equal(site.connections(), connections))
+    await no_more_connections(site, connections)
     assert objects() <= instances
     return refusals
 
@@ -584,7 +588,7 @@ async def test_a_storm_of_cancellations(site: Site, end: str) -> None:
                 ]
                 assert sum(closed) > CROWD / 10
     del load, web, worker, outcomes
-    await eventually(lambda: _equal(site.connections(), connections))
+    await no_more_connections(site, connections)
     assert objects() <= instances
 
 
@@ -615,21 +619,28 @@ async def test_closing_while_ten_thousand_wait(site: Site, moment: str) -> None:
         assert {type(outcome) for outcome in stored} <= {BackendClosedError, bool}
         assert len(web._hub) == 0
     del web, outcomes, stored, waiting, storing
-    await eventually(lambda: _equal(site.connections(), connections))
+    await no_more_connections(site, connections)
     assert objects() <= instances
 
 
-async def child(what: str, url: str, prefix: str, count: int) -> asyncio.subprocess.Process:
+@contextlib.asynccontextmanager
+async def child(what: str, url: str, prefix: str, count: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`tests.fault_child`, which is gone at the end, whatever comes of the test."""
     command = [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.fault_child", what, url, prefix, str(count)]
     pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, cwd=Path(__file__).parent.parent)
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, cwd=Path(__file__).parent.parent)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 async def test_ctrl_c_ends_a_process_in_which_a_thousand_wait_without_a_fuss(site: Site) -> None:
     connections = await site.connections()
-    process = await child("wait", site.url(), "t", WAITERS)
-    assert process.stdout is not None
-    async with asyncio.timeout(BOUND):
+    async with child("wait", site.url(), "t", WAITERS) as process, asyncio.timeout(BOUND):
+        assert process.stdout is not None
         assert await process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
         _, said = await process.communicate()
@@ -638,7 +649,7 @@ async def test_ctrl_c_ends_a_process_in_which_a_thousand_wait_without_a_fuss(sit
     assert lines[-1] == "KeyboardInterrupt"
     for noise in ("destroyed", "never", "Unclosed", "unclosed", "Exception ignored", "Error in"):
         assert noise not in said.decode()
-    await eventually(lambda: _equal(site.connections(), connections))
+    await no_more_connections(site, connections)
 
 
 # -- 9: who stores is killed ----------------------------------------------------------------------------------------
@@ -652,12 +663,15 @@ async def test_a_killed_process_has_stored_all_or_nothing_of_each_result(site: S
             ids = [f"{attempt}-{number}" for number in range(count)]
             waiting = {task_id: asyncio.create_task(web.wait_for(task_id)) for task_id in ids}
             await subscribed(web, count)
-            process = await child("store", site.url(), f"{attempt}-", count)
-            assert process.stdout is not None
-            reported = [int(await process.stdout.readline()) for _ in range(chance.randrange(1, count // 2))]
-            process.kill()
-            rest, _ = await process.communicate()
+            connections = await site.connections()
+            async with child("store", site.url(), f"{attempt}-", count) as process:
+                assert process.stdout is not None
+                reported = [int(await process.stdout.readline()) for _ in range(chance.randrange(1, count // 4))]
+                process.kill()
+                rest, _ = await process.communicate()
             reported += [int(line) for line in rest.split(b"\n")[:-1]]
+            # What it had sent by then is the server's to carry out.
+            await no_more_connections(site, connections)
             async with site.backend() as reader:
                 metas = {meta.task_id: meta for meta in await reader.get_many(ids) if meta.ready}
                 again = {meta.task_id for meta in await reader.get_many(ids) if meta.ready}
