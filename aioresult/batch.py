@@ -2,14 +2,16 @@
 
 Whatever is asked for in one turn of the event loop, or while as many round trips as may be are in flight, goes out
 together in the next one. A lone call therefore pays one round trip and no delay, a thousand concurrent ones pay a few;
-nothing waits for a timer.
+nothing waits for a timer. Who comes alone again and again is not even kept for that turn, if there is a way to send
+at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -31,6 +33,10 @@ class Batcher(Generic[Item, Out]):
 
     The batch runs in a task of its own: a caller that is cancelled stops waiting, and its item leaves the queue if it
     was not sent yet, but nobody's cancellation reaches the I/O.
+
+    ``at_once(item, done)`` is tried for an item that comes while nothing is under way, if the one before came alone,
+    too. It sends the item in this very call and returns true, or does nothing and returns false. Later it calls
+    ``done`` with the outcome, or with ``None`` if there was any trouble: then ``run`` gets the item.
     """
 
     def __init__(
@@ -39,14 +45,20 @@ class Batcher(Generic[Item, Out]):
         *,
         max_items: int,
         parallel: int = 1,
+        at_once: Callable[[Item, Callable[[Out | None], None]], bool] | None = None,
     ) -> None:
         self._run = run
+        self._at_once = at_once
         self._max_items = max_items
         self._parallel = parallel
         self._loop = asyncio.get_running_loop()
         self._items: deque[Item] = deque()
         self._futures: deque[asyncio.Future[Out]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        #: The future of what was sent at once; one at most.
+        self._alone: set[asyncio.Future[Out]] = set()
+        #: Whether what was sent last had no company: so, most likely, has the next.
+        self._was_alone = False
         self._working = 0
         #: Whether a task was made that has not begun: it will take what is submitted until then.
         self._starting = False
@@ -57,10 +69,33 @@ class Batcher(Generic[Item, Out]):
         if self._closed is not None:
             raise self._closed
         future: asyncio.Future[Out] = self._loop.create_future()
+        if not self._send_at_once(item, future):
+            self._queue(item, future)
+        return future
+
+    def _queue(self, item: Item, future: asyncio.Future[Out]) -> None:
         self._items.append(item)
         self._futures.append(future)
         self._start()
-        return future
+
+    def _send_at_once(self, item: Item, future: asyncio.Future[Out]) -> bool:
+        if not self._was_alone or self._working or self._alone or self._at_once is None:
+            return False
+        if not self._at_once(item, partial(self._done_at_once, item, future)):
+            return False
+        self._alone.add(future)
+        return True
+
+    def _done_at_once(self, item: Item, future: asyncio.Future[Out], outcome: Out | None) -> None:
+        self._alone.discard(future)
+        if future.done():
+            return
+        if outcome is not None:
+            future.set_result(outcome)
+        elif self._closed is not None:
+            fail(future, self._closed)
+        else:
+            self._queue(item, future)
 
     def _start(self) -> None:
         if self._working < self._parallel and not self._starting:
@@ -83,6 +118,7 @@ class Batcher(Generic[Item, Out]):
 
     def _take(self) -> tuple[Sequence[Item], Sequence[asyncio.Future[Out]]]:
         count = min(self._max_items, len(self._items))
+        self._was_alone = count == 1
         items = [self._items.popleft() for _ in range(count)]
         futures = [self._futures.popleft() for _ in range(count)]
         if any(map(asyncio.Future.done, futures)):  # a caller was cancelled
@@ -115,15 +151,17 @@ class Batcher(Generic[Item, Out]):
         _fail_all(self._futures, error)
         self._items.clear()
         self._futures.clear()
-        if tasks := list(self._tasks):
-            _, late = await asyncio.wait(tasks, timeout=1.0)
-            for task in late:
+        under_way: list[asyncio.Future[Any]] = [*self._tasks, *self._alone]
+        if under_way:
+            _, late = await asyncio.wait(under_way, timeout=1.0)
+            _fail_all(self._alone, error)
+            for task in self._tasks:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
 
 
-def _fail_all(futures: Sequence[asyncio.Future[Any]], error: BaseException) -> None:
+def _fail_all(futures: Iterable[asyncio.Future[Any]], error: BaseException) -> None:
     for future in futures:
         if not future.done():
             fail(future, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -183,6 +183,117 @@ async def test_a_caller_that_is_cancelled_in_flight_disturbs_nobody() -> None:
     assert trips.under_way == 1
     trips.gate.set()
     assert (await tasks[0], await tasks[2]) == (0, 20)
+
+
+class WithAShortcut(RoundTrips):
+    """Notes what comes at once, and keeps how to answer it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = True
+        self.at_once: list[int] = []
+        self.done: list[Callable[[int | None], None]] = []
+
+    def send(self, item: int, done: Callable[[int | None], None]) -> bool:
+        if self.open:
+            self.at_once.append(item)
+            self.done.append(done)
+        return self.open
+
+    async def batcher(self, **options: Any) -> Batcher[int, int]:
+        """One whose last item came alone."""
+        batcher = Batcher(self.run, max_items=10, at_once=self.send, **options)
+        self.gate.set()
+        await batcher.submit(0)
+        self.gate.clear()
+        self.batches.clear()
+        return batcher
+
+
+async def test_who_comes_alone_again_is_sent_before_submit_returns() -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    for item in (1, 2):
+        future = batcher.submit(item)
+        assert trips.at_once[-1] == item
+        trips.done[-1](item * 10)
+        assert await future == item * 10
+    assert trips.batches == []
+
+
+async def test_who_has_company_shares_a_batch_and_so_do_those_after_it() -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    first = batcher.submit(1)
+    others = [batcher.submit(item) for item in (2, 3)]
+    trips.gate.set()
+    assert await asyncio.gather(*others) == [20, 30]
+    trips.done[0](10)
+    assert await first == 10
+    assert await batcher.submit(4) == 40  # after company, company is expected
+    assert (trips.at_once, trips.batches) == ([1], [[2, 3], [4]])
+    assert not batcher.submit(5).done()
+    assert trips.at_once == [1, 5]
+
+
+async def test_nothing_is_sent_at_once_past_a_batch_that_is_under_way() -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    trips.open = False
+    under_way = await in_flight(trips, batcher, [1])
+    trips.open = True
+    under_way.append(batcher.submit(2))
+    assert trips.at_once == []
+    trips.gate.set()
+    assert await asyncio.gather(*under_way) == [10, 20]
+
+
+async def test_trouble_on_the_short_way_sends_the_item_on_the_long_one() -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    trips.gate.set()
+    future = batcher.submit(1)
+    trips.done[0](None)
+    assert await future == 10
+    assert trips.batches == [[1]]
+
+
+async def test_trouble_with_what_nobody_waits_for_any_more_sends_nothing() -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    batcher.submit(1).cancel()
+    trips.done[0](None)
+    batcher.submit(2).cancel()
+    trips.done[1](20)
+    assert (trips.at_once, trips.batches, len(batcher._items)) == ([1, 2], [], 0)
+
+
+@pytest.mark.parametrize("outcome", [None, 10])
+async def test_closing_lets_what_was_sent_at_once_finish(outcome: int | None) -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    future = batcher.submit(1)
+    closing = asyncio.create_task(batcher.close(BackendClosedError("closed")))
+    await asyncio.sleep(0)
+    assert not closing.done()
+    trips.done[0](outcome)
+    await closing
+    if outcome is None:
+        with pytest.raises(BackendClosedError):
+            await future
+    else:
+        assert await future == outcome
+    assert trips.batches == []
+
+
+async def test_closing_does_not_wait_for_ever_for_what_was_sent_at_once() -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    future = batcher.submit(1)
+    await batcher.close(BackendClosedError("closed"))
+    with pytest.raises(BackendClosedError):
+        await future
+    trips.done[0](10)  # comes too late, and harms nothing
 
 
 async def test_closing_fails_the_queue_lets_the_rest_finish_and_refuses_more() -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import ssl
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,13 @@ async def through(proxy: TcpProxy, **options: Any) -> AsyncIterator[RedisBackend
 def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For each round trip to the server, how many replies it brings."""
     wanted: list[int] = []
-    send = RedisConnection._send
+    write = RedisConnection._write
 
-    async def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> list[Any]:
+    def counted(self: RedisConnection, data: bytes, want: int, one_command: bool) -> asyncio.Future[list[Any]]:
         wanted.append(want)
-        return await send(self, data, want, one_command)
+        return write(self, data, want, one_command)
 
-    monkeypatch.setattr(RedisConnection, "_send", counted)
+    monkeypatch.setattr(RedisConnection, "_write", counted)
     return wanted
 
 
@@ -500,6 +500,62 @@ async def test_only_the_first_to_register_an_id_did_so(backend: Backend) -> None
 async def test_scripts_flushed_from_the_server_are_loaded_again(backend: Backend, redis_client: Client) -> None:
     await redis_client.script_flush()
     assert await asyncio.gather(*(backend.mark_as_done(str(number), number) for number in range(10))) == [True] * 10
+
+
+@pytest.fixture
+def long_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys that are stored through a batch, and not at once."""
+    keys: list[str] = []
+    write = RedisBackend._write
+
+    async def noted(self: RedisBackend, writes: Sequence[Write]) -> list[bool | BaseException]:
+        keys.extend(each.key.removeprefix("celery-task-meta-") for each in writes)
+        return await write(self, writes)
+
+    monkeypatch.setattr(RedisBackend, "_write", noted)
+    return keys
+
+
+async def test_who_stores_alone_takes_the_short_way(backend: Backend, long_way: list[str]) -> None:
+    waiting = asyncio.ensure_future(backend.result("b").get())
+    assert await backend.mark_as_done("a", 1)
+    assert await backend.mark_as_done("b", 2)
+    assert await waiting == 2
+    assert await backend.mark_as_done("b", 3) is False
+    assert await backend.mark_as_pending("b") is False
+    assert long_way == ["a"]
+    assert (await backend.get_task_meta("b")).result == 2
+
+
+async def test_a_member_of_a_group_takes_the_long_way(backend: Backend, long_way: list[str]) -> None:
+    await backend.mark_as_done("a", 1)
+    await backend.mark_as_done("b", 2, aioresult.TaskRequest(id="b", group="g"))
+    assert long_way == ["a", "b", "celery-taskset-meta-g"]
+
+
+@pytest.mark.parametrize("trouble", ["no script", "compressed", "lost"])
+async def test_what_fails_on_the_short_way_is_stored_all_the_same(
+    proxy: TcpProxy, redis_url: str, redis_client: Client, long_way: list[str], trouble: str
+) -> None:
+    def cut(data: bytes, to_server: bool) -> bytes:
+        if trouble == "lost" and b"EVALSHA" in data:
+            proxy.filter = None
+            proxy.cut()
+            return b""
+        return data
+
+    async with through(proxy) as backend:
+        await backend.mark_as_done("a", 1)
+        if trouble == "no script":
+            await redis_client.script_flush()
+        elif trouble == "compressed":
+            async with aioresult.connect(redis_url, compression="zlib") as other:
+                await other.mark_as_started("b")
+        else:
+            proxy.filter = cut
+        assert await backend.mark_as_done("b", 2)
+        assert long_way[-1] == "b"
+        assert (await backend.get_task_meta("b")).result == 2
 
 
 async def test_out_of_memory_is_told_to_the_storer_and_nothing_is_stored(

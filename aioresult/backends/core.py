@@ -159,6 +159,14 @@ class BackendCore(ABC):
         whether it was stored, or the error that concerns it alone.
         """
 
+    def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
+        """Begin to store ``record`` in this very call, and return true; or do nothing, and return false.
+
+        Optional, for stores where a task costs as much as all the rest. When it is known whether it was stored, call
+        ``done`` with that; after any trouble with ``None``: then `_store` gets it.
+        """
+        return False
+
     @abstractmethod
     async def _delete(self, task_ids: Sequence[str]) -> None:
         """Remove these results; missing ones do not matter."""
@@ -287,7 +295,10 @@ class BackendCore(ABC):
         self._thread = get_ident()
         self._hub = Hub(_HubSource(self), chunk=self.fetch_chunk, recheck=self.recheck)
         self._stores = Batcher(
-            partial(self._persist, self._store), max_items=self.store_chunk, parallel=self.store_parallel
+            partial(self._persist, self._store),
+            max_items=self.store_chunk,
+            parallel=self.store_parallel,
+            at_once=self._store_at_once,
         )
         self._fetches = Batcher(self._read, max_items=self.fetch_chunk, parallel=2)
         self._deletes = Batcher(self._perform_delete, max_items=self.fetch_chunk)

@@ -109,15 +109,7 @@ class KeyValueStoreBackend(Backend):
         return await self._get([self._task_prefix + task_id for task_id in task_ids])
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
-        writes = [
-            Write(
-                self._task_prefix + record.task_id,
-                Op.PUT_IF_ABSENT if record.only_new else Op.PUT_UNLESS_SUCCESS,
-                record.payload,
-                record.expires,
-            )
-            for record in records
-        ]
+        writes = list(map(self._put, records))
         # A group lives at least as long as its members. A write of its own: the two keys need not share a slot.
         groups = [
             Write(self._group_key(record.group_id), Op.EXTEND, expires=record.expires)
@@ -125,6 +117,10 @@ class KeyValueStoreBackend(Backend):
             if record.group_id
         ]
         return (await self._write(writes + groups))[: len(records)]
+
+    def _put(self, record: Record) -> Write:
+        op = Op.PUT_IF_ABSENT if record.only_new else Op.PUT_UNLESS_SUCCESS
+        return Write(self._task_prefix + record.task_id, op, record.payload, record.expires)
 
     async def _delete(self, task_ids: Sequence[str]) -> None:
         await self._change([Write(self._task_key(task_id), Op.DELETE) for task_id in task_ids])

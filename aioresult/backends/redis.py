@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Unpack
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -27,7 +27,7 @@ from ..exceptions import (
     ImproperlyConfigured,
     SerializationError,
 )
-from .base import BackendOptions
+from .base import BackendOptions, Record
 from .keyvalue import KeyValueStoreBackend, Op, Write
 from .redis_connection import Command, RedisConnection, translate
 from .redis_scripts import CHORD, EXTEND, PUT, REGISTER, SCRIPTS
@@ -133,6 +133,18 @@ class RedisBackend(KeyValueStoreBackend):
             reply == 1 if isinstance(reply, int) else await self._judged(write, reply)
             for write, reply in zip(writes, replies, strict=True)
         ]
+
+    def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
+        connection = self._commands
+        if record.group_id or connection is None or not connection.ready:
+            return False
+
+        def replied(replies: asyncio.Future[list[Any]]) -> None:
+            reply = None if replies.exception() else replies.result()[1]
+            done(reply == 1 if isinstance(reply, int) else None)
+
+        connection.begin([_WAITERS_FIRST, _command(self._put(record))]).add_done_callback(replied)
+        return True
 
     async def _judged(self, write: Write, reply: Any) -> bool | BaseException:
         """What came of ``write``, where the reply is not simply that."""

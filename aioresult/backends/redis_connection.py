@@ -177,12 +177,24 @@ class RedisConnection(asyncio.Protocol):
             await self._writable.wait()
         if self.closed:
             raise BackendConnectionError(f"the connection to {self._where} is closed")
+        return await self._write(data, want, one_command)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `begin` may be called: it is connected, and not held back by a server that reads too slowly."""
+        return not self.closed and self._writable.is_set()
+
+    def begin(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+        """As `request`, but what is sent is sent when this returns. Not to be cancelled."""
+        return self._write(b"".join(map(_pack, commands)), len(commands), False)
+
+    def _write(self, data: bytes, want: int, one_command: bool) -> asyncio.Future[list[Any]]:
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         if not self._requests:
             self._asked_at = self._loop.time()
         self._requests.append(_Request(future, want, one_command))
         self._transport.write(data)
-        return await future
+        return future
 
     # -- life -------------------------------------------------------------------------------------------------------
 
