@@ -34,9 +34,10 @@ class Batcher(Generic[Item, Out]):
     The batch runs in a task of its own: a caller that is cancelled stops waiting, and its item leaves the queue if it
     was not sent yet, but nobody's cancellation reaches the I/O.
 
-    ``at_once(item, done)`` is tried for an item that comes while nothing is under way, if the one before came alone,
-    too. It sends the item in this very call and returns true, or does nothing and returns false. Later it calls
-    ``done`` with the outcome, or with ``None`` if there was any trouble: then ``run`` gets the item.
+    ``at_once(item, done)`` is tried for an item that comes while nothing is under way, if the last batch was of one. It
+    sends the item in this very call and returns true, or does nothing and returns false. Once, and not before it has
+    returned, it calls ``done`` with the outcome, or with ``None`` after any trouble: then ``run`` gets the item. What
+    comes meanwhile is kept until then, so that trouble cannot put one item behind another.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class Batcher(Generic[Item, Out]):
         self._items: deque[Item] = deque()
         self._futures: deque[asyncio.Future[Out]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        #: The future of what was sent at once; one at most.
-        self._alone: set[asyncio.Future[Out]] = set()
-        #: Whether what was sent last had no company: so, most likely, has the next.
-        self._was_alone = False
+        #: For the outcome of what was sent at once and has not been answered.
+        self._lone: asyncio.Future[Out] | None = None
+        #: Whether the last batch was of more than one: so, most likely, is the next.
+        self._expect_company = True
         self._working = 0
         #: Whether a task was made that has not begun: it will take what is submitted until then.
         self._starting = False
@@ -70,40 +71,47 @@ class Batcher(Generic[Item, Out]):
             raise self._closed
         future: asyncio.Future[Out] = self._loop.create_future()
         if not self._send_at_once(item, future):
-            self._queue(item, future)
+            self._items.append(item)
+            self._futures.append(future)
+            self._start()
         return future
 
-    def _queue(self, item: Item, future: asyncio.Future[Out]) -> None:
-        self._items.append(item)
-        self._futures.append(future)
-        self._start()
-
     def _send_at_once(self, item: Item, future: asyncio.Future[Out]) -> bool:
-        if not self._was_alone or self._working or self._alone or self._at_once is None:
+        if self._expect_company or self._working or self._lone is not None or self._at_once is None:
             return False
         if not self._at_once(item, partial(self._done_at_once, item, future)):
             return False
-        self._alone.add(future)
+        self._lone = future
         return True
 
     def _done_at_once(self, item: Item, future: asyncio.Future[Out], outcome: Out | None) -> None:
-        self._alone.discard(future)
-        if future.done():
-            return
-        if outcome is not None:
-            future.set_result(outcome)
-        elif self._closed is not None:
-            fail(future, self._closed)
-        else:
-            self._queue(item, future)
+        self._lone = None
+        if not future.done():
+            if outcome is not None:
+                future.set_result(outcome)
+            elif self._closed is not None:
+                fail(future, self._closed)
+            else:
+                self._items.appendleft(item)
+                self._futures.appendleft(future)
+        if self._items:
+            self._start()
 
     def _start(self) -> None:
-        if self._working < self._parallel and not self._starting:
+        if self._working < self._parallel and not self._starting and self._lone is None:
             self._starting = True
             self._working += 1
             task = self._loop.create_task(self._work())
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():  # before its first step, for it sees every later cancellation itself
+            self._starting = False
+            self._working -= 1
+            if self._items:
+                self._start()
 
     async def _work(self) -> None:
         # Only now, and not in `submit`: every coroutine that was ready to run in this turn of the loop is in the batch.
@@ -118,7 +126,7 @@ class Batcher(Generic[Item, Out]):
 
     def _take(self) -> tuple[Sequence[Item], Sequence[asyncio.Future[Out]]]:
         count = min(self._max_items, len(self._items))
-        self._was_alone = count == 1
+        self._expect_company = count > 1
         items = [self._items.popleft() for _ in range(count)]
         futures = [self._futures.popleft() for _ in range(count)]
         if any(map(asyncio.Future.done, futures)):  # a caller was cancelled
@@ -151,10 +159,13 @@ class Batcher(Generic[Item, Out]):
         _fail_all(self._futures, error)
         self._items.clear()
         self._futures.clear()
-        under_way: list[asyncio.Future[Any]] = [*self._tasks, *self._alone]
+        under_way: list[asyncio.Future[Any]] = [*self._tasks]
+        if self._lone is not None:
+            under_way.append(self._lone)
         if under_way:
             _, late = await asyncio.wait(under_way, timeout=1.0)
-            _fail_all(self._alone, error)
+            if self._lone is not None:
+                _fail_all([self._lone], error)
             for task in self._tasks:
                 task.cancel()
             if late:

@@ -246,6 +246,8 @@ class Codec:
                 f"serializer {serializer!r} is not in accept={tuple(sorted(self.accept))}: "
                 f"this backend could not read what it stores; add it to accept"
             )
+        #: Whether all that it writes is JSON, whose head tells a success (`SUCCESS_HEAD`).
+        self.plain: bool = serializer == "json" and self.compression is None
         self._dumps = _SERIALIZERS[serializer][0]
         self._dumps_meta = _dump_json if serializer == "json" else partial(_dump_fields, self._dumps)
 

@@ -224,12 +224,13 @@ async def test_who_comes_alone_again_is_sent_before_submit_returns() -> None:
 async def test_who_has_company_shares_a_batch_and_so_do_those_after_it() -> None:
     trips = WithAShortcut()
     batcher = await trips.batcher()
+    trips.gate.set()
     first = batcher.submit(1)
     others = [batcher.submit(item) for item in (2, 3)]
-    trips.gate.set()
-    assert await asyncio.gather(*others) == [20, 30]
+    await asyncio.sleep(0)
+    assert trips.batches == []  # they wait for the first, like for any round trip
     trips.done[0](10)
-    assert await first == 10
+    assert await asyncio.gather(first, *others) == [10, 20, 30]
     assert await batcher.submit(4) == 40  # after company, company is expected
     assert (trips.at_once, trips.batches) == ([1], [[2, 3], [4]])
     assert not batcher.submit(5).done()
@@ -248,14 +249,27 @@ async def test_nothing_is_sent_at_once_past_a_batch_that_is_under_way() -> None:
     assert await asyncio.gather(*under_way) == [10, 20]
 
 
-async def test_trouble_on_the_short_way_sends_the_item_on_the_long_one() -> None:
+async def test_trouble_on_the_short_way_sends_the_item_on_the_long_one_and_first() -> None:
     trips = WithAShortcut()
     batcher = await trips.batcher()
     trips.gate.set()
-    future = batcher.submit(1)
+    futures = [batcher.submit(item) for item in (1, 2)]
+    await asyncio.sleep(0)
+    futures.append(batcher.submit(3))
     trips.done[0](None)
-    assert await future == 10
-    assert trips.batches == [[1]]
+    assert await asyncio.gather(*futures) == [10, 20, 30]
+    assert trips.batches == [[1, 2, 3]]
+
+
+async def test_trouble_of_a_caller_that_was_cancelled_does_not_keep_those_behind_it() -> None:
+    trips = WithAShortcut()
+    batcher = await trips.batcher()
+    trips.gate.set()
+    batcher.submit(1).cancel()
+    second = batcher.submit(2)
+    trips.done[0](None)
+    assert await second == 20
+    assert trips.batches == [[2]]
 
 
 async def test_trouble_with_what_nobody_waits_for_any_more_sends_nothing() -> None:
@@ -344,6 +358,19 @@ async def test_the_end_of_the_loop_leaves_nobody_waiting() -> None:
         await caller
     assert await batcher.submit(3) == 30
     assert await asyncio.gather(*queued) == [10, 20]
+
+
+async def test_the_end_of_the_loop_may_come_before_a_batch_has_begun() -> None:
+    trips = RoundTrips()
+    trips.gate.set()
+    batcher = Batcher(trips.run, max_items=10)
+    before = asyncio.all_tasks()
+    futures = [batcher.submit(1)]
+    (worker,) = asyncio.all_tasks() - before
+    worker.cancel()
+    futures.append(batcher.submit(2))
+    assert await asyncio.gather(*futures) == [10, 20]
+    assert await batcher.submit(3) == 30
 
 
 async def test_each_burst_runs_in_the_context_of_its_first_caller() -> None:

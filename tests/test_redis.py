@@ -61,13 +61,13 @@ async def through(proxy: TcpProxy, **options: Any) -> AsyncIterator[RedisBackend
 def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For each round trip to the server, how many replies it brings."""
     wanted: list[int] = []
-    write = RedisConnection._write
+    post = RedisConnection._post
 
-    def counted(self: RedisConnection, data: bytes, want: int, one_command: bool) -> asyncio.Future[list[Any]]:
+    def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
         wanted.append(want)
-        return write(self, data, want, one_command)
+        return post(self, data, want, one_command)
 
-    monkeypatch.setattr(RedisConnection, "_write", counted)
+    monkeypatch.setattr(RedisConnection, "_post", counted)
     return wanted
 
 
@@ -531,6 +531,49 @@ async def test_a_member_of_a_group_takes_the_long_way(backend: Backend, long_way
     await backend.mark_as_done("a", 1)
     await backend.mark_as_done("b", 2, aioresult.TaskRequest(id="b", group="g"))
     assert long_way == ["a", "b", "celery-taskset-meta-g"]
+
+
+@pytest.mark.parametrize("options", [{"compression": "zlib"}, {"serializer": "pickle", "accept": ("json", "pickle")}])
+async def test_what_the_script_cannot_judge_takes_the_long_way(
+    redis_url: str, long_way: list[str], options: dict[str, Any]
+) -> None:
+    async with aioresult.connect(redis_url, **options) as backend:
+        await backend.mark_as_started("a")
+        await backend.mark_as_started("b")
+    assert long_way == ["a", "b"]
+
+
+async def test_two_stores_of_an_id_keep_their_order_whichever_way_they_take(
+    backend: Backend, redis_url: str, long_way: list[str]
+) -> None:
+    """The first is sent at once, and has to be done over, for what is stored is compressed."""
+    async with aioresult.connect(redis_url, compression="zlib") as other:
+        for number in range(20):
+            task_id = f"t{number}"
+            await other.mark_as_pending(task_id)
+            await backend.mark_as_done("alone", 1)
+            starting = asyncio.ensure_future(backend.mark_as_started(task_id))
+            await asyncio.gather(starting, backend.mark_as_failure(task_id, KeyError(number)))
+            assert await backend.result(task_id).state() == "FAILURE"
+    assert {f"t{number}" for number in range(20)} <= set(long_way)
+
+
+async def test_the_short_way_keeps_account_of_outages(backend: RedisBackend, redis_client: Client) -> None:
+    def down_since() -> float | None:
+        return backend._down_since
+
+    await backend.mark_as_done("a", 1)
+    backend._not_reached()
+    await backend.mark_as_done("b", 1)
+    assert down_since() is None
+    before = asyncio.get_running_loop().time()
+    storing = asyncio.ensure_future(backend.mark_as_done("c", 1))
+    await asyncio.sleep(0)
+    assert backend._commands is not None
+    backend._commands.connection_lost(None)
+    await asyncio.sleep(0)
+    assert (down_since() or 0) >= before
+    assert await storing
 
 
 @pytest.mark.parametrize("trouble", ["no script", "compressed", "lost"])

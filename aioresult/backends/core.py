@@ -81,7 +81,7 @@ class BackendCore(ABC):
     """What a backend is made of, below the coroutines that everybody calls: see `aioresult.backends.base.Backend`.
 
     Implement the abstract methods. They get input that was checked and gathered into batches, and run in
-    tasks of the backend's own, so that no caller's cancellation reaches them. Each may raise
+    tasks of the backend's own, so that no caller's cancellation reaches them. Each coroutine may raise
 
     - `BackendConnectionError` when trying again may help: the call is repeated for up to ``retry_for`` seconds, so
       every primitive must bear being done twice;
@@ -160,10 +160,11 @@ class BackendCore(ABC):
         """
 
     def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
-        """Begin to store ``record`` in this very call, and return true; or do nothing, and return false.
+        """Begin to store ``record`` in this very call and return true; or do nothing and return false.
 
-        Optional, for stores where a task costs as much as all the rest. When it is known whether it was stored, call
-        ``done`` with that; after any trouble with ``None``: then `_store` gets it.
+        Optional, for stores where a task costs as much as all the rest: tried when nothing else is being stored. Once,
+        and not before this has returned, call ``done``: with whether it was stored, after `_reached`; or after any
+        trouble with ``None``, and then `_store` gets the record. Who overrides `_store` overrides this, too.
         """
         return False
 
@@ -371,18 +372,27 @@ class BackendCore(ABC):
             try:
                 value = await operation(*args)
             except BackendConnectionError:
-                now = asyncio.get_running_loop().time()
+                now, down_since = self._not_reached()
                 if backoff is None:
                     backoff, first = Backoff(), now
-                if self._down_since is None or now - self._down_at > self.retry_for:
-                    self._down_since = now
-                self._down_at = now
-                if now - min(first, self._down_since) >= self.retry_for:
+                if now - min(first, down_since) >= self.retry_for:
                     raise
                 await asyncio.sleep(backoff.pause())
             else:
-                self._down_since = None
+                self._reached()
                 return value
+
+    def _reached(self) -> None:
+        """The server has done something: an outage is over."""
+        self._down_since = None
+
+    def _not_reached(self) -> tuple[float, float]:
+        """A call has failed with `BackendConnectionError`. The time, and since when the server has been away."""
+        now = asyncio.get_running_loop().time()
+        if self._down_since is None or now - self._down_at > self.retry_for:
+            self._down_since = now
+        self._down_at = now
+        return now, self._down_since
 
     async def _perform_delete(self, task_ids: Sequence[str]) -> Sequence[None]:
         await self._persist(self._delete, task_ids)

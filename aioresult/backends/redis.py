@@ -136,12 +136,18 @@ class RedisBackend(KeyValueStoreBackend):
 
     def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
         connection = self._commands
-        if record.group_id or connection is None or not connection.ready:
+        if not self.codec.plain or record.group_id or connection is None or not connection.ready:
             return False
 
         def replied(replies: asyncio.Future[list[Any]]) -> None:
-            reply = None if replies.exception() else replies.result()[1]
-            done(reply == 1 if isinstance(reply, int) else None)
+            if replies.exception() is not None:
+                self._not_reached()
+                done(None)
+            elif isinstance(reply := replies.result()[1], int):
+                self._reached()
+                done(reply == 1)
+            else:
+                done(None)
 
         connection.begin([_WAITERS_FIRST, _command(self._put(record))]).add_done_callback(replied)
         return True

@@ -177,7 +177,7 @@ class RedisConnection(asyncio.Protocol):
             await self._writable.wait()
         if self.closed:
             raise BackendConnectionError(f"the connection to {self._where} is closed")
-        return await self._write(data, want, one_command)
+        return await self._post(data, want, one_command)
 
     @property
     def ready(self) -> bool:
@@ -186,14 +186,14 @@ class RedisConnection(asyncio.Protocol):
 
     def begin(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """As `request`, but what is sent is sent when this returns. Not to be cancelled."""
-        return self._write(b"".join(map(_pack, commands)), len(commands), False)
+        return self._post(b"".join(map(_pack, commands)), len(commands))
 
-    def _write(self, data: bytes, want: int, one_command: bool) -> asyncio.Future[list[Any]]:
+    def _post(self, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
         future: asyncio.Future[list[Any]] = self._loop.create_future()
+        self._transport.write(data)
         if not self._requests:
             self._asked_at = self._loop.time()
         self._requests.append(_Request(future, want, one_command))
-        self._transport.write(data)
         return future
 
     # -- life -------------------------------------------------------------------------------------------------------
