@@ -18,8 +18,7 @@ from typing import Any, Self
 
 import asyncpg
 
-from aioresult.backends import postgres_schema
-from aioresult.backends.postgres import PostgresBackend
+from aioresult.backends.postgres import PostgresBackend, schema
 from tests.servers import postgres_server
 
 from .channel import Channel, spawn, standard
@@ -45,7 +44,7 @@ def use(channels: int) -> None:
         digest = hashlib.sha256(task_id.encode()).hexdigest()[:DIGITS]
         return self._channel_prefix + (str(int(digest[:8], 16) % channels) if channels else digest)
 
-    postgres_schema._channel = in_sql
+    schema._channel = in_sql
     PostgresBackend._channel = in_python  # type: ignore[method-assign, assignment]
 
 

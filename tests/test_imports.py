@@ -36,13 +36,15 @@ ORDER = [
     "backends.base",
     "backends.keyvalue",
     "backends.memory",
-    "backends.redis_connection",
-    "backends.redis_scripts",
+    "backends.redis.connection",
+    "backends.redis.scripts",
+    "backends.redis.backend",
     "backends.redis",
-    "backends.postgres_schema",
-    "backends.postgres_statements",
-    "backends.postgres_chords",
-    "backends.postgres_listener",
+    "backends.postgres.schema",
+    "backends.postgres.statements",
+    "backends.postgres.chords",
+    "backends.postgres.listener",
+    "backends.postgres.backend",
     "backends.postgres",
     "registry",
     "celery",
@@ -90,7 +92,7 @@ def test_the_order_names_every_module() -> None:
 
 def test_imports_are_found_in_every_form() -> None:
     assert {"states", "backends.base", "registry"} <= set(imported("__init__"))
-    assert {"exceptions", "backends.keyvalue"} <= set(imported("backends.redis"))
+    assert {"exceptions", "backends.keyvalue"} <= set(imported("backends.redis.backend"))
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

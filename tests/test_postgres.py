@@ -36,7 +36,7 @@ from aioresult import (
 )
 from aioresult.backends import postgres
 from aioresult.backends.postgres import PostgresBackend, schema_sql
-from aioresult.backends.postgres_schema import EXTENDED_COLUMNS
+from aioresult.backends.postgres.schema import EXTENDED_COLUMNS
 
 from .harness import until
 from .servers import PostgresServer, TcpProxy, free_port, postgres_server

@@ -29,7 +29,7 @@ from aioresult import (
 )
 from aioresult.backends.keyvalue import Op, Write
 from aioresult.backends.redis import RedisBackend
-from aioresult.backends.redis_connection import RedisConnection, take_over
+from aioresult.backends.redis.connection import RedisConnection, take_over
 
 from .harness import until
 from .servers import RedisServer, TcpProxy, redis_server

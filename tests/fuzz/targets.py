@@ -12,7 +12,7 @@ from redis.asyncio.connection import Connection
 from aioresult import AioResultError, BackendConnectionError, TaskMeta
 from aioresult.backends.postgres import PostgresBackend
 from aioresult.backends.redis import RedisBackend
-from aioresult.backends.redis_connection import RedisConnection
+from aioresult.backends.redis.connection import RedisConnection
 from aioresult.serialization import Codec
 from aioresult.states import EXCEPTION_STATES
 

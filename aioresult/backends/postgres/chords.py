@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..chord import ChordOp, ChordState, ChordStep
-from .postgres_schema import Tables, literal_sql
-from .postgres_statements import CLEANUP_BATCH
+from ...chord import ChordOp, ChordState, ChordStep
+from .schema import Tables, literal_sql
+from .statements import CLEANUP_BATCH
 
 __all__ = ["ChordTable"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .postgres_schema import EXTENDED_COLUMNS, Tables, instant_sql, literal_sql
+from .schema import EXTENDED_COLUMNS, Tables, instant_sql, literal_sql
 
 __all__ = ["CLEANUP_BATCH", "INSPECT", "PLAIN_COLUMNS", "Statements"]
 

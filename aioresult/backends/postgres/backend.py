@@ -21,8 +21,8 @@ from uuid import UUID
 
 import asyncpg
 
-from ..chord import CHORD_TOPIC, READY_TOPIC, ChordState, ChordStep
-from ..exceptions import (
+from ...chord import CHORD_TOPIC, READY_TOPIC, ChordState, ChordStep
+from ...exceptions import (
     AioResultError,
     BackendClosedError,
     BackendConnectionError,
@@ -33,16 +33,16 @@ from ..exceptions import (
     ImproperlyConfigured,
     UsageError,
 )
-from ..meta import TaskMeta
-from ..urls import hide_password
-from .base import Backend, BackendOptions, Record
-from .core import logger
-from .postgres_chords import ChordTable
-from .postgres_listener import Listener, bounded, close_connection
-from .postgres_schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql
-from .postgres_statements import CLEANUP_BATCH, INSPECT, PLAIN_COLUMNS, Statements
+from ...meta import TaskMeta
+from ...urls import hide_password
+from ..base import Backend, BackendOptions, Record
+from ..core import logger
+from .chords import ChordTable
+from .listener import Listener, bounded, close_connection
+from .schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql
+from .statements import CLEANUP_BATCH, INSPECT, PLAIN_COLUMNS, Statements
 
-__all__ = ["PostgresBackend", "schema_sql"]
+__all__ = ["PostgresBackend"]
 
 T = TypeVar("T")
 

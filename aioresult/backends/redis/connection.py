@@ -18,8 +18,8 @@ import hiredis
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
-from ..batch import fail
-from ..exceptions import BackendConnectionError, BackendError, BackendRefusedError
+from ...batch import fail
+from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 
 __all__ = ["Command", "RedisConnection", "translate"]
 

@@ -17,8 +17,8 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 import hiredis
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 
-from ..chord import ChordOp, ChordState, ChordStep
-from ..exceptions import (
+from ...chord import ChordOp, ChordState, ChordStep
+from ...exceptions import (
     BackendConnectionError,
     BackendError,
     BackendGetMetaError,
@@ -27,10 +27,10 @@ from ..exceptions import (
     ImproperlyConfigured,
     SerializationError,
 )
-from .base import BackendOptions, Record
-from .keyvalue import KeyValueStoreBackend, Op, Write
-from .redis_connection import Command, RedisConnection, translate
-from .redis_scripts import CHORD, EXTEND, PUT, REGISTER, SCRIPTS
+from ..base import BackendOptions, Record
+from ..keyvalue import KeyValueStoreBackend, Op, Write
+from .connection import Command, RedisConnection, translate
+from .scripts import CHORD, EXTEND, PUT, REGISTER, SCRIPTS
 
 __all__ = ["RedisBackend"]
 

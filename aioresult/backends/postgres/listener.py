@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from ..exceptions import BackendConnectionError
+from ...exceptions import BackendConnectionError
 
 __all__ = ["Listener", "bounded", "close_connection"]
 

@@ -1,0 +1,12 @@
+-- Note a chord that may become complete, for those who dispatch: in a set scored by when it expires.
+--   KEYS[1]: the set; ARGV: group id; milliseconds until then, 0 for never; "XX" to do so only if it is noted already
+local set, gid, ttl, only_known = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZREMRANGEBYSCORE', set, '-inf', now)
+local left = redis.call('PTTL', set)
+if only_known ~= '' and not redis.call('ZSCORE', set, gid) then return 0 end
+redis.call('ZADD', set, ttl == 0 and '+inf' or now + ttl, gid)
+if ttl == 0 then redis.call('PERSIST', set)
+elseif left == -2 or (left >= 0 and left < ttl) then redis.call('PEXPIRE', set, ttl) end
+return 1
