@@ -16,6 +16,7 @@ from asyncio import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 from . import states
 from .backends.base import Backend
 from .chord import Chord, ReadyChord
+from .eager import EagerResult
 from .exceptions import (
     AioResultError,
     BackendClosedError,
@@ -45,7 +46,7 @@ from .exceptions import (
 from .joins import as_completed, gather, wait
 from .meta import TaskMeta, TaskRequest
 from .registry import by_name, by_url, connect
-from .result import AsyncResult, EagerResult, GroupResult, ResultBase, ResultSet, result_from_tuple
+from .result import AsyncResult, GroupResult, ResultBase, ResultSet, result_from_tuple
 
 __version__ = "0.1.0"
 

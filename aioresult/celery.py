@@ -12,7 +12,7 @@ import asyncio
 import ssl
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 from celery import Celery, maybe_signature
@@ -24,9 +24,10 @@ from celery.result import ResultSet as CeleryResultSet
 from .backends.base import Backend
 from .backends.keyvalue import KeyValueStoreBackend
 from .chord import ReadyChord
+from .eager import EagerResult
 from .exceptions import ImproperlyConfigured, UsageError
 from .registry import by_url, connect
-from .result import AsyncResult, EagerResult, GroupResult, ResultBase, ResultSet
+from .result import AsyncResult, GroupResult, ResultBase, ResultSet
 
 __all__ = ["backend_from_app", "dispatch", "result_from_celery"]
 
@@ -43,9 +44,10 @@ def backend_from_app(app: Celery, **options: Any) -> Backend:
     """A backend, not yet open, that reads and writes what the app's own result backend does.
 
     Taken over are ``result_backend``, ``result_expires``, ``result_serializer``, ``result_accept_content`` (or
-    ``accept_content``), ``result_extended``; for Redis ``result_compression``, ``redis_backend_use_ssl`` and the
-    ``global_keyprefix`` among the transport options, for PostgreSQL ``database_table_schemas`` and
-    ``database_table_names``. ``options`` are those of `aioresult.connect` and go before.
+    ``accept_content``), ``result_extended``; for Redis ``result_compression``, ``result_failure_expires``,
+    ``redis_backend_use_ssl`` and the ``global_keyprefix`` among the transport options, for PostgreSQL
+    ``database_table_schemas`` and ``database_table_names``. ``options`` are those of `aioresult.connect` and take
+    precedence.
 
     :raises ImproperlyConfigured: the app has no result backend, or one that this library has not.
     """
@@ -63,7 +65,8 @@ def backend_from_app(app: Celery, **options: Any) -> Backend:
     url = _with_tls(url, conf.redis_backend_use_ssl)
     backend_class, _ = by_url(url)
     if issubclass(backend_class, KeyValueStoreBackend):
-        taken["compression"] = conf.result_compression  # which Celery ignores in a database
+        taken["compression"] = conf.result_compression  # these two Celery ignores in a database
+        taken["failure_expires"] = conf.get("result_failure_expires")  # since 5.7
         if prefix := (conf.result_backend_transport_options or {}).get("global_keyprefix"):
             taken["global_keyprefix"] = prefix
     else:
@@ -80,7 +83,16 @@ def result_from_celery(result: Any, backend: Backend) -> ResultBase:
     """
     if not isinstance(result, CeleryResultBase):
         raise UsageError(f"{result!r} is not a result of Celery's")
-    parent = None if result.parent is None else result_from_celery(result.parent, backend)
+    chain = [result]
+    while chain[-1].parent is not None:
+        chain.append(chain[-1].parent)
+    ours: ResultBase | None = None
+    for each in reversed(chain):  # not by recursion: a chain may be longer than the stack
+        ours = _handle(each, ours, backend)
+    return cast("ResultBase", ours)
+
+
+def _handle(result: Any, parent: ResultBase | None, backend: Backend) -> ResultBase:
     if isinstance(result, CeleryResultSet):
         members = [result_from_celery(member, backend) for member in result.results]
         group_id = getattr(result, "id", None)

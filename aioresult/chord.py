@@ -14,28 +14,28 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 from uuid import uuid4
 
-from .batch import uncancelled
 from .exceptions import (
-    BackendConnectionError,
     BackendError,
     BackendGetMetaError,
     ChordClaimLost,
     ChordError,
     DecodeError,
-    SerializationError,
 )
-from .failure import dump_exception, load_exception
-from .hub import Backoff, Outcome, SingleWaiter, Waiter, timed_out
+from .failure import dump_exception, load_exception, safe_repr
 from .meta import TaskMeta
 from .result import GroupResult, ResultBase, ResultSet
-from .serialization import Codec
+from .seconds import Timeout, checked_timeout
+from .serialization import Codec, reading
 from .states import EXCEPTION_STATES, PROPAGATE_STATES, SUCCESS
+from .tasks import StandingTask, uncancelled
+from .waiter import LAST_LOOK, SingleWaiter, Waiter, timed_out
 
 __all__ = [
     "CHORD_TOPIC",
@@ -156,8 +156,9 @@ class ChordStore(Protocol):
     chord_lease: float
 
     async def chord_step(self, step: ChordStep) -> ChordState: ...
+    async def chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]: ...
     async def active_chords(self) -> Sequence[str]: ...
-    async def wait_for_topic(self, topic: str, waiter: SingleWaiter) -> TaskMeta: ...
+    async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None: ...
     def watch_topic(self, topic: str, waiter: Waiter) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     async def restore_group(self, group_id: str) -> GroupResult | None: ...
@@ -248,35 +249,40 @@ class Chords:
             parts = [self._unpack(group_id, state.failure)]
         for task_id, status, value in parts:
             if status in PROPAGATE_STATES:
-                error = ChordError(f"part {task_id} of chord {group_id} failed: {value!r}")
+                error = ChordError(f"part {task_id} of chord {group_id} failed: {safe_repr(value)}")
                 error.__cause__ = value
                 return values, error
         return values, None
 
     def _unpack(self, group_id: str, part: bytes) -> tuple[str, str, Any]:
-        match self._store.codec.loads(part, f"a part of chord {group_id}"):
-            case [_, str(task_id), str(state), value]:
-                if state in EXCEPTION_STATES:
-                    value = load_exception(value, state, None)
-                return task_id, state, value
+        with reading(f"a part of chord {group_id}"):
+            match self._store.codec.loads(part, f"a part of chord {group_id}"):
+                case [_, str(task_id), str(state), value]:
+                    if state in EXCEPTION_STATES:
+                        value = load_exception(value, state, None)
+                    return task_id, state, value
         raise DecodeError(f"a part of chord {group_id} cannot be read: it is not [1, task id, state, result]")
 
     def chord(self, group_id: str) -> Chord:
         """A handle; no I/O."""
         return Chord(self, group_id)
 
-    async def wait(self, group_id: str, timeout: float | None, propagate: bool) -> list[Any]:
+    async def wait(self, group_id: str, timeout: Timeout, propagate: bool) -> list[Any]:
         """See `Chord.get`."""
 
         def enough(meta: TaskMeta) -> bool:
             return meta.ready or (propagate and meta.result.failure is not None)
 
-        what = f"chord {group_id}"
-        if timeout is not None and timeout <= 0:
+        what, seconds = f"chord {group_id}", checked_timeout(timeout)
+        if seconds is not None and seconds <= 0:
             if not enough(chord_meta(await self.read(group_id))):
-                raise timed_out(what, timeout)
+                raise timed_out(what, seconds)
         else:
-            await self._store.wait_for_topic(CHORD_TOPIC + group_id, SingleWaiter(what, timeout, enough))
+            patient = seconds is None or seconds >= LAST_LOOK
+            waiter = SingleWaiter(what, seconds, enough)
+            found = await self._store.wait_for_topic(CHORD_TOPIC + group_id, waiter, patient)
+            if seconds is not None and (found is None or not enough(found)):
+                raise timed_out(what, seconds)
         results, error = await self._results(group_id)
         if error is not None and propagate:
             raise error
@@ -298,37 +304,6 @@ class Chords:
         """Start the lease anew; whether the claim still stood, or could be had again."""
         return (await self._step(ChordStep(ChordOp.RENEW, group_id, token, lease))).claimed
 
-    async def ready(self) -> AsyncGenerator[ReadyChord, None]:
-        """See `aioresult.backends.base.Backend.ready_chords`."""
-        waiter, backoff = _ReadyWaiter(), Backoff()
-        self._store.watch_topic(READY_TOPIC, waiter)
-        try:
-            while True:
-                group_id = await waiter.due()
-                try:
-                    if group_id is None:
-                        waiter.add(await self._store.active_chords())
-                        continue
-                    ready, state = await self.claim(group_id)
-                except BackendConnectionError as exc:
-                    logger.warning("cannot look for completed chords, and try again: %s", exc)
-                    waiter.remind(None, backoff.pause())
-                    continue
-                except SerializationError as exc:
-                    # Somebody else may be able to read it, and so the claim must go round; slowly.
-                    logger.error("chord %s cannot be dispatched here: %s", group_id, exc)
-                    waiter.remind(group_id, self._store.chord_lease)
-                    continue
-                backoff.reset()
-                left = state.lease_left if ready is None else self._store.chord_lease
-                if left is not None:
-                    waiter.remind(group_id, left)  # if its claimant dies, nobody will say so
-                if ready is not None:
-                    yield ready
-        finally:
-            self._store.unwatch(READY_TOPIC, waiter)
-            waiter.stop()
-
 
 class Chord:
     """A handle on a chord. ``await`` it for the list of the header's results; creating it costs no I/O."""
@@ -342,7 +317,7 @@ class Chord:
     def __await__(self) -> Generator[Any, None, list[Any]]:
         return self.get().__await__()
 
-    async def get(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:
+    async def get(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
         """The results of the header, in order, once all parts have come: pushed, whoever dispatches the callback.
 
         :param timeout: seconds; ``None`` waits for ever, 0 looks once.
@@ -393,7 +368,7 @@ class ReadyChord:
         self._token = token
         self._lease = lease
         self._leaving = asyncio.Event()
-        self._renewing: asyncio.Task[None] | None = None
+        self._renewing: StandingTask | None = None
 
     @property
     def results(self) -> list[Any]:
@@ -406,18 +381,19 @@ class ReadyChord:
         if not await self._chords.renew(self.id, self._token, self._lease):
             raise ChordClaimLost(f"the claim to chord {self.id} ran out after {self._lease:g} s and is another's now")
         self._leaving.clear()
-        self._renewing = asyncio.create_task(self._keep(), name="aioresult-chord-lease")
+        self._renewing = StandingTask(self._keep, "aioresult-chord-lease", lambda: not self._leaving.is_set())
+        self._renewing.start()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await uncancelled(self._leave(exc))
+        await uncancelled(partial(self._leave, exc))
 
     async def _leave(self, exc: BaseException | None) -> None:
         self._leaving.set()
         if self._renewing is not None:
-            await self._renewing  # one that is on its way would claim anew what is given back here
+            await self._renewing.finish()  # one that is on its way would claim anew what is given back here
         if exc is None or exc is self.error:
             if not await self._chords.finish(self.id, self._token):
                 logger.warning("the claim to chord %s was lost: its callback may be dispatched twice", self.id)
@@ -440,54 +416,6 @@ class ReadyChord:
 
     def __repr__(self) -> str:
         return f"<ReadyChord: {self.id}>"
-
-
-class _ReadyWaiter:
-    """Gathers the ids of chords to look at, from messages and reminders; ``None`` for all that are active."""
-
-    def __init__(self) -> None:
-        self._ids: dict[str | None, None] = {}  # a dict for its order: first come, first served
-        self._error: Exception | None = None
-        self._reminders: dict[str | None, asyncio.TimerHandle] = {}
-        self._wake = asyncio.Event()
-
-    def receive(self, task_id: str, outcome: Outcome) -> None:
-        if isinstance(outcome, Exception):
-            self._error = outcome
-            self._wake.set()
-        else:
-            self.add([outcome.result])
-
-    def add(self, group_ids: Iterable[str | None]) -> None:
-        """To be looked at as soon as may be."""
-        self._ids.update(dict.fromkeys(group_ids))
-        self._wake.set()
-
-    def remind(self, group_id: str | None, seconds: float) -> None:
-        """Come back to this one after so long, instead of what was said of it before."""
-        if (former := self._reminders.get(group_id)) is not None:
-            former.cancel()
-        self._reminders[group_id] = asyncio.get_running_loop().call_later(seconds, self._remember, group_id)
-
-    def _remember(self, group_id: str | None) -> None:
-        del self._reminders[group_id]
-        self.add([group_id])
-
-    async def due(self) -> str | None:
-        """The next one, as soon as there is one. Raises why there will be none."""
-        while not self._ids:
-            if self._error is not None:
-                raise self._error
-            self._wake.clear()
-            await self._wake.wait()
-        group_id = next(iter(self._ids))
-        del self._ids[group_id]
-        return group_id
-
-    def stop(self) -> None:
-        """No more reminders."""
-        for reminder in self._reminders.values():
-            reminder.cancel()
 
 
 def _shaped(member: ResultBase, values: dict[str, Any]) -> Any:

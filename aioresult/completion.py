@@ -7,14 +7,18 @@ backend, but none per result.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from .exceptions import AioResultError, UsageError
-from .hub import Outcome, Waiter, chunked, timed_out
+from .hub import chunked
 from .meta import ResultTuple, SupportsAsTuple, TaskMeta
+from .seconds import Timeout, checked_timeout
 from .states import IGNORED, PENDING
+from .tasks import EMPTY, StandingTask
+from .waiter import LAST_LOOK, Outcome, Waiter, timed_out
 
 __all__ = ["Completions", "Leaf", "ResultStore", "look_up"]
 
@@ -28,15 +32,19 @@ class ResultStore(Protocol):
     #: How many ids go into one round trip.
     fetch_chunk: int
 
+    @property
+    def store_id(self) -> Hashable:
+        """Equal for objects that keep their results in the same place."""
+
     def check(self) -> None: ...
     def result(self, task_id: str) -> Any: ...
     def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     async def look_up(self, task_ids: Iterable[str]) -> list[Outcome]: ...
     async def get_task_meta(self, task_id: str) -> TaskMeta: ...
-    async def wait_for(self, task_id: str, timeout: float | None = None) -> TaskMeta: ...
+    async def wait_for(self, task_id: str, timeout: Timeout = None) -> TaskMeta: ...
     async def exists(self, task_id: str) -> bool: ...
-    async def forget(self, task_id: str) -> None: ...
+    async def forget_many(self, task_ids: Iterable[str]) -> None: ...
     async def save_group(self, group_id: str, group: SupportsAsTuple | ResultTuple) -> None: ...
     async def restore_group(self, group_id: str) -> Any: ...
     async def delete_group(self, group_id: str) -> None: ...
@@ -82,16 +90,17 @@ class Completions(Generic[L]):
     Every outcome is a ready meta, or why there will be none.
 
     Use it in ``with``, which ends the subscriptions that are left. ``timeout`` is in seconds from now: after it, the
-    next step that would have to wait raises `aioresult.TimeoutError`. With 0 what is stored is looked up once.
+    next step that would have to wait raises `aioresult.TimeoutError`. With 0 what is stored is looked up once. A result
+    that is stored beats a deadline that has passed: after less than a second, what is missing is looked up once more.
 
     Of many, what is over already is found by looking, a chunk at a time, and never meets the hub.
     """
 
-    def __init__(self, leaves: Iterable[L], timeout: float | None = None) -> None:
-        self._timeout = timeout
-        self._once = timeout is not None and timeout <= 0
+    def __init__(self, leaves: Iterable[L], timeout: Timeout = None) -> None:
+        self._timeout = checked_timeout(timeout)
+        self._once = self._timeout is not None and self._timeout <= 0
         self._expired = False
-        self._looks: list[asyncio.Task[None]] = []
+        self._looks: list[StandingTask] = []
         #: Why looking once has failed.
         self._error: Exception | None = None
         self._finished: list[tuple[L, Outcome]] = []
@@ -119,13 +128,14 @@ class Completions(Generic[L]):
         if not self._inboxes:
             return self
         if self._once:
-            self._looks.append(asyncio.create_task(self._look_once()))
+            self._begin(self._look_once)
             return self
         if self._timeout is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+            expire = self._expire if self._timeout >= LAST_LOOK else partial(self._begin, self._look_at_the_end)
+            self._timer = asyncio.get_running_loop().call_later(self._timeout, expire, context=EMPTY)
         for store, inbox in self._inboxes.items():
             if len(inbox.pending) > _FEW:
-                self._looks.append(asyncio.create_task(self._look_and_watch(store, inbox)))
+                self._begin(partial(self._look_and_watch, store, inbox))
             else:
                 self._watch(store, inbox, tuple(inbox.pending), look=True)
         return self
@@ -139,14 +149,28 @@ class Completions(Generic[L]):
             for task_id in inbox.pending:
                 store.unwatch(task_id, inbox)
 
+    def _begin(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = StandingTask(look, "aioresult-look", lambda: True)
+        self._looks.append(task)
+        task.start()
+
     async def _look_once(self) -> None:
         try:
-            for store, inbox in self._inboxes.items():
-                for task_ids in chunked(inbox.pending, store.fetch_chunk):
-                    await self._look_up(store, inbox, task_ids)
+            await self._look_all()
         except Exception as exc:
             self._error = exc
         self._expire()
+
+    async def _look_at_the_end(self) -> None:
+        with suppress(TimeoutError, AioResultError):  # then there is nothing that could beat the deadline
+            async with asyncio.timeout(LAST_LOOK):
+                await self._look_all()
+        self._expire()
+
+    async def _look_all(self) -> None:
+        for store, inbox in self._inboxes.items():
+            for task_ids in chunked(inbox.pending, store.fetch_chunk):
+                await self._look_up(store, inbox, task_ids)
 
     async def _look_and_watch(self, store: ResultStore, inbox: _Inbox[L]) -> None:
         for task_ids in chunked(inbox.pending, store.fetch_chunk):

@@ -87,17 +87,28 @@ class WrongEventLoopError(UsageError):
 class BackendError(AioResultError):
     """Something went wrong between this process and the stored results."""
 
+    #: Whether the error says something of the server, and not of what was asked: a batch is not split for it.
+    of_server: bool = False
+
 
 class BackendClosedError(BackendError):
-    """`aclose()` was called. Everyone who was waiting gets this, so that nobody waits for ever."""
+    """`aclose()` was called. Every waiter gets this error, so that none waits for ever."""
+
+    of_server = True
 
 
 class BackendConnectionError(BackendError, ConnectionError):
     """The server cannot be reached, or the connection broke and was not mended in time."""
 
+    of_server = True
+    #: Whether a connection that stood has broken under the call: twice, and the call itself may be the cause.
+    in_flight: bool = False
+
 
 class BackendRefusedError(BackendError):
     """The server answered, and will give the same answer to a retry: wrong password, no permission, wrong setup."""
+
+    of_server = True
 
 
 class BackendStoreError(BackendError):

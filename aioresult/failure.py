@@ -19,10 +19,10 @@ from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, cast
 
-from .exceptions import ChordError, RemoteError, RemoteTraceback, TaskRevokedError
+from .exceptions import AioResultError, ChordError, RemoteError, RemoteTraceback, TaskError, TaskRevokedError
 from .states import REVOKED
 
-__all__ = ["dump_exception", "load_exception"]
+__all__ = ["dump_exception", "load_exception", "safe_repr"]
 
 _CELERY = "celery.exceptions"
 #: Our own classes that Celery has too: stored under Celery's name, so that its readers raise theirs.
@@ -39,6 +39,8 @@ _MODULE_NAMESPACE: Callable[[object], Mapping[str, object]] = vars(ModuleType)["
 _CLASS_NAMESPACE: Callable[[object], Mapping[str, object]] = vars(type)["__dict__"].__get__
 #: What `BaseException` itself keeps; a class may hide it behind an ``args`` of its own.
 _args_of: Callable[[BaseException], tuple[Any, ...]] = vars(BaseException)["args"].__get__
+#: The same for the cause: a class may refuse every attribute (a frozen dataclass does).
+_set_cause: Callable[[BaseException, BaseException], None] = vars(BaseException)["__cause__"].__set__
 
 
 def dump_exception(exc: BaseException, check: Callable[[Any], object]) -> dict[str, Any]:
@@ -52,15 +54,16 @@ def dump_exception(exc: BaseException, check: Callable[[Any], object]) -> dict[s
 def _safe(arg: Any, check: Callable[[Any], object]) -> Any:
     try:
         check(arg)
-    except Exception:
-        return _safe_repr(arg)
+    except BaseException:  # a __json__ or __reduce__ of the user's own
+        return safe_repr(arg)
     return arg
 
 
-def _safe_repr(value: object) -> str:
+def safe_repr(value: object) -> str:
+    """``repr(value)``, or a text in its place if that raises."""
     try:
         return repr(value)
-    except Exception:  # a __repr__ of the user's own
+    except BaseException:  # a __repr__ of the user's own
         return f"<unprintable {type(value).__qualname__} object>"
 
 
@@ -68,13 +71,14 @@ def load_exception(stored: Any, state: str, traceback: str | None) -> Exception:
     """The exception that ``stored`` describes, ready to be raised; the worker's traceback is its ``__cause__``."""
     exc = _build(stored, state)
     if traceback:
-        exc.__cause__ = RemoteTraceback(traceback)
+        _set_cause(exc, RemoteTraceback(traceback))
     return exc
 
 
 def _build(stored: Any, state: str) -> Exception:
     if isinstance(stored, Exception) and not isinstance(stored, _CONTROL_FLOW):  # out of a pickle
-        return stored
+        its = type(stored)
+        return _stand_in(its.__module__, its.__qualname__)(*_args_of(stored)) if _is_readers_own(its) else stored
     if isinstance(stored, Mapping):
         module, name, message = stored.get("exc_module"), stored.get("exc_type"), stored.get("exc_message", ())
         args = tuple(message) if isinstance(message, (list, tuple)) else (message,)
@@ -86,7 +90,7 @@ def _build(stored: Any, state: str) -> Exception:
             return _stand_in(module, name)(*args) if built is None else built
     if not stored:
         return TaskRevokedError() if state == REVOKED else RemoteError("the task failed and stored no exception")
-    text = stored if isinstance(stored, str) else _safe_repr(stored)
+    text = stored if isinstance(stored, str) else safe_repr(stored)
     return TaskRevokedError(text) if state == REVOKED else RemoteError(text)
 
 
@@ -94,9 +98,20 @@ def _find_class(module_name: object, qualname: str) -> type[Exception] | None:
     if not isinstance(module_name, str):
         return None
     found = _look_up(module_name, qualname)
+    if found is not None and _is_readers_own(found):
+        return None
     if module_name == _CELERY and qualname in _TWINS:
         return _twin(qualname, found)  # type: ignore[arg-type] # mypy takes a class object for unhashable
     return found
+
+
+def _is_readers_own(cls: type) -> bool:
+    """Whether this library raises ``cls`` to say what became of the reader's own call.
+
+    A task that waited for another one may have failed with our `TimeoutError`. Raised here as that, it would tell the
+    reader that the reader's deadline has passed.
+    """
+    return issubclass(cls, AioResultError) and not issubclass(cls, TaskError)
 
 
 def _look_up(module_name: str, qualname: str) -> type[Exception] | None:

@@ -1,12 +1,12 @@
-"""The hub: task id → those who wait for it.
+"""The hub: task id → the waiters for it.
 
 One task and one connection serve every waiter of a backend. The order that never loses a wake-up is: register the
 waiter, subscribe, have the subscription confirmed, *then* read what is stored. A result stored before that read is
 found by it; one stored after it arrives as a message. A lost connection throws every subscription back to the start
 of that order, so the gap of a reconnect is closed by the same rule.
 
-A first look, before subscribing, is only a fast path: what has finished already never costs a subscription. Whoever
-has just looked enters at "to add".
+A first look, before subscribing, is only a fast path: what has finished already never costs a subscription. A caller
+that has just looked enters at "to add".
 
 ::
 
@@ -14,121 +14,106 @@ has just looked enters at "to add".
     (nothing) ──────▶ to look ───────────────▶ to add ────────────────────────────▶ live ─────▶ to drop ─▶ (nothing)
                                                  ▲                                   │
                                                  └────────────── lost() ─────────────┘
+
+Each waiter is told what is known when it comes, once, and then each change, none twice. Two things make that true. The
+hub remembers the last state of each id, and tells it to waiters that join later. And every state comes with a *mark*,
+equal for equal stored bytes: a state that a read finds again is not told again.
+
+A fault stays with its cause. An exception out of a waiter ends that waiter; an id that the server refuses is refused to
+its own waiters, after the batch it was in has been split.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from operator import attrgetter
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
-from .batch import fail
-from .exceptions import AioResultError, BackendConnectionError, BackendError, TimeoutError
-from .meta import TaskMeta
+from .exceptions import AioResultError, BackendConnectionError, BackendError
+from .retry import Backoff, concerns_everyone
+from .tasks import EMPTY, SLICE, StandingTask, twin
+from .waiter import Outcome, Waiter
 
-__all__ = ["Backoff", "Hub", "Outcome", "SingleWaiter", "Source", "Waiter", "chunked", "timed_out"]
+__all__ = ["Finding", "Hub", "Source", "chunked"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
 T = TypeVar("T")
 
-#: What a waiter is told: a meta, or why there will be none.
-Outcome = TaskMeta | Exception
-
-
-class Waiter(Protocol):
-    """Whoever waits. `receive` is called from the event loop; it must neither block nor raise."""
-
-    def receive(self, task_id: str, outcome: Outcome) -> None:
-        """News of ``task_id``: any meta, final or not, or an exception. After either of the last two, no more."""
-
-
-class SingleWaiter:
-    """Waits for the end of one task, with the caller's deadline on a timer: no lock, no task, no cancellation.
-
-    ``what`` is waited for, as the error names it, for ``timeout`` seconds at most, until a meta is ``enough``: by
-    default one that is ready. Whichever comes first, the result or the deadline, settles `future`.
-    """
-
-    __slots__ = ("_enough", "_timer", "future")
-
-    def __init__(
-        self, what: str, timeout: float | None, enough: Callable[[TaskMeta], bool] = attrgetter("ready")
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[TaskMeta] = loop.create_future()
-        self._enough = enough
-        self._timer = None if timeout is None else loop.call_later(timeout, self._expire, what, timeout)
-
-    def receive(self, task_id: str, outcome: Outcome) -> None:
-        if self.future.done():
-            return
-        if isinstance(outcome, Exception):
-            fail(self.future, outcome)
-        elif self._enough(outcome):
-            self.future.set_result(outcome)
-
-    def _expire(self, what: str, timeout: float) -> None:
-        if not self.future.done():
-            fail(self.future, timed_out(what, timeout))
-
-    def stop(self) -> None:
-        """Drop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-
-def timed_out(what: str, timeout: float) -> TimeoutError:
-    """The error for a caller whose own deadline has passed."""
-    return TimeoutError(f"{what} was not ready within timeout={timeout:g} seconds; it may be awaited again")
+#: What a read finds: an outcome and its mark. A state with the mark of the one before is the same state; ``None`` is
+#: the mark of none.
+Finding: TypeAlias = tuple[Outcome, Hashable]
 
 
 class Source(Protocol):
     """What the hub needs of a backend. Each method raises `BackendConnectionError` if a retry may mend the failure."""
 
-    async def subscribe(self, task_ids: Sequence[str]) -> None:
+    async def subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
         """Have news of these ids sent to `Hub.receive`, and return once the server has confirmed it.
 
-        Connects the listener if it is not connected. Ids that are subscribed already are confirmed again.
+        Connects the listener if it is not connected. Ids that are subscribed already are confirmed again. Returns the
+        error of each id that is refused alone.
         """
 
     async def unsubscribe(self, task_ids: Sequence[str]) -> None:
         """The opposite. Ids that are not subscribed are ignored."""
 
-    async def read(self, task_ids: Sequence[str]) -> Sequence[Outcome | None]:
+    async def read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
         """What is stored, in the order of the ids; ``None`` for nothing, an exception for what cannot be read."""
 
 
-class Backoff:
-    """Jittered exponential back-off, capped: the pauses between attempts, in seconds."""
-
-    def __init__(self, first: float = 0.05, cap: float = 2.0) -> None:
-        self._first, self._cap = first, cap
-        self._next = first
-
-    def reset(self) -> None:
-        """Start over with the shortest pause."""
-        self._next = self._first
-
-    def pause(self) -> float:
-        """The next pause: between half of and the whole of a value that doubles each time."""
-        pause, self._next = self._next, min(self._next * 2, self._cap)
-        return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
-
-
 class _Topic:
-    """An id that somebody waits for."""
+    """An id that somebody waits for. There may be a hundred thousand, nearly all with a single waiter."""
 
-    __slots__ = ("subscribed", "waiters")
+    __slots__ = ("_more", "heard", "known", "mark", "newcomers", "queued", "sole", "subscribed")
 
     def __init__(self, waiter: Waiter) -> None:
-        self.waiters = [waiter]
+        #: The only waiter, unless there are or were more.
+        self.sole: Waiter | None = waiter
+        #: Two and more, by identity, in the order in which they came: leaving costs the same however many there are.
+        self._more: dict[int, Waiter] | None = None
         #: Whether a subscription was asked for: then dropping the id has something to undo.
         self.subscribed = False
+        #: The last state that the waiters were told, and its mark.
+        self.known: Outcome | None = None
+        self.mark: Hashable = None
+        #: Waiters that came after that, and have not been told it.
+        self.newcomers: list[Waiter] | None = None
+        #: How many messages have come: what a read brings may be older than one that came meanwhile.
+        self.heard = 0
+        #: How many of its news are being told, a slice at a time.
+        self.queued = 0
+
+    def __len__(self) -> int:
+        return len(self._more) if self._more is not None else int(self.sole is not None)
+
+    def __contains__(self, waiter: Waiter) -> bool:
+        return self.sole is waiter if self._more is None else id(waiter) in self._more
+
+    def add(self, waiter: Waiter) -> None:
+        """One that is there already stays where it is."""
+        if self._more is None:
+            self._more = {} if self.sole is None else {id(self.sole): self.sole}
+            self.sole = None
+        self._more[id(waiter)] = waiter
+
+    def discard(self, waiter: Waiter) -> bool:
+        """Whether it was there."""
+        if self._more is not None:
+            return self._more.pop(id(waiter), None) is not None
+        found = self.sole is waiter
+        if found:
+            self.sole = None
+        return found
+
+    def waiters(self) -> tuple[Waiter, ...]:
+        """As they are now, in the order in which they came."""
+        if self._more is not None:
+            return tuple(self._more.values())
+        return () if self.sole is None else (self.sole,)
 
 
 class Hub:
@@ -143,6 +128,9 @@ class Hub:
     ) -> None:
         self._source = source
         self._chunk = chunk
+        #: The same for now: it shrinks while connections die, for one of the ids may be why.
+        self._limit = chunk
+        self._deaths = 0
         self._recheck = recheck
         self._timer: asyncio.TimerHandle | None = None
         self._backoff = backoff or Backoff()
@@ -153,8 +141,10 @@ class Hub:
         self._to_add: dict[str, None] = {}
         self._to_drop: dict[str, None] = {}
         self._work = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_drop))
         self._closed: Exception | None = None
+        #: News for more waiters than are told in one step, each with the waiters that have not been told yet.
+        self._crowds: deque[tuple[str, _Topic, Outcome, deque[Waiter]]] = deque()
 
     def __len__(self) -> int:
         """How many ids are waited for."""
@@ -162,7 +152,7 @@ class Hub:
 
     def start(self) -> None:
         """Start the task. Needs a running event loop."""
-        self._task = asyncio.create_task(self._run(), name="aioresult-hub")
+        self._task.start()
         self._set_timer()
 
     async def close(self, error: Exception) -> None:
@@ -170,48 +160,75 @@ class Hub:
         self._closed = error
         if self._timer is not None:
             self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        self._tell_everyone(error)
+        await self._task.stop()
+        while self._crowds:
+            self._tell_some()
+            await asyncio.sleep(0)
+        told = 0
+        for task_id, topic in tuple(self._topics.items()):
+            if self._topics.get(task_id) is topic:  # not left meanwhile
+                told += len(topic)
+                self._finish(task_id, topic, error)
+            while self._crowds or told >= SLICE:
+                told = 0
+                await asyncio.sleep(0)
 
     # -- the waiters' side: plain calls, no await, nothing to cancel ------------------------------------------------
 
     def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None:
-        """Tell ``waiter`` of every meta of ``task_id`` from now on; what is stored already comes first.
+        """Tell ``waiter`` what is stored of ``task_id``, and then of every change; a final state is the last.
 
-        Without ``look`` it is read only after subscribing: for who has just looked and found nothing that is final.
+        With ``look=False`` the hub subscribes before it reads. Pass it when you have just read the result.
         Raises the error given to `close` if that was called.
         """
         if self._closed is not None:
-            raise self._closed
+            raise twin(self._closed)
         topic = self._topics.get(task_id)
         if topic is not None:
-            topic.waiters.append(waiter)
+            topic.add(waiter)
+            if topic.known is not None:
+                if topic.newcomers is None:
+                    topic.newcomers = []
+                    asyncio.get_running_loop().call_soon(self._welcome, task_id, topic)
+                topic.newcomers.append(waiter)
         else:
             topic = self._topics[task_id] = _Topic(waiter)
             if task_id in self._to_drop:  # its subscription still stands, and is this topic's to undo now
                 del self._to_drop[task_id]
                 topic.subscribed = True
             (self._to_look if look else self._to_add)[task_id] = None
-            self._work.set()
+            self._wake()
 
     def unwatch(self, task_id: str, waiter: Waiter) -> None:
         """``waiter`` no longer cares; the last one ends the subscription. Does nothing if it was told the end."""
         topic = self._topics.get(task_id)
-        if topic is not None and waiter in topic.waiters:
-            topic.waiters.remove(waiter)
-            if not topic.waiters:
-                self._remove(task_id, topic)
+        if topic is not None and topic.discard(waiter):
+            if not topic:
+                self._detach(task_id)
+                self._end_subscription(task_id, topic)
+        elif self._crowds:
+            for crowded, ending, _, _ in self._crowds:
+                if crowded == task_id:
+                    ending.discard(waiter)
 
-    def _remove(self, task_id: str, topic: _Topic) -> None:
+    def _wake(self) -> None:
+        self._work.set()
+        self._task.start()  # unless it runs, as it does if nobody cancelled it
+
+    def _detach(self, task_id: str) -> None:
         del self._topics[task_id]
         self._to_look.pop(task_id, None)
         self._to_read.pop(task_id, None)
         self._to_add.pop(task_id, None)
+
+    def _end_subscription(self, task_id: str, topic: _Topic) -> None:
         if topic.subscribed:
-            self._to_drop[task_id] = None
-            self._work.set()
+            successor = self._topics.get(task_id)
+            if successor is not None:  # a waiter that was just told the end waits anew
+                successor.subscribed = True
+            else:
+                self._to_drop[task_id] = None
+                self._wake()
 
     # -- the source's side: also plain calls, made as the bytes arrive ----------------------------------------------
 
@@ -219,45 +236,108 @@ class Hub:
         """Whether anybody waits for ``task_id``: a message for nobody need not be decoded."""
         return task_id in self._topics
 
-    def receive(self, task_id: str, outcome: Outcome) -> None:
-        """Pass on a meta, or the error that stands in its place."""
+    def receive(self, task_id: str, outcome: Outcome, mark: Hashable = None, remember: bool = True) -> None:
+        """Pass on a meta, or the error that stands in its place.
+
+        A state that is not final is not told to later waiters unless ``remember`` is true.
+        """
         topic = self._topics.get(task_id)
-        if topic is None:
-            return
-        for waiter in tuple(topic.waiters):
-            waiter.receive(task_id, outcome)
-        # Those first: they are to run before the subscription is ended.
-        if self._topics.get(task_id) is topic and (isinstance(outcome, Exception) or outcome.ready):
-            # Whoever comes after this needs a topic of their own, for there will be no further message.
-            self._remove(task_id, topic)
+        if topic is not None:
+            topic.heard += 1
+            if remember:
+                self._pass_on(task_id, topic, outcome, mark)
+            else:
+                self._tell(task_id, topic, outcome)
 
     def news(self, task_id: str) -> None:
         """There is something new to read: for sources whose messages do not carry the value."""
         if task_id in self._topics:
             self._to_read[task_id] = None
-            self._work.set()
+            self._wake()
 
     def lost(self) -> None:
         """The listener's connection is gone, and every subscription with it: subscribe, then read, all anew."""
-        for task_id, topic in self._topics.items():
+        for topic in self._topics.values():
             topic.subscribed = False
-            self._to_add[task_id] = None
+        self._to_add.update(dict.fromkeys(self._topics))
         self._to_drop.clear()
-        self._work.set()
+        self._wake()
+
+    # -- telling ----------------------------------------------------------------------------------------------------
+
+    def _pass_on(self, task_id: str, topic: _Topic, outcome: Outcome, mark: Hashable) -> None:
+        if isinstance(outcome, Exception) or outcome.ready:
+            self._finish(task_id, topic, outcome)
+        elif mark is None or mark != topic.mark:
+            topic.known, topic.mark = outcome, mark
+            topic.newcomers = None
+            self._tell(task_id, topic, outcome)
+
+    def _finish(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
+        """The last news of a topic: a waiter that comes from now on has one of its own."""
+        self._detach(task_id)
+        self._tell(task_id, topic, outcome)  # first: the waiters are to run before the subscription is ended
+        self._end_subscription(task_id, topic)
+
+    def _tell(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
+        if topic.sole is not None and not topic.queued:
+            self._give(task_id, topic, topic.sole, outcome)
+            return
+        if topic.queued or len(topic) > SLICE:
+            if not self._crowds:
+                asyncio.get_running_loop().call_soon(self._tell_some)
+            topic.queued += 1
+            self._crowds.append((task_id, topic, outcome, deque(topic.waiters())))
+            return
+        for waiter in topic.waiters():
+            self._give(task_id, topic, waiter, outcome)
+
+    def _tell_some(self) -> None:
+        """Go on telling a crowd: a few hundred, and then the event loop has its turn."""
+        if not self._crowds:
+            return
+        task_id, topic, outcome, crowd = self._crowds[0]
+        for _ in range(min(SLICE, len(crowd))):
+            self._give(task_id, topic, crowd.popleft(), outcome)
+        if not crowd:
+            topic.queued -= 1
+            self._crowds.popleft()
+        if self._crowds:
+            asyncio.get_running_loop().call_soon(self._tell_some)
+
+    def _give(self, task_id: str, topic: _Topic, waiter: Waiter, outcome: Outcome) -> None:
+        """Tell one waiter, unless it has left. What it raises is its own affair."""
+        if waiter is not topic.sole and waiter not in topic:
+            return
+        try:
+            waiter.receive(task_id, twin(outcome) if isinstance(outcome, Exception) else outcome)
+        except (Exception, asyncio.CancelledError):
+            logger.exception("a waiter for %s raised, and is told no more", task_id)
+            if self._topics.get(task_id) is topic:
+                self.unwatch(task_id, waiter)
+
+    def _welcome(self, task_id: str, topic: _Topic) -> None:
+        newcomers, topic.newcomers = topic.newcomers or (), None
+        if topic.known is not None and self._topics.get(task_id) is topic:
+            for waiter in newcomers:
+                self._give(task_id, topic, waiter, topic.known)
 
     # -- the task ---------------------------------------------------------------------------------------------------
 
     def _set_timer(self) -> None:
         if self._recheck:
-            self._timer = asyncio.get_running_loop().call_later(self._recheck, self._read_again)
+            self._timer = asyncio.get_running_loop().call_later(self._recheck, self._read_again, context=EMPTY)
 
     def _read_again(self) -> None:
         self._to_read.update(dict.fromkeys(self._topics))
         if self._to_read:
-            self._work.set()
+            self._wake()
         self._set_timer()
 
     async def _run(self) -> None:
+        # What was under way when somebody cancelled this task, if that happened, is begun again.
+        self._to_add.update(dict.fromkeys(task_id for task_id in self._topics if task_id not in self._to_look))
+        self._work.set()
         while self._closed is None:  # should a source swallow the cancellation in `close`
             await self._work.wait()
             self._work.clear()
@@ -269,7 +349,11 @@ class Hub:
                     await self._add()
                     await self._drop()
                 self._backoff.reset()
+                self._limit, self._deaths = self._chunk, 0
             except BackendConnectionError as exc:
+                self._deaths += exc.in_flight
+                if self._deaths > 1:
+                    self._limit = max(1, self._limit // 2)
                 # Begin again with everyone. Not `lost`: if only a read failed, the subscriptions still stand.
                 self._to_add.update(dict.fromkeys(self._topics))
                 self._work.set()
@@ -277,14 +361,11 @@ class Hub:
                     pause = self._backoff.pause()
                     logger.warning("lost the way to the results (%s); trying again in %.2f s", exc, pause)
                     await asyncio.sleep(pause)
-            except AioResultError as exc:
-                self._tell_everyone(exc)  # a retry cannot mend this: nobody may wait for it
             except Exception as exc:
-                # A bug, here or in a backend. Nobody may hang for it, and the next wait starts afresh.
-                logger.exception("the listener failed")
-                error = BackendError(f"the listener failed: {type(exc).__name__}: {exc}")
-                error.__cause__ = exc
-                self._tell_everyone(error)
+                # The server refuses, for good; or a bug. Nobody may hang for it, and the next wait starts afresh.
+                error = _named(exc)
+                for task_id, topic in tuple(self._topics.items()):
+                    self._finish(task_id, topic, error)
 
     async def _look(self) -> None:
         ids = self._take(self._to_look)
@@ -293,18 +374,23 @@ class Hub:
 
     async def _add(self) -> None:
         ids = self._take(self._to_add)
-        for task_id in ids:
-            self._topics[task_id].subscribed = True
         if ids:
-            await self._source.subscribe(ids)
+            for task_id in ids:
+                self._topics[task_id].subscribed = True
+            await self._split(self._subscribe, ids)
             await self._read(ids)
+
+    async def _subscribe(self, ids: Sequence[str]) -> None:
+        refused = await self._source.subscribe(ids)
+        for task_id, error in (refused or {}).items():
+            self._refuse(task_id, error)
 
     async def _drop(self) -> None:
         ids = self._take(self._to_drop)
         try:
             if ids:
                 await self._source.unsubscribe(ids)
-        except BackendConnectionError:
+        except (BackendConnectionError, asyncio.CancelledError):
             # A server that is busy refuses and keeps the connection: then the subscriptions still stand.
             for task_id in ids:
                 if task_id in self._topics:
@@ -316,19 +402,56 @@ class Hub:
     async def _read(self, ids: Sequence[str]) -> None:
         ids = [task_id for task_id in ids if task_id in self._topics]
         if ids:
-            for task_id, outcome in zip(ids, await self._source.read(ids), strict=True):
-                if outcome is not None:
-                    self.receive(task_id, outcome)
+            await self._split(self._read_some, ids)
+
+    async def _read_some(self, ids: Sequence[str]) -> None:
+        asked = [self._topics.get(task_id) for task_id in ids]
+        heard = [0 if topic is None else topic.heard for topic in asked]
+        for task_id, before, finding in zip(ids, heard, await self._source.read(ids), strict=True):
+            topic = self._topics.get(task_id)
+            if finding is None or topic is None:
+                continue
+            outcome, mark = finding
+            # A message that came meanwhile is as new as what was read, or newer, unless that is the end.
+            if topic.heard == before or isinstance(outcome, Exception) or outcome.ready:
+                self._pass_on(task_id, topic, outcome, mark)
+
+    async def _split(self, operation: Callable[[Sequence[str]], Awaitable[None]], ids: Sequence[str]) -> None:
+        """``operation(ids)``; where that is refused as a whole, in halves, until the culprit stands alone."""
+        try:
+            await operation(ids)
+        except BackendConnectionError:
+            raise
+        except Exception as exc:
+            if concerns_everyone(exc):
+                raise
+            if len(ids) == 1:
+                self._refuse(ids[0], _named(exc))
+                return
+            middle = len(ids) // 2
+            await self._split(operation, ids[:middle])
+            await self._split(operation, ids[middle:])
+
+    def _refuse(self, task_id: str, error: Exception) -> None:
+        topic = self._topics.get(task_id)
+        if topic is not None:
+            self._finish(task_id, topic, error)
 
     def _take(self, ids: dict[str, None]) -> list[str]:
-        taken = list(islice(ids, self._chunk))
+        taken = list(islice(ids, self._limit))
         for task_id in taken:
             del ids[task_id]
         return taken
 
-    def _tell_everyone(self, error: Exception) -> None:
-        for task_id in list(self._topics):
-            self.receive(task_id, error)
+
+def _named(error: Exception) -> Exception:
+    """``error`` as one of ours: a bug, here or in a backend, is logged."""
+    if isinstance(error, AioResultError):
+        return error
+    logger.error("the listener failed", exc_info=error)
+    named = BackendError(f"the listener failed: {type(error).__name__}: {error}")
+    named.__cause__ = error
+    return named
 
 
 def chunked(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:

@@ -10,6 +10,7 @@ from typing import Any
 from .completion import Completions
 from .exceptions import TimeoutError, UsageError
 from .result import AsyncResult, ResultBase, ResultSet
+from .seconds import Timeout
 
 __all__ = ["as_completed", "gather", "wait"]
 
@@ -24,7 +25,7 @@ async def gather(*results: ResultBase, return_exceptions: bool = False) -> list[
 
 
 async def wait(
-    results: Iterable[ResultBase], timeout: float | None = None, return_when: str = ALL_COMPLETED
+    results: Iterable[ResultBase], timeout: Timeout = None, return_when: str = ALL_COMPLETED
 ) -> tuple[set[ResultBase], set[ResultBase]]:
     """``(done, pending)``, as `asyncio.wait`: neither a failed task nor the end of ``timeout`` seconds raises.
 
@@ -34,7 +35,7 @@ async def wait(
         raise UsageError(f"return_when must be one of asyncio's three constants, not {return_when!r}")
     pending = set(_checked(results))
     missing: dict[ResultBase, int] = {}
-    # By identity: handles on different backends are equal if their ids are.
+    # By identity: equal handles are waited for together, and each is told.
     leaves: dict[int, AsyncResult[Any]] = {}
     owners: dict[int, list[ResultBase]] = {}
     for result in pending:
@@ -61,7 +62,7 @@ async def wait(
     return done, pending - done
 
 
-def as_completed(results: Iterable[ResultBase], timeout: float | None = None) -> AsyncGenerator[AsyncResult[Any], None]:
+def as_completed(results: Iterable[ResultBase], timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
     """The single results in the order in which they finish; see `ResultSet.as_completed`."""
     return ResultSet(_checked(results)).as_completed(timeout)
 

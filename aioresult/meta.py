@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, dataclass_transform, runtime_checkable
+from uuid import UUID
 
 from .states import PENDING, PROPAGATE_STATES, READY_STATES
 
@@ -32,9 +33,10 @@ def _frozen_to_checkers(cls: type[T]) -> type[T]:
 
 @_frozen_to_checkers
 class TaskMeta:
-    """What is known of a task at one moment. Read-only: everyone who waits for a task gets the same one.
+    """What is known of a task at one moment. Read-only.
 
-    In the states that carry an exception (`aioresult.states.EXCEPTION_STATES`) ``result`` is the exception.
+    In the states that carry an exception (`aioresult.states.EXCEPTION_STATES`) ``result`` is the exception. Waiters
+    that `aioresult.Backend.watch` registered share one meta: to raise its exception, take the one of `afresh`.
     """
 
     task_id: str
@@ -50,6 +52,20 @@ class TaskMeta:
     #: The optional fields, by the names that Celery stores them under. They are read through the properties below
     #: and kept together because most results have none of them: a meta is built for every message that arrives.
     extra: Mapping[str, Any] | None = None
+    #: Decodes the same meta again, where it carries an exception.
+    _again: Callable[[], TaskMeta] | None = field(default=None, repr=False, compare=False)
+
+    def afresh(self) -> TaskMeta:
+        """The same meta, with an exception of its own where it carries one that was stored.
+
+        An exception that two callers raise collects the traceback, the context, the cause and the notes of both.
+        """
+        if self._again is None:
+            return self
+        try:
+            return replace(self._again(), _again=self._again)
+        except Exception:  # the class is not ours, and may have worked the first time only
+            return self
 
     @classmethod
     def pending(cls, task_id: str) -> TaskMeta:
@@ -116,8 +132,8 @@ class TaskMeta:
 class TaskRequest:
     """What a worker knows of the task that it is running.
 
-    Only `id` is needed. Wherever a request is taken, an object of Celery's (``task.request``) serves as well: the
-    attributes are looked up by name, and a missing one counts as unknown.
+    Only `id` is needed; a `UUID` serves as an id, too. Wherever a request is taken, an object of Celery's
+    (``task.request``) serves as well: the attributes are looked up by name, and a missing one counts as unknown.
     """
 
     id: str
@@ -132,3 +148,8 @@ class TaskRequest:
     parent_id: str | None = None
     children: Sequence[SupportsAsTuple | ResultTuple] = ()
     queue: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("id", "group", "parent_id"):
+            if isinstance(value := getattr(self, name), UUID):
+                object.__setattr__(self, name, str(value))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any, Final
 
-from .backends.base import Backend
+from .backends.base import Backend, BackendOptions
 from .exceptions import ImproperlyConfigured
 from .urls import hide_password
 
@@ -122,9 +123,31 @@ def connect(url: str, **options: Any) -> Backend:
     try:
         return backend_class(backend_url, **options)
     except TypeError as exc:
-        if "unexpected keyword argument" not in str(exc):
+        known = _options_of(backend_class)
+        unknown = [name for name in options if name not in known]
+        if "unexpected keyword argument" not in str(exc) or not unknown:
             raise
-        raise ImproperlyConfigured(f"{exc}; see help({backend_class.__name__}) for the options it takes") from None
+        raise ImproperlyConfigured(
+            "; ".join(_no_option(name, known) for name in unknown)
+            + f"; see help({backend_class.__name__}) for the options it takes"
+        ) from None
+
+
+def _options_of(backend_class: type[Backend]) -> set[str]:
+    """The names that the constructors of the class and of its bases take, and those of the options that all take."""
+    known = set(BackendOptions.__annotations__)
+    for cls in backend_class.__mro__:
+        if "__init__" in vars(cls):
+            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+            known.update(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+    return known
+
+
+def _no_option(name: str, known: set[str]) -> str:
+    from difflib import get_close_matches  # seldom needed
+
+    similar = get_close_matches(name, known, 1)
+    return f"unknown option {name!r}" + (f", did you mean {similar[0]!r}?" if similar else "")
 
 
 def _announced() -> dict[str, str]:

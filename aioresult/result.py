@@ -1,4 +1,4 @@
-"""Handles on results: `AsyncResult`, `EagerResult`, `ResultSet`, `GroupResult`. Creating one costs no I/O.
+"""Handles on results: `AsyncResult`, `ResultSet`, `GroupResult`. Creating one costs no I/O.
 
 The names and the shapes are Celery's (``celery/result.py``); what does I/O is a coroutine here, never a property.
 """
@@ -6,139 +6,36 @@ The names and the shapes are Celery's (``celery/result.py``); what does I/O is a
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from typing import Any, Generic, Self, TypeVar, cast
 from uuid import UUID, uuid4
 
 from .completion import Completions, ResultStore, look_up
-from .exceptions import CyclicResultError, DecodeError, IncompleteStream, RemoteError, UsageError
-from .hub import Outcome
+from .exceptions import CyclicResultError, DecodeError, UsageError
+from .hub import chunked
 from .meta import ResultTuple, TaskMeta
+from .seconds import Timeout
 from .states import FAILURE, IGNORED, SUCCESS
+from .tasks import twin
+from .tree import ResultBase, check_nesting, checked_id, parents_of, raise_or_return, same_store, unpack
+from .waiter import Outcome
 
-__all__ = ["AsyncResult", "EagerResult", "GroupResult", "ResultBase", "ResultSet", "result_from_tuple"]
+__all__ = ["AsyncResult", "GroupResult", "ResultBase", "ResultSet", "result_from_tuple"]
 
 T = TypeVar("T")
 
 #: Limits on result tuples, which come from outside: longer chains and deeper groups than anybody builds.
 _MAX_PARENTS = 10_000
-_MAX_NESTING = 100
 _MAX_NODES = 1_000_000
-
-
-class ResultBase(ABC):
-    """What a single result and a group of them have in common."""
-
-    __slots__ = ()
-
-    id: str | None
-    #: The result that this one follows in a chain.
-    parent: ResultBase | None
-
-    @abstractmethod
-    def leaves(self) -> Iterator[AsyncResult[Any]]:
-        """The single results in it, in order."""
-
-    @abstractmethod
-    def value(self) -> Any:
-        """The value, or the exception, as last seen: in the shape of the group. No I/O."""
-
-    @abstractmethod
-    def __await__(self) -> Generator[Any, None, Any]:
-        """The same as `get` without arguments."""
-
-    @abstractmethod
-    async def get(self, timeout: float | None = None, propagate: bool = True) -> Any:
-        """Wait for it; see `AsyncResult.get` and `ResultSet.get`."""
-
-    @abstractmethod
-    async def ready(self) -> bool:
-        """Whether all of it is over, well or not."""
-
-    @abstractmethod
-    async def children(self) -> list[ResultBase]:
-        """The results of the tasks that this one started; the members of a group."""
-
-    def as_tuple(self) -> ResultTuple:
-        """As plain data, in Celery's form, its parents included; `result_from_tuple` is the way back.
-
-        :raises CyclicResultError: a result is its own parent, or a group is among its own members.
-        """
-        return self._as_tuple(0)
-
-    def _as_tuple(self, nesting: int) -> ResultTuple:
-        _check_nesting(nesting)
-        above: ResultTuple | None = None
-        for node in reversed(list(_parents(self))):
-            above = (node.id, above), node._members_as_tuples(nesting)
-        return (self.id, above), self._members_as_tuples(nesting)
-
-    def _members_as_tuples(self, nesting: int) -> list[ResultTuple] | None:
-        return None
-
-    async def iterdeps(self, intermediate: bool = False) -> AsyncGenerator[tuple[ResultBase | None, ResultBase], None]:
-        """Walk the tree of results below this one, breadth first, as ``(parent, node)``.
-
-        :param intermediate: walk past nodes that are not ready, instead of raising `IncompleteStream`.
-        :raises CyclicResultError: a task is among its own descendants.
-        """
-        async for step in self._walk(intermediate, {}):
-            yield step
-
-    async def _walk(
-        self, intermediate: bool, graph: dict[ResultBase, list[ResultBase]]
-    ) -> AsyncGenerator[tuple[ResultBase | None, ResultBase], None]:
-        """`iterdeps`, which notes the children of each node in ``graph`` as it finds them."""
-        came_from: dict[ResultBase, ResultBase | None] = {self: None}
-        layer: list[tuple[ResultBase | None, ResultBase]] = [(None, self)]
-        while layer:
-            below: list[tuple[ResultBase | None, ResultBase]] = []
-            for parent, node in layer:
-                yield parent, node
-                graph[node] = []
-                if not await node.ready():
-                    if intermediate:
-                        continue
-                    raise IncompleteStream(f"{node!r} is not ready; pass intermediate=True to walk past it")
-                graph[node] = await node.children()
-                for child in graph[node]:
-                    if child not in came_from:
-                        came_from[child] = node
-                        below.append((node, child))
-                    elif child in _lineage(node, came_from):
-                        raise CyclicResultError(f"{child!r} is among its own descendants")
-            layer = below
-
-    async def collect(
-        self, timeout: float | None = None, propagate: bool = True, intermediate: bool = False
-    ) -> AsyncGenerator[tuple[ResultBase, Any], None]:
-        """``(result, value)`` of this result and of all below it, each awaited in turn.
-
-        ``timeout`` and ``propagate`` go to each `get`; for the rest see `iterdeps`.
-        """
-        async for _, node in self.iterdeps(intermediate):
-            yield node, await node.get(timeout=timeout, propagate=propagate)
-
-    async def get_leaf(self, timeout: float | None = None) -> Any:
-        """The value of the last result that `collect` finds: what a chain of tasks started by tasks came to."""
-        value = None
-        async for _, found in self.collect(timeout=timeout):
-            value = found
-        return value
-
-    async def graph(self, intermediate: bool = False) -> dict[ResultBase, list[ResultBase]]:
-        """The tree as a mapping of each result to its children; see `iterdeps`."""
-        graph: dict[ResultBase, list[ResultBase]] = {}
-        async for _ in self._walk(intermediate, graph):
-            pass
-        return graph
+#: How many results are forgotten before the event loop has a turn.
+_FORGOTTEN_TOGETHER = 2_000
 
 
 class AsyncResult(ResultBase, Generic[T]):
     """A handle on the result of one task. ``await`` it for the value, or for the exception that the task raised.
 
-    Two handles on the same id are equal. Once ready, the meta is remembered, and nothing is asked of the server again.
+    Two handles are equal if they are of the same id in the same store; a handle also equals its id. Once ready, the
+    meta is remembered, and nothing is asked of the server again.
     """
 
     __slots__ = ("__weakref__", "_backend", "_outcome", "id", "ignored", "parent")
@@ -152,7 +49,7 @@ class AsyncResult(ResultBase, Generic[T]):
         *,
         ignored: bool = False,
     ) -> None:
-        self.id = str(id) if isinstance(id, UUID) else id
+        self.id = checked_id(id)
         self._backend = backend
         self.parent: ResultBase | None = parent
         #: The task stores no result (Celery: ``ignore_result``): awaiting gives ``None`` at once.
@@ -169,7 +66,7 @@ class AsyncResult(ResultBase, Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self.get().__await__()
 
-    async def get(self, timeout: float | None = None, propagate: bool = True, follow_parents: bool = True) -> T:
+    async def get(self, timeout: Timeout = None, propagate: bool = True, follow_parents: bool = True) -> T:
         """Wait until the task is over and return its value.
 
         :param timeout: seconds; ``None`` waits for ever, 0 looks once. The task itself goes on.
@@ -177,7 +74,7 @@ class AsyncResult(ResultBase, Generic[T]):
         :param follow_parents: also raise as soon as a parent in the chain fails, for then this task never runs.
         :raises TimeoutError: the time is up.
         :raises Exception: what the task raised, of its own class where that is imported here, else a `RemoteError`;
-            the worker's traceback is its ``__cause__``. Everyone who awaits the same task may get the same instance.
+            the worker's traceback is its ``__cause__``. Each call raises an instance of its own.
         :raises TaskRevokedError: the task was revoked.
         :raises BackendError, SerializationError: the result could not be had or read.
         """
@@ -185,20 +82,21 @@ class AsyncResult(ResultBase, Generic[T]):
             return cast("T", None)
         if not self._known():
             if follow_parents and propagate and self.parent is not None:
-                await self._wait_with_parents(timeout)
+                await self._wait_withparents_of(timeout)
             else:
                 self._outcome = await self.backend.wait_for(self.id, timeout)
-        return cast("T", self.value() if not propagate else _raise_or_return(self._outcome))
+        return cast("T", self.value() if not propagate else raise_or_return(self._outcome))
 
-    async def _wait_with_parents(self, timeout: float | None) -> None:
-        ancestors = (leaf for parent in _parents(self) for leaf in parent.leaves())
+    async def _wait_withparents_of(self, timeout: Timeout) -> None:
+        ancestors = (leaf for parent in parents_of(self) for leaf in parent.leaves())
         family: list[AsyncResult[Any]] = [self, *ancestors]
         with Completions(family, timeout) as completions:
             async for finished in completions:
                 for leaf, outcome in finished:
                     if leaf is self:
                         return
-                    _raise_or_return(outcome)
+                    if isinstance(outcome, TaskMeta):  # a parent that cannot be read has not failed
+                        raise_or_return(outcome)
 
     # -- what `Completions` needs -----------------------------------------------------------------------------------
 
@@ -270,25 +168,23 @@ class AsyncResult(ResultBase, Generic[T]):
 
     async def forget(self) -> None:
         """Remove the stored result, and those of the parents."""
-        self._outcome = None
-        leaves = [self, *(leaf for parent in _parents(self) for leaf in parent.leaves())]
-        await asyncio.gather(*(leaf.backend.forget(leaf.id) for leaf in leaves if leaf.store is not None))
+        await _forget([self])
 
     def leaves(self) -> Iterator[AsyncResult[Any]]:
         yield self
 
     def value(self) -> Any:
         if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return None if self._outcome is None else self._outcome.result
+            raise twin(self._outcome)
+        return None if self._outcome is None else self._outcome.afresh().result
 
     def as_list(self) -> list[str]:
         """The ids of this result and of its parents, the last one first."""
-        return [self.id, *(parent.id for parent in _parents(self) if parent.id is not None)]
+        return [self.id, *(parent.id for parent in parents_of(self) if parent.id is not None)]
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, AsyncResult):
-            return self.id == other.id
+            return self.id == other.id and same_store(self._backend, other._backend)
         return self.id == other if isinstance(other, str) else NotImplemented
 
     def __hash__(self) -> int:
@@ -299,38 +195,6 @@ class AsyncResult(ResultBase, Generic[T]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.id}>"
-
-
-class EagerResult(AsyncResult[T]):
-    """The result of a task that was run on the spot: everything is known, nothing is stored.
-
-    ``value`` is the exception where ``state`` is one that carries an exception.
-    """
-
-    __slots__ = ()
-
-    def __init__(self, id: str, value: T | BaseException, state: str = SUCCESS, traceback: str | None = None) -> None:
-        super().__init__(id, None)
-        self._outcome = TaskMeta(id, state, value, traceback)
-
-    async def get(self, timeout: float | None = None, propagate: bool = True, follow_parents: bool = True) -> T:
-        """The value, or the exception raised; never waits."""
-        return cast("T", _raise_or_return(self._outcome) if propagate else self.value())
-
-    async def fetch(self) -> TaskMeta:
-        """What it was made with."""
-        return cast("TaskMeta", self._outcome)
-
-    async def ready(self) -> bool:
-        """True."""
-        return True
-
-    async def exists(self) -> bool:
-        """True."""
-        return True
-
-    async def forget(self) -> None:
-        """Nothing is stored, so nothing is removed."""
 
 
 class ResultSet(ResultBase):
@@ -350,7 +214,7 @@ class ResultSet(ResultBase):
     def __await__(self) -> Generator[Any, None, list[Any]]:
         return self.get().__await__()
 
-    async def get(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:
+    async def get(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
         """The values, in order, once all members are over; nested groups keep their shape.
 
         :param timeout: seconds for all of them together; ``None`` waits for ever, 0 looks once.
@@ -358,18 +222,26 @@ class ResultSet(ResultBase):
             all and return exceptions in their places.
         :raises TimeoutError: the time is up. For the rest see `AsyncResult.get`.
         """
-        with Completions(self.leaves(), timeout) as completions:
+        members = self._frozen()
+        with Completions(members.leaves(), timeout) as completions:
             async for finished in completions:
                 for _, outcome in finished:
                     if propagate or isinstance(outcome, Exception):
-                        _raise_or_return(outcome)
-        return self.value()
+                        raise_or_return(outcome)
+        return members.value()
 
-    async def join(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:
+    def _frozen(self, nesting: int = 0) -> ResultSet:
+        """The members as they are now: what is added to a set during a wait belongs to the next one."""
+        check_nesting(nesting)
+        return ResultSet(
+            member._frozen(nesting + 1) if isinstance(member, ResultSet) else member for member in self.results
+        )
+
+    async def join(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
         """The same as `get`; Celery has both names."""
         return await self.get(timeout, propagate)
 
-    async def as_completed(self, timeout: float | None = None) -> AsyncGenerator[AsyncResult[Any], None]:
+    async def as_completed(self, timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
         """The single results in the order in which they finish, each one ready: awaiting it does no I/O.
 
         The failed ones are handed over like the others; awaiting one raises. Leaving the loop early ends the
@@ -418,8 +290,8 @@ class ResultSet(ResultBase):
         return list(self.results)
 
     async def forget(self) -> None:
-        """Remove the members' stored results."""
-        await asyncio.gather(*(leaf.forget() for leaf in self.leaves()))
+        """Remove the members' stored results, and those of their parents, in few round trips."""
+        await _forget(self.leaves())
 
     def leaves(self) -> Iterator[AsyncResult[Any]]:
         path = [iter(self.results)]
@@ -428,7 +300,7 @@ class ResultSet(ResultBase):
                 if isinstance(result, AsyncResult):
                     yield result
                 elif isinstance(result, ResultSet):
-                    _check_nesting(len(path))
+                    check_nesting(len(path))
                     path.append(iter(result.results))
                     break
                 else:
@@ -484,7 +356,10 @@ class ResultSet(ResultBase):
         return self.results == other.results if isinstance(other, ResultSet) else NotImplemented
 
     def __hash__(self) -> int:
-        raise TypeError(f"{type(self).__name__} has no id to hash; put its members, or a GroupResult, into sets")
+        raise TypeError(
+            f"{type(self).__name__} has no id to hash: put its members, or a GroupResult, into sets; and to await it "
+            f"beside others use aioresult.gather, or pass its get() to asyncio.gather"
+        )
 
     def __repr__(self) -> str:
         name = type(self).__name__ if self.id is None else f"{type(self).__name__}: {self.id}"
@@ -499,24 +374,24 @@ class GroupResult(ResultSet):
 
     def __init__(
         self,
-        id: str,
+        id: str | UUID,
         results: Iterable[ResultBase] = (),
         parent: ResultBase | None = None,
         backend: ResultStore | None = None,
     ) -> None:
         super().__init__(results)
-        self.id = id
+        self.id = checked_id(id)
         self.parent = parent
         self._backend = backend
 
     @classmethod
-    def of(cls, results: Iterable[ResultBase | str], backend: ResultStore, id: str | None = None) -> Self:
+    def of(cls, results: Iterable[ResultBase | str | UUID], backend: ResultStore, id: str | UUID | None = None) -> Self:
         """A group of results given as handles or ids; ``id`` is made up if there is none."""
         if isinstance(results, str):
             raise UsageError(f"pass several results or ids, not {results!r}; a group that was saved: restore_group")
         # Ids are looked for first: an abstract class is slow to say that something is no instance of it.
         handles = (
-            backend.result(item) if isinstance(item, str) or not isinstance(item, ResultBase) else item
+            backend.result(cast("str", item)) if isinstance(item, str) or not isinstance(item, ResultBase) else item
             for item in results
         )
         return cls(id or str(uuid4()), handles, backend=backend)
@@ -535,9 +410,9 @@ class GroupResult(ResultSet):
         await self.backend.save_group(self.id, self)
 
     @classmethod
-    async def restore(cls, id: str, backend: ResultStore) -> GroupResult | None:
+    async def restore(cls, id: str | UUID, backend: ResultStore) -> GroupResult | None:
         """The group saved under ``id``, or ``None``."""
-        return cast("GroupResult | None", await backend.restore_group(id))
+        return cast("GroupResult | None", await backend.restore_group(checked_id(id)))
 
     async def delete(self) -> None:
         """Forget the saved group; the members' results stay."""
@@ -548,8 +423,9 @@ class GroupResult(ResultSet):
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, GroupResult):
-            parents = ([parent.id for parent in _parents(group)] for group in (self, other))
-            return self.id == other.id and self.results == other.results and next(parents) == next(parents)
+            parents = ([parent.id for parent in parents_of(group)] for group in (self, other))
+            same = self.id == other.id and same_store(self._backend, other._backend)
+            return same and self.results == other.results and next(parents) == next(parents)
         return self.id == other if isinstance(other, str) else NotImplemented
 
     def __hash__(self) -> int:
@@ -576,10 +452,10 @@ class _Builder:
         self._nodes = 0
 
     def build(self, data: Any, nesting: int) -> ResultBase:
-        _check_nesting(nesting)
+        check_nesting(nesting)
         chain: list[tuple[str, Any]] = []
         while data is not None:
-            task_id, parent, members = _unpack(data)
+            task_id, parent, members = unpack(data)
             chain.append((task_id, members))
             self._nodes += 1
             if len(chain) > _MAX_PARENTS or self._nodes > _MAX_NODES:
@@ -597,48 +473,13 @@ class _Builder:
         return result
 
 
-def _unpack(data: Any) -> tuple[str, Any, Any]:
-    """``(id, parent's tuple or None, members' tuples or None)``; Celery also writes a bare id for ``[id, None]``."""
-    match data:
-        case [[str(task_id), parent], None | list() | tuple() as members] if task_id:
-            return task_id, parent or None, members
-        case [str(task_id), None | list() | tuple() as members] if task_id:
-            return task_id, None, members
-    raise DecodeError("what is stored is not a result tuple [[id, parent], members]")
-
-
-def _check_nesting(nesting: int) -> None:
-    if nesting > _MAX_NESTING:
-        raise CyclicResultError(f"groups are nested more than {_MAX_NESTING} deep, or in a circle")
-
-
-def _parents(result: ResultBase) -> Iterator[ResultBase]:
-    """The chain of parents, nearest first. Raises `CyclicResultError` if it closes into a circle."""
-    seen = {id(result)}
-    node = result.parent
-    while node is not None:
-        if id(node) in seen:
-            raise CyclicResultError(f"{node!r} is its own parent")
-        seen.add(id(node))
-        yield node
-        node = node.parent
-
-
-def _lineage(node: ResultBase, came_from: dict[ResultBase, ResultBase | None]) -> Iterator[ResultBase]:
-    ancestor: ResultBase | None = node
-    while ancestor is not None:
-        yield ancestor
-        ancestor = came_from[ancestor]
-
-
-def _raise_or_return(outcome: Outcome | None) -> Any:
-    if isinstance(outcome, Exception):
-        raise outcome
-    if outcome is None:
-        return None
-    if outcome.propagates:
-        if not isinstance(outcome.result, BaseException):  # only ever of an `EagerResult`
-            raise RemoteError(outcome.result)
-        # Several waiters may share the instance; each starts with a traceback of its own, as with asyncio's futures.
-        raise outcome.result.with_traceback(None)
-    return outcome.result
+async def _forget(leaves: Iterable[AsyncResult[Any]]) -> None:
+    """Remove the stored results of ``leaves`` and of their parents; one that could not be had is not remembered."""
+    for some in chunked(leaves, _FORGOTTEN_TOGETHER):
+        by_store: dict[ResultStore, dict[str, None]] = {}
+        for leaf in some:
+            for each in (leaf, *(above for parent in parents_of(leaf) for above in parent.leaves())):
+                if each.store is not None:
+                    each._outcome = None
+                    by_store.setdefault(each.store, {})[each.id] = None
+        await asyncio.gather(*(store.forget_many(ids) for store, ids in by_store.items()))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
@@ -18,17 +19,28 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from .compression import compress, compressor, decompress
-from .exceptions import ContentDisallowed, DecodeError, EncodeError, ImproperlyConfigured, ResultTooLargeError
+from .exceptions import (
+    AioResultError,
+    ContentDisallowed,
+    CyclicResultError,
+    DecodeError,
+    EncodeError,
+    ImproperlyConfigured,
+    ResultTooLargeError,
+    SerializationError,
+)
 from .failure import dump_exception, load_exception
 from .meta import TaskMeta
-from .states import EXCEPTION_STATES, SUCCESS
+from .states import EXCEPTION_STATES, READY_STATES, SUCCESS
 
-__all__ = ["CORE_FIELDS", "SUCCESS_HEAD", "Codec"]
+__all__ = ["CORE_FIELDS", "FINAL_HEADS", "SUCCESS_HEAD", "Codec", "reading", "unreadable"]
 
 T = TypeVar("T")
 
 #: How the JSON of every finished task begins that went well, and no other's: a server can tell it without parsing.
 SUCCESS_HEAD = b'{"status": "SUCCESS"'
+#: The same of every final state.
+FINAL_HEADS = tuple(f'{{"status": "{state}"'.encode() for state in sorted(READY_STATES))
 
 #: The fields that every meta has; the others are optional.
 CORE_FIELDS: Final = frozenset({"status", "result", "traceback", "children", "date_done", "task_id"})
@@ -118,7 +130,10 @@ _json_decode_tagged = json.JSONDecoder(object_hook=_json_hook).raw_decode
 
 def _json_loads(data: bytes) -> Any:
     text = data.decode().strip(" \t\n\r")  # `json.loads` would also take UTF-16 and UTF-32
-    value, end = (_json_decode_tagged if "__type__" in text else _json_decode)(text)
+    return _whole(text, *(_json_decode_tagged if "__type__" in text else _json_decode)(text))
+
+
+def _whole(text: str, value: Any, end: int) -> Any:
     if end != len(text):
         raise ValueError(f"there is more after its end, at {end:,}")
     return value
@@ -211,6 +226,43 @@ def _dump_fields(dumps: Callable[[Any], bytes], meta: TaskMeta) -> bytes:
     )
 
 
+# -- what goes wrong in reading -------------------------------------------------------------------------------------
+
+
+def unreadable(what: str, exc: BaseException) -> AioResultError:
+    """The one place where whatever went wrong while stored bytes became a value is made an error about ``what``.
+
+    A class that the data names runs code of its own when it is built: its constructor, ``__setattr__``, ``__reduce__``.
+    Even a `SystemExit` or a `CancelledError` out of those concerns this one value, and not the task that reads. Only a
+    `KeyboardInterrupt` is raised again.
+    """
+    if isinstance(exc, (SerializationError, CyclicResultError)):
+        return exc
+    if isinstance(exc, KeyboardInterrupt):
+        raise exc
+    reason = "it nests too deeply" if isinstance(exc, RecursionError) else f"{type(exc).__name__}: {_text(exc)}"
+    error = DecodeError(f"{what} cannot be read: {reason}")
+    error.__cause__ = exc
+    return error
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """The same for a block of code; inside, nothing is awaited."""
+    try:
+        yield
+    except BaseException as exc:
+        error = unreadable(what, exc)
+        raise error from exc.__cause__ if error is exc else exc
+
+
+def _text(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except BaseException:  # a __str__ of the user's own
+        return "an error without a text"
+
+
 # -- the codec ------------------------------------------------------------------------------------------------------
 
 
@@ -258,10 +310,12 @@ class Codec:
     def _written(self, dumps: Callable[[T], bytes], value: T, what: str | TaskMeta) -> bytes:
         try:
             data = dumps(value)
-        except ImproperlyConfigured:
+            if b"__type__" in data:
+                self._check_types(data)
+        except (ImproperlyConfigured, KeyboardInterrupt):
             raise
-        except Exception as exc:  # a __json__ or __reduce__ of the user's own may raise anything
-            reason = "it nests too deeply" if isinstance(exc, RecursionError) else str(exc)
+        except BaseException as exc:  # a __json__ or __reduce__ of the user's own may raise anything
+            reason = "it nests too deeply" if isinstance(exc, RecursionError) else _text(exc)
             raise EncodeError(f"{_describe(what)} cannot be stored as {self.serializer}: {reason}") from exc
         if len(data) > self.max_result_size:
             raise ResultTooLargeError(
@@ -272,39 +326,58 @@ class Codec:
 
     def loads(self, data: bytes, what: str) -> Any:
         """The value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
-        try:
-            data = decompress(data, self.max_result_size)
-            name = _serializer_of(data, self.serializer)
-            if name in self.accept:
+        data = self._unpacked(data, what)
+        name = _serializer_of(data, self.serializer)
+        if name in self.accept:
+            try:  # the bytes come from outside: anything that a parser can raise is their fault
                 return _SERIALIZERS[name][1](data)
-        except ResultTooLargeError as exc:
-            raise ResultTooLargeError(f"{what}: {exc}") from None
-        except Exception as exc:  # the bytes come from outside: anything that a parser can raise is their fault
-            reason = "it nests too deeply" if isinstance(exc, RecursionError) else f"{type(exc).__name__}: {exc}"
-            raise DecodeError(f"{what} cannot be read: {reason}") from exc
+            except BaseException as exc:
+                raise unreadable(what, exc) from exc
         raise ContentDisallowed(
             f"{what} was stored with {name}, which this reader does not accept; "
             f"if you trust everyone who can write to the store, pass accept=({name!r}, …)"
         )
 
+    def _unpacked(self, data: bytes, what: str) -> bytes:
+        try:
+            return decompress(data, self.max_result_size)
+        except ResultTooLargeError as exc:
+            raise ResultTooLargeError(f"{what}: {exc}") from None
+        except Exception as exc:
+            raise unreadable(what, exc) from exc
+
+    def _check_types(self, data: bytes) -> None:
+        """Refuse to store what no reader could read: a dict that looks like a tagged value of kombu's and is none."""
+        if b"__type__" not in data or self.serializer == "pickle":
+            return
+        try:
+            _SERIALIZERS[self.serializer][1](data)
+        except Exception as exc:
+            raise ValueError(
+                f"it holds a dict with the keys __type__ and __value__ that no reader can decode ({_text(exc)}); "
+                f"give it another key"
+            ) from exc
+
     def dumps_result(self, meta: TaskMeta) -> bytes:
         """The result of ``meta`` alone, for stores that keep the other fields in columns of their own."""
-        return self._written(self._dumps, self._without_exception(meta).result, meta)
+        return self._written_meta(lambda meta: self._dumps(meta.result), meta)
 
     def encode(self, meta: TaskMeta) -> bytes:
         """``meta`` as one value, its fields in Celery's order.
 
         Raises `EncodeError`, which names the task and the type, and `ResultTooLargeError`.
         """
-        return self._written(self._dumps_meta, self._without_exception(meta), meta)
+        return self._written_meta(self._dumps_meta, meta)
 
-    def _without_exception(self, meta: TaskMeta) -> TaskMeta:
-        """As data instead, unless the serializer can write it as it is."""
+    def _written_meta(self, dumps: Callable[[TaskMeta], bytes], meta: TaskMeta) -> bytes:
+        """``meta`` as bytes; an exception as data, unless the serializer can write it as it is."""
         if meta.status not in EXCEPTION_STATES or not isinstance(meta.result, BaseException):
-            return meta
+            return self._written(dumps, meta, meta)
         if self.serializer == "pickle" and _survives_pickle(meta.result):
-            return meta
-        return replace(meta, result=dump_exception(meta.result, self._dumps))
+            with suppress(EncodeError):  # it did so once, and that is no promise
+                return self._written(dumps, meta, meta)
+        data = dump_exception(meta.result, lambda arg: self._check_types(self._dumps(arg)))
+        return self._written(dumps, replace(meta, result=data), meta)
 
     def decode(self, task_id: str, data: bytes) -> TaskMeta:
         """The meta stored under ``task_id``. Raises as `loads` does, also where a field has the wrong type."""
@@ -338,20 +411,36 @@ class Codec:
         return TaskMeta(task_id, status, result, traceback, children, done, fields or None)
 
     def is_success(self, data: bytes) -> bool:
-        """Whether ``data``, a whole stored value, is a task that went well. Bytes that nobody can read are not.
+        """Whether ``data``, a whole stored value, is a task that went well.
 
-        Raises `ContentDisallowed` or `ResultTooLargeError` where another reader could tell: what may be a success must
-        not be overwritten for that.
+        Raises `DecodeError` where this process cannot tell: another one may be able to read it, and what may be a
+        success must not be overwritten.
         """
-        if data.startswith(SUCCESS_HEAD):
-            return True
+        return data.startswith(SUCCESS_HEAD) or self._status_of(data) == SUCCESS
+
+    def is_final(self, data: bytes) -> bool:
+        """Whether ``data``, a whole stored value, is a task that is over. Raises as `is_success`."""
+        return data.startswith(FINAL_HEADS) or self._status_of(data) in READY_STATES
+
+    def _status_of(self, data: bytes) -> object:
+        what = "what is stored already"
+        if not data:
+            return None
         try:
-            fields = self.loads(data, "what is stored already")
-        except ContentDisallowed:
-            raise
-        except DecodeError:
-            return False
-        return isinstance(fields, dict) and fields.get("status") == SUCCESS
+            data = self._unpacked(data, what)
+            # Types that are not known here do not matter: nothing but the status is looked at.
+            plain = _serializer_of(data, self.serializer) == "json"
+            text = data.decode().strip() if plain else ""
+            fields = _whole(text, *_json_decode(text)) if plain else self.loads(data, what)
+            return fields.get("status") if isinstance(fields, dict) else None
+        except AioResultError as exc:
+            raise type(exc)(_keeps(str(exc))) from exc.__cause__
+        except Exception as exc:
+            raise DecodeError(_keeps(f"{what} cannot be read: {type(exc).__name__}: {exc}")) from exc
+
+
+def _keeps(reason: str) -> str:
+    return f"{reason}; it may be a success, and is not overwritten: forget the id first to store another result"
 
 
 def _describe(what: str | TaskMeta) -> str:
@@ -363,6 +452,6 @@ def _describe(what: str | TaskMeta) -> str:
 def _survives_pickle(exc: BaseException) -> bool:
     try:
         _pickle_loads(_pickle_dumps(exc))
-    except Exception:
+    except BaseException:  # the class is the user's own
         return False
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "ALL_STATES",
     "EXCEPTION_STATES",
     "FAILURE",
     "IGNORED",
@@ -39,6 +40,8 @@ IGNORED: Final = "IGNORED"
 READY_STATES: Final = frozenset({SUCCESS, FAILURE, REVOKED})
 #: The task is known and not over.
 UNREADY_STATES: Final = frozenset({PENDING, RECEIVED, STARTED, REJECTED, RETRY})
+#: Every state that has a name here; any other string is a state of the task's own making.
+ALL_STATES: Final = READY_STATES | UNREADY_STATES | {IGNORED}
 #: What is stored as the result is an exception.
 EXCEPTION_STATES: Final = frozenset({RETRY, FAILURE, REVOKED})
 #: Awaiting the result raises that exception.

@@ -1,14 +1,13 @@
-"""`Backend`: the coroutines that workers, readers and dispatchers call. What authors write is in `core`."""
+"""`Backend`: the coroutines that readers and dispatchers call, on top of those of the worker's side (`worker`)."""
 
 from __future__ import annotations
 
 import asyncio
-import traceback as tracebacks
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
+from uuid import UUID
 
 from ..chord import (
     Chord,
@@ -17,33 +16,28 @@ from ..chord import (
     ChordStep,
     ReadyChord,
 )
+from ..dispatch import ready_chords
 from ..exceptions import (
-    AioResultError,
-    ChordError,
+    BackendConnectionError,
+    BackendGetMetaError,
     DecodeError,
-    TaskRevokedError,
+    SerializationError,
     UsageError,
 )
-from ..hub import Outcome, SingleWaiter, Waiter, chunked, timed_out
+from ..hub import chunked
 from ..meta import ResultTuple, SupportsAsTuple, TaskMeta
 from ..result import AsyncResult, GroupResult, ResultBase, result_from_tuple
-from ..serialization import CORE_FIELDS
-from ..states import FAILURE, PENDING, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
-from .core import BackendCore, CoreOptions, Record, checked_seconds
+from ..seconds import Seconds, Timeout, checked_seconds, checked_timeout
+from ..serialization import reading
+from ..states import ALL_STATES
+from ..waiter import LAST_LOOK, Outcome, SingleWaiter, Waiter, timed_out
+from .core import Record, Removal
+from .worker import BackendOptions, WorkerSide, as_tuple, check_state, checked_count, checked_index
 
 __all__ = ["Backend", "BackendOptions", "Record"]
 
-#: More than anybody can count to, and few enough for Redis' scores, which are floats.
-_MAX_PARTS = 10**15
 
-
-class BackendOptions(CoreOptions, total=False):
-    """The options that every backend takes; see `Backend`."""
-
-    on_chord_ready: Callable[[ReadyChord], Awaitable[object]] | None
-
-
-class Backend(BackendCore):
+class Backend(WorkerSide):
     """Where results are kept, and the way to be woken when one arrives.
 
     Use it as ``async with aioresult.connect(url) as backend``, or call `open` and `aclose`. A backend belongs to the
@@ -52,6 +46,7 @@ class Backend(BackendCore):
     Options, the same for every backend:
 
     - ``expires``: seconds that a result is kept; 0 or ``None`` for ever. A call's own ``expires`` goes before it.
+    - ``failure_expires``: the same for results in the state FAILURE; ``None``, the default, for as long as all others.
     - ``serializer``, ``accept``: what results are written with, and what is read: ``json``, ``pickle``, ``msgpack``.
     - ``compression``: ``gzip``, ``bzip2``, ``lzma`` or ``zstd`` for what is written; reading needs no setting.
     - ``extended``: also store the task's name, arguments, worker, retries and queue.
@@ -61,168 +56,19 @@ class Backend(BackendCore):
     - ``recheck``: seconds after which whatever is still waited for is read again, in batches; 0, the default, never.
       Needed only where a message may vanish and leave the connection whole: see docs/guarantees.md.
     - ``chord_lease``: seconds that a claim to dispatch a chord's callback lasts without a sign of life.
+    - ``max_pending_bytes``: bytes of stores that may be queued or on their way; a further store waits until there are
+      fewer (default 64 MiB).
     - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`; called by `mark_as_done`
       and its like for a request that belongs to a chord. Without it, `ready_chords` gets those chords.
     """
 
-    def __init__(
-        self,
-        url: str = "",
-        *,
-        on_chord_ready: Callable[[ReadyChord], Awaitable[object]] | None = None,
-        **options: Unpack[CoreOptions],
-    ) -> None:
+    def __init__(self, url: str = "", **options: Unpack[BackendOptions]) -> None:
         super().__init__(url, **options)
-        self._on_chord_ready = on_chord_ready
         self._chords = Chords(self)
-
-    # -- the worker's side ------------------------------------------------------------------------------------------
-
-    async def store_result(
-        self,
-        task_id: str,
-        value: Any,
-        state: str,
-        traceback: str | None = None,
-        request: Any = None,
-        expires: float | None = None,
-    ) -> bool:
-        """Store ``value`` and ``state`` and wake whoever waits, in one step.
-
-        :param traceback: the worker's traceback as text, for states that carry an exception.
-        :param request: what is known of the task, a `TaskRequest` or an object of Celery's with such attributes.
-        :param expires: seconds to keep it, instead of the backend's default; 0 for ever.
-        :returns: whether it was stored; not if the task has been stored as SUCCESS before.
-        :raises EncodeError: the serializer cannot hold the value; names the type and the task.
-        :raises ResultTooLargeError: it is larger than ``max_result_size``.
-        :raises BackendStoreError: the server refused it.
-        :raises BackendConnectionError: the server was away for longer than ``retry_for``. It may have been stored.
-        """
-        return await self._submit(task_id, value, state, traceback, request, expires)
-
-    def _submit(
-        self,
-        task_id: str,
-        value: Any,
-        state: str,
-        traceback: str | None = None,
-        request: Any = None,
-        expires: float | None = None,
-        only_new: bool = False,
-    ) -> asyncio.Future[bool]:
-        self.check()
-        done = datetime.now(UTC) if state in READY_STATES else None
-        children: Sequence[ResultTuple] = ()
-        extra: dict[str, Any] | None = None
-        group_id: str | None = None
-        if request is not None:
-            children = [_as_tuple(child) for child in getattr(request, "children", None) or ()]
-            extra = self._extra_fields(request)
-            group_id = extra.get("group_id")
-        task_id = self._valid_id(task_id)
-        payload = self._encode(TaskMeta(task_id, state, value, traceback, children, done, extra))
-        seconds = self.expires if expires is None else checked_seconds("expires", expires)
-        return self._stores.submit(Record(task_id, payload, seconds, only_new, group_id))
-
-    def _extra_fields(self, request: Any) -> dict[str, Any]:
-        """The optional fields, in Celery's order (``Backend._get_result_meta``)."""
-        extra = {}
-        for field, attribute in (("group_id", "group"), ("parent_id", "parent_id")):
-            if value := getattr(request, attribute, None):
-                extra[field] = value
-        if self.extended:
-            for field, attribute in _EXTENDED_FIELDS:
-                extra[field] = getattr(request, attribute, None)
-            delivery = getattr(request, "delivery_info", None)
-            extra["queue"] = getattr(request, "queue", None) or (delivery or {}).get("routing_key")
-            for field in ("args", "kwargs"):
-                try:
-                    self.codec.dumps(extra[field], field)
-                except AioResultError:  # the arguments are a note beside the result; they must not cost it
-                    extra[field] = repr(extra[field])
-            if headers := getattr(request, "stamped_headers", None):
-                stamps = getattr(request, "stamps", None) or {}
-                extra["stamped_headers"] = list(headers)
-                # Celery lets a stamp of such a name take the place of the result itself.
-                extra.update({name: stamps[name] for name in headers if name in stamps and name not in CORE_FIELDS})
-        return extra
-
-    async def mark_as_pending(self, task_id: str, expires: float | None = None) -> bool:
-        """Register an id at submission, so that `exists` can tell a task that waits from one that never was.
-
-        Changes nothing, and returns false, if anything is stored under the id: the worker may have been quicker.
-        """
-        return await self._submit(task_id, None, PENDING, expires=expires, only_new=True)
-
-    async def mark_as_started(self, task_id: str, /, **info: Any) -> bool:
-        """The task runs. ``info`` (Celery stores ``pid`` and ``hostname``) becomes the result for the time being."""
-        return await self._submit(task_id, info, STARTED)
-
-    async def mark_as_done(self, task_id: str, value: Any, request: Any = None, expires: float | None = None) -> bool:
-        """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``."""
-        if getattr(request, "ignore_result", False):
-            self.check()
-            kept = False
-        else:
-            kept = await self._submit(task_id, value, SUCCESS, None, request, expires)
-        if request is not None:
-            await self._return_part(request, task_id, SUCCESS, value)
-        return kept
-
-    async def mark_as_failure(
-        self,
-        task_id: str,
-        exc: BaseException,
-        traceback: str | None = None,
-        request: Any = None,
-        expires: float | None = None,
-    ) -> bool:
-        """The task raised ``exc``. Without ``traceback`` the exception's own is stored, if it has one."""
-        kept = await self._submit(task_id, exc, FAILURE, _traceback_of(exc, traceback), request, expires)
-        await self._return_part(request, task_id, FAILURE, exc)
-        return kept
-
-    async def mark_as_retry(
-        self,
-        task_id: str,
-        exc: BaseException,
-        traceback: str | None = None,
-        request: Any = None,
-        expires: float | None = None,
-    ) -> bool:
-        """The task raised ``exc`` and will run again."""
-        return await self._submit(task_id, exc, RETRY, _traceback_of(exc, traceback), request, expires)
-
-    async def mark_as_revoked(
-        self, task_id: str, reason: str = "", request: Any = None, expires: float | None = None
-    ) -> bool:
-        """The task was revoked: awaiting it raises `TaskRevokedError`."""
-        exc = TaskRevokedError(reason)
-        kept = await self._submit(task_id, exc, REVOKED, None, request, expires)
-        await self._return_part(request, task_id, REVOKED, exc)
-        return kept
-
-    async def _return_part(self, request: Any, task_id: str, state: str, value: Any) -> None:
-        """Count the part for the chord that the request names, and dispatch the callback if this was the last."""
-        group_id, chord = getattr(request, "group", None), getattr(request, "chord", None)
-        if not group_id or not chord:
-            return
-        handler = self._on_chord_ready
-        index = getattr(request, "group_index", None)
-        body = None if chord is True else chord
-        lease = None if handler is not None else 0.0  # nobody here to dispatch: leave the claim to `ready_chords`
-        ready = await self.on_chord_part_return(group_id, task_id, state, value, index, body, lease)
-        if ready is not None and handler is not None:
-            try:
-                async with ready:
-                    await handler(ready)
-            except ChordError as exc:
-                if exc is not ready.error:  # which is another part's failure, and none of this task's storing
-                    raise
 
     # -- the reader's side ------------------------------------------------------------------------------------------
 
-    async def get_task_meta(self, task_id: str) -> TaskMeta:
+    async def get_task_meta(self, task_id: str | UUID) -> TaskMeta:
         """What is stored of ``task_id`` now; an unknown id reads as PENDING, as in Celery.
 
         :raises DecodeError: what is stored cannot be read. `ContentDisallowed`: its serializer is not in ``accept``.
@@ -230,9 +76,9 @@ class Backend(BackendCore):
         """
         self.check()
         task_id = self._valid_id(task_id)
-        return await self._fetches.submit(task_id) or TaskMeta.pending(task_id)
+        return cast("TaskMeta | None", await self._fetches.submit(task_id)) or TaskMeta.pending(task_id)
 
-    async def get_many(self, task_ids: Iterable[str]) -> list[TaskMeta]:
+    async def get_many(self, task_ids: Iterable[str | UUID]) -> list[TaskMeta]:
         """What is stored of each id, in order: one round trip per `fetch_chunk` ids. Raises as `get_task_meta`."""
         metas: list[TaskMeta] = []
         for outcome in await self.look_up(task_ids):
@@ -241,78 +87,118 @@ class Backend(BackendCore):
             metas.append(outcome)
         return metas
 
-    async def look_up(self, task_ids: Iterable[str]) -> list[Outcome]:
+    async def look_up(self, task_ids: Iterable[str | UUID]) -> list[Outcome]:
         """As `get_many`, but a result that cannot be read is an exception in its place and spoils no other."""
         self.check()
         outcomes: list[Outcome] = []
-        for ids in chunked(map(self._valid_id, task_ids), self.fetch_chunk):
-            found = await self._calls.submit(partial(self._read, ids))
+        for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
+            found = await self._calls.submit(partial(self._outcomes, ids))
             outcomes += [
                 TaskMeta.pending(task_id) if outcome is None else outcome
                 for task_id, outcome in zip(ids, found, strict=True)
             ]
         return outcomes
 
-    async def exists(self, task_id: str) -> bool:
+    def _valid_ids(self, task_ids: Iterable[str | UUID]) -> list[str]:
+        if isinstance(task_ids, (str, UUID)):
+            raise UsageError(f"pass several ids, not {task_ids!r}: a list, a generator, …")
+        return [self._valid_id(task_id) for task_id in task_ids]
+
+    async def exists(self, task_id: str | UUID) -> bool:
         """Whether anything is stored under ``task_id``: also if it is only pending, or cannot be read."""
         self.check()
         try:
             return await self._fetches.submit(self._valid_id(task_id)) is not None
-        except DecodeError:
+        except (SerializationError, BackendGetMetaError):
             return True
 
-    async def wait_for(self, task_id: str, timeout: float | None = None) -> TaskMeta:
+    async def wait_for(self, task_id: str | UUID, timeout: Timeout = None) -> TaskMeta:
         """The meta of ``task_id`` once the task is over, well or not: this does not raise the task's exception.
 
-        :param timeout: seconds; ``None`` waits for ever, 0 looks once.
-        :raises TimeoutError: the time is up. A result that is there beats a deadline that has passed.
+        :param timeout: seconds, or a `timedelta`; ``None`` waits for ever, 0 looks once. A result that is stored
+            beats a deadline that has passed: a timeout below a second may take a second more, to read the store.
+        :raises TimeoutError: the time is up.
         :raises BackendClosedError: the backend was closed meanwhile. Otherwise raises as `get_task_meta`.
         """
         self.check()
         task_id = self._valid_id(task_id)
-        if timeout is not None and timeout <= 0:
+        seconds = checked_timeout(timeout)
+        if seconds is not None and seconds <= 0:
             meta = await self.get_task_meta(task_id)
             if meta.ready:
                 return meta
-            raise timed_out(f"task {task_id}", timeout)
+            raise timed_out(f"task {task_id}", seconds)
         # As `wait_for_topic`, but not through it: with ten thousand who wait, a frame less is two megabytes.
-        waiter = SingleWaiter(f"task {task_id}", timeout)
+        waiter = SingleWaiter(f"task {task_id}", seconds)
         self._hub.watch(task_id, waiter)
         try:
-            return await waiter.future
+            return (await waiter.future).afresh()
+        except TimeoutError:
+            if seconds is None or seconds >= LAST_LOOK:
+                raise
+            found = await self._last_look(task_id)
+            if found is None or not found.ready:
+                raise
+            return found
         finally:
             self._hub.unwatch(task_id, waiter)
             waiter.stop()
 
-    async def wait_for_topic(self, topic: str, waiter: SingleWaiter) -> TaskMeta:
-        """Wait for a chord by its topic; for handles."""
+    async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None:
+        """Wait for a chord by its topic; for handles.
+
+        Unless the caller is ``patient``, the end of the waiter's timeout is answered with what is stored then.
+        """
         self.check()
         self._hub.watch(topic, waiter)
         try:
             return await waiter.future
+        except TimeoutError:
+            if patient:
+                raise
+            return await self._last_look(topic)
         finally:
             self._hub.unwatch(topic, waiter)
             waiter.stop()
 
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None:
-        """Have ``waiter`` told of every meta of ``task_id``: the layer below `wait_for`. Pair it with `unwatch`.
+    async def _last_look(self, topic: str) -> TaskMeta | None:
+        """What is stored, as far as that can be had within a second."""
+        try:
+            async with asyncio.timeout(LAST_LOOK):
+                return cast("TaskMeta | None", await self._fetches.submit(topic))
+        except (TimeoutError, BackendConnectionError):
+            return None
 
-        Without ``look`` nothing is read before the subscription stands: for who has just done so.
+    def watch(self, task_id: str | UUID, waiter: Waiter, look: bool = True) -> None:
+        """Have ``waiter`` told the state of ``task_id`` and of each change: the layer below `wait_for`.
+
+        Pair it with `unwatch`. A final state is the last that the waiter is told. With ``look=False`` nothing is read
+        before the subscription is confirmed: pass it when you have just read the result yourself.
         """
         self.check()
         self._hub.watch(self._valid_id(task_id), waiter, look)
 
-    def unwatch(self, task_id: str, waiter: Waiter) -> None:
+    def unwatch(self, task_id: str | UUID, waiter: Waiter) -> None:
         """End what `watch` began; harmless if it has ended."""
         if self._loop is not None:
             self._hub.unwatch(str(task_id), waiter)
 
     # -- forgetting -------------------------------------------------------------------------------------------------
 
-    async def forget(self, task_id: str) -> None:
-        """Remove the result. Does not wake those who wait for it: the task may yet be run again."""
+    async def forget(self, task_id: str | UUID) -> None:
+        """Remove the result. Does not wake its waiters: the task may yet be run again.
+
+        A store that was called before is removed, one that is called afterwards stays.
+        """
         self.check()
-        await self._deletes.submit(self._valid_id(task_id))
+        task_id = self._valid_id(task_id)
+        await self._writes.submit(Removal(task_id), task_id)
+
+    async def forget_many(self, task_ids: Iterable[str | UUID]) -> None:
+        """Remove many results, in few round trips; see `forget`."""
+        self.check()
+        for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
+            await asyncio.gather(*(self._writes.submit(Removal(task_id), task_id) for task_id in ids))
 
     async def cleanup(self) -> int:
         """Remove what has expired and return how many; 0 where the server expires by itself."""
@@ -322,7 +208,7 @@ class Backend(BackendCore):
     # -- groups -----------------------------------------------------------------------------------------------------
 
     async def save_group(
-        self, group_id: str, group: SupportsAsTuple | ResultTuple, expires: float | None = None
+        self, group_id: str | UUID, group: SupportsAsTuple | ResultTuple, expires: Seconds | None = None
     ) -> None:
         """Remember the members of a group, so that `restore_group` can find them in another process.
 
@@ -331,32 +217,39 @@ class Backend(BackendCore):
         """
         self.check()
         group_id = self._valid_id(group_id)
-        payload = self._encode_group(group_id, _as_tuple(group))
+        members = as_tuple(group)
+        if not isinstance(group, GroupResult):
+            try:
+                members = result_from_tuple(members, None).as_tuple()
+            except DecodeError as exc:
+                raise UsageError(f"{group!r} cannot be saved as a group: {exc}") from None
+        payload = self._encode_group(group_id, members)
         seconds = self.expires if expires is None else checked_seconds("expires", expires)
-        await self._call(lambda: self._store_group(group_id, payload, seconds))
+        await self._call(partial(self._store_group, group_id, payload, seconds), group_id)
 
-    async def restore_group(self, group_id: str) -> GroupResult | None:
+    async def restore_group(self, group_id: str | UUID) -> GroupResult | None:
         """The group saved under this id, or ``None``. Raises `DecodeError` if what is stored is no group."""
         self.check()
         group_id = self._valid_id(group_id)
-        payload = await self._call(lambda: self._fetch_group(group_id))
+        payload = await self._call(partial(self._fetch_group, group_id), group_id)
         if payload is None:
             return None
-        result = result_from_tuple(self._decode_group(group_id, payload), self)
+        with reading(f"group {group_id}"):
+            result = result_from_tuple(self._decode_group(group_id, payload), self)
         if not isinstance(result, GroupResult):
             raise DecodeError(f"what is stored as group {group_id} is a single result")
         return result
 
-    async def delete_group(self, group_id: str) -> None:
+    async def delete_group(self, group_id: str | UUID) -> None:
         """Forget the group; its members' results stay."""
         self.check()
         group_id = self._valid_id(group_id)
-        await self._call(lambda: self._delete_group(group_id))
+        await self._call(partial(self._delete_group, group_id), group_id)
 
     # -- chords -----------------------------------------------------------------------------------------------------
 
     async def create_chord(
-        self, group: GroupResult | SupportsAsTuple | str, body: Any = None, size: int | None = None
+        self, group: GroupResult | SupportsAsTuple | str | UUID, body: Any = None, size: int | None = None
     ) -> Chord:
         """Begin a chord: when all parts of the group have come, whoever brings the last may dispatch the callback.
 
@@ -367,28 +260,32 @@ class Backend(BackendCore):
             `Chord.claim`.
         """
         self.check()
-        group_id = self._valid_id(group if isinstance(group, str) else str(getattr(group, "id", "") or ""))
-        if not isinstance(group, str):
+        if size is not None:
+            _size(size)
+        if isinstance(group, (str, UUID)):
+            group_id = self._valid_id(group)
+        else:
+            group_id = self._valid_id(str(getattr(group, "id", "") or ""))
             await self.save_group(group_id, group)
             if size is None:
-                members = group if isinstance(group, GroupResult) else result_from_tuple(_as_tuple(group), self)
+                members = group if isinstance(group, GroupResult) else result_from_tuple(as_tuple(group), self)
                 size = sum(1 for _ in members.leaves())
         return await self._chords.create(group_id, None if size is None else _size(size), body)
 
-    async def set_chord_size(self, group_id: str, size: int) -> ReadyChord | None:
+    async def set_chord_size(self, group_id: str | UUID, size: int) -> ReadyChord | None:
         """Say how many parts there are, where `create_chord` could not; a `ReadyChord` if all of them have come."""
         self.check()
         return await self._chords.set_size(self._valid_id(group_id), _size(size))
 
     async def on_chord_part_return(
         self,
-        group_id: str,
-        task_id: str,
+        group_id: str | UUID,
+        task_id: str | UUID,
         state: str,
         value: Any,
         index: int | None = None,
         body: Any = None,
-        lease: float | None = None,
+        lease: Seconds | None = None,
     ) -> ReadyChord | None:
         """A part of a chord has come. Exactly one caller, of all in all processes, gets the `ReadyChord` to dispatch.
 
@@ -399,14 +296,15 @@ class Backend(BackendCore):
         :param lease: seconds that the claim lasts, instead of ``chord_lease``; 0 leaves the claim to `ready_chords`.
         """
         self.check()
-        if index is not None:
-            _count("the index of a part", index)
+        if not isinstance(state, str) or state not in ALL_STATES:
+            check_state(state)
+        checked_index(index)
         seconds = self.chord_lease if lease is None else checked_seconds("lease", lease)
         return await self._chords.add_part(
             self._valid_id(group_id), self._valid_id(task_id), state, value, index, body, seconds
         )
 
-    def chord(self, group_id: str) -> Chord:
+    def chord(self, group_id: str | UUID) -> Chord:
         """A handle on a chord, from any process; no I/O. Awaiting it gives the header's results."""
         return self._chords.chord(self._valid_id(group_id))
 
@@ -418,14 +316,19 @@ class Backend(BackendCore):
         in `contextlib.aclosing` to have that happen at once.
         """
         self.check()
-        async with aclosing(self._chords.ready()) as chords:
+        async with aclosing(ready_chords(self._chords, self)) as chords:
             async for ready in chords:
                 yield ready
 
     async def chord_step(self, step: ChordStep) -> ChordState:
         """One atomic step; for `aioresult.chord`."""
         self.check()
-        return await self._steps.submit(step)
+        return await self._steps.submit(step, size=len(step.part) + len(step.body or b""))
+
+    async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
+        """Many steps in few round trips, with errors in their places; for `aioresult.chord`."""
+        self.check()
+        return await asyncio.gather(*map(self._steps.submit, steps), return_exceptions=True)
 
     async def active_chords(self) -> Sequence[str]:
         """The chords that may be complete; for `aioresult.chord`."""
@@ -439,42 +342,14 @@ class Backend(BackendCore):
 
     # -- handles: no I/O --------------------------------------------------------------------------------------------
 
-    def result(self, task_id: str, parent: ResultBase | None = None) -> AsyncResult[Any]:
+    def result(self, task_id: str | UUID, parent: ResultBase | None = None) -> AsyncResult[Any]:
         """A handle on the result of ``task_id``; awaiting it gives the value."""
         return AsyncResult(self._valid_id(task_id), self, parent)
 
-    def group(self, results: Iterable[ResultBase | str], id: str | None = None) -> GroupResult:
+    def group(self, results: Iterable[ResultBase | str | UUID], id: str | UUID | None = None) -> GroupResult:
         """A handle on several results, given as handles or ids; ``id`` is made up if the group has none."""
         return GroupResult.of(results, self, id)
 
 
-_EXTENDED_FIELDS = (
-    ("name", "task"),
-    ("args", "args"),
-    ("kwargs", "kwargs"),
-    ("worker", "hostname"),
-    ("retries", "retries"),
-)
-
-
 def _size(size: int) -> int:
-    return _count("the size of a chord", size)
-
-
-def _count(what: str, number: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < _MAX_PARTS:
-        raise UsageError(f"{what} is a whole number from 0 to {_MAX_PARTS - 1:,}, not {number!r}")
-    return number
-
-
-def _as_tuple(result: SupportsAsTuple | ResultTuple) -> ResultTuple:
-    return result if isinstance(result, (list, tuple)) else result.as_tuple()  # type: ignore[union-attr]
-
-
-def _traceback_of(exc: BaseException, given: str | None) -> str | None:
-    """The traceback to store with ``exc``. Raises `UsageError` for what was never raised."""
-    if not isinstance(exc, BaseException):
-        raise UsageError(f"a task fails with an exception, not with {exc!r}; store_result takes any value")
-    if given or exc.__traceback__ is None:
-        return given
-    return "".join(tracebacks.format_exception(exc))
+    return checked_count("the size of a chord", size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 from ..chord import CHORD_TOPIC, READY_TOPIC
@@ -24,13 +24,15 @@ class Op(enum.Enum):
 
     #: Store and publish, unless what is stored is a task that went well (`Codec.is_success`).
     PUT_UNLESS_SUCCESS = enum.auto()
+    #: Store and publish, unless what is stored is a task that is over (`Codec.is_final`).
+    PUT_UNLESS_FINAL = enum.auto()
     #: Store and publish, unless anything is stored.
     PUT_IF_ABSENT = enum.auto()
     #: Store; nothing is published.
     PUT = enum.auto()
     #: Let what is stored live for at least ``expires`` more seconds.
     EXTEND = enum.auto()
-    #: Remove.
+    #: Remove; if there is a ``value``, only what is of that version still (`Backend._versions`).
     DELETE = enum.auto()
 
 
@@ -66,6 +68,11 @@ class KeyValueStoreBackend(Backend):
         #: Where completed chords are announced, and the key of the set of those that may be.
         self._ready_channel = f"{global_keyprefix}aioresult-chords"
 
+    @property
+    def store_id(self) -> Hashable:
+        """The class, the URL and the prefix."""
+        return type(self), self.as_uri(), self._task_prefix
+
     @abstractmethod
     async def _get(self, keys: Sequence[str]) -> Sequence[bytes | BaseException | None]:
         """The value of each key, or the error that concerns it alone."""
@@ -78,7 +85,7 @@ class KeyValueStoreBackend(Backend):
         """
 
     @abstractmethod
-    async def _listen(self, channels: Sequence[str]) -> None:
+    async def _listen(self, channels: Sequence[str]) -> Mapping[str, Exception] | None:
         """As `Backend._subscribe`, of channels."""
 
     @abstractmethod
@@ -119,14 +126,21 @@ class KeyValueStoreBackend(Backend):
         return (await self._write(writes + groups))[: len(records)]
 
     def _put(self, record: Record) -> Write:
-        op = Op.PUT_IF_ABSENT if record.only_new else Op.PUT_UNLESS_SUCCESS
+        op = Op.PUT_IF_ABSENT if record.only_new else Op.PUT_UNLESS_FINAL if record.custom else Op.PUT_UNLESS_SUCCESS
         return Write(self._task_prefix + record.task_id, op, record.payload, record.expires)
 
-    async def _delete(self, task_ids: Sequence[str]) -> None:
-        await self._change([Write(self._task_key(task_id), Op.DELETE) for task_id in task_ids])
+    async def _delete(self, task_ids: Sequence[str], versions: Sequence[bytes]) -> Sequence[BaseException | None]:
+        keys = map(self._task_key, task_ids)
+        outcomes = await self._write(
+            [Write(key, Op.DELETE, version) for key, version in zip(keys, versions, strict=True)]
+        )
+        return [outcome if isinstance(outcome, BaseException) else None for outcome in outcomes]
 
-    async def _subscribe(self, task_ids: Sequence[str]) -> None:
-        await self._listen([self._channel(task_id) for task_id in task_ids])
+    async def _subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
+        refused = await self._listen([self._channel(task_id) for task_id in task_ids])
+        if not refused:
+            return None
+        return {task_id: error for task_id in task_ids if (error := refused.get(self._channel(task_id))) is not None}
 
     async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
         await self._unlisten([self._channel(task_id) for task_id in task_ids])

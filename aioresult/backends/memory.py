@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from time import monotonic
 from typing import Unpack
 
@@ -18,6 +19,9 @@ from .base import BackendOptions
 from .keyvalue import KeyValueStoreBackend, Op, Write
 
 __all__ = ["MemoryBackend", "MemoryStore"]
+
+#: After so many seconds of messages the event loop has a turn.
+_SLICE = 0.005
 
 
 class _Chord:
@@ -108,7 +112,8 @@ class MemoryStore:
         """Store, in place of what was there and of its expiry."""
         self.values[key] = value
         self._expiry.pop(key, None)
-        self.extend(key, expires)
+        if expires:
+            self._expire(key, expires)
 
     def extend(self, key: str, expires: float) -> bool:
         """Let the value live for at least that many seconds, 0 for ever; whether there is one."""
@@ -116,10 +121,20 @@ class MemoryStore:
             return False
         if not expires:
             self._expiry.pop(key, None)
-        elif (until := monotonic() + expires) > self._expiry.get(key, 0.0):
-            self._expiry[key] = until
-            heapq.heappush(self._queue, (until, key))
+        elif key in self._expiry and monotonic() + expires > self._expiry[key]:
+            self._expire(key, expires)
         return True
+
+    def _expire(self, key: str, expires: float) -> None:
+        self._expiry[key] = until = monotonic() + expires
+        heapq.heappush(self._queue, (until, key))
+        self._compact()
+
+    def _compact(self) -> None:
+        """Drop the entries of values that were stored anew, or are gone, once they are most of the queue."""
+        if len(self._queue) > 2 * len(self._expiry) + 100:
+            self._queue = [(until, key) for key, until in self._expiry.items()]
+            heapq.heapify(self._queue)
 
     def seconds_left(self, key: str) -> float | None:
         """Until the value expires; ``None`` for never."""
@@ -129,6 +144,7 @@ class MemoryStore:
     def delete(self, key: str) -> bool:
         """Remove; whether there was one."""
         self._expiry.pop(key, None)
+        self._compact()
         return self.values.pop(key, None) is not None
 
     def purge(self, thoroughly: bool = False) -> int:
@@ -163,12 +179,20 @@ class MemoryBackend(KeyValueStoreBackend):
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
         self.store: MemoryStore = MemoryStore() if store is None else store
         self._channels: set[str] = set()
+        #: Published, and not delivered yet.
+        self._messages: deque[tuple[str, bytes]] = deque()
+
+    @property
+    def store_id(self) -> Hashable:
+        """The store and the prefix."""
+        return id(self.store), self._task_prefix
 
     async def _open(self) -> None:
         pass
 
     async def _close(self) -> None:
         await self._unlisten(tuple(self._channels))
+        self._messages.clear()
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | None]:
         return [self.store.get(key) for key in keys]
@@ -197,6 +221,8 @@ class MemoryBackend(KeyValueStoreBackend):
                 return False
             case Op.PUT_UNLESS_SUCCESS if current is not None and self.codec.is_success(current):
                 return False
+            case Op.PUT_UNLESS_FINAL if current is not None and self.codec.is_final(current):
+                return False
         store.put(key, write.value, write.expires)
         self._publish(key, write.value)
         return True
@@ -204,7 +230,19 @@ class MemoryBackend(KeyValueStoreBackend):
     def _publish(self, channel: str, value: bytes) -> None:
         for backend in self.store.listeners.get(channel, ()):
             # Soon, not now: a waiter must never run inside the store's step.
-            asyncio.get_running_loop().call_soon(backend._deliver, channel, value)
+            if not backend._messages:
+                asyncio.get_running_loop().call_soon(backend._deliver_some)
+            backend._messages.append((channel, value))
+
+    def _deliver_some(self) -> None:
+        """For a few milliseconds; the rest when the event loop has had its turn."""
+        pause_at = monotonic() + _SLICE
+        while self._messages:
+            self._deliver(*self._messages[0])
+            self._messages.popleft()
+            if self._messages and monotonic() >= pause_at:
+                asyncio.get_running_loop().call_soon(self._deliver_some)
+                break
 
     def _deliver(self, channel: str, value: bytes) -> None:
         if channel in self._channels:

@@ -11,10 +11,7 @@ import asyncio
 import hashlib
 import math
 import random
-import re
-import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, Unpack
 from uuid import UUID
@@ -23,22 +20,20 @@ import asyncpg
 
 from ...chord import CHORD_TOPIC, READY_TOPIC, ChordState, ChordStep
 from ...exceptions import (
-    AioResultError,
     BackendClosedError,
-    BackendConnectionError,
-    BackendError,
     BackendGetMetaError,
     BackendRefusedError,
     BackendStoreError,
-    ImproperlyConfigured,
+    DecodeError,
     UsageError,
 )
 from ...meta import TaskMeta
-from ...urls import hide_password
+from ...tasks import StandingTask, spawn
 from ..base import Backend, BackendOptions, Record
 from ..core import logger
 from .chords import ChordTable
-from .listener import Listener, bounded, close_connection
+from .connections import Connections, plain_dsn
+from .listener import Listener, close_connection
 from .schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql
 from .statements import CLEANUP_BATCH, INSPECT, PLAIN_COLUMNS, Statements
 
@@ -48,22 +43,6 @@ T = TypeVar("T")
 
 _MAX_ID_LENGTH = 155
 _MAX_NOTE_LENGTH = 155
-#: How many bytes of results go into one statement, unless a single one is larger: PostgreSQL takes 1 GB at most.
-_BATCH_BYTES = 16 * 2**20
-
-#: SQLSTATE classes and codes after which the same statement may succeed: connection trouble, a transaction that lost
-#: a race or its time, a server that is full, starting or stopping, a lock or statement timeout, a standby that may be
-#: promoted.
-_TRANSIENT = ("08", "40", "25P03", "25P04", "53300", "57", "55P03", "25006")
-#: … and after which it will not, whoever asks: authentication, permission, no such statement, database, schema, table
-#: or column.
-_REFUSED = ("26", "28", "3D", "3F", "42")
-#: … and that say something of the server, not of one record in a batch.
-_WHOLE_BATCH = ("53", "54", "58")
-
-_OF_A_POOLER = "; behind a pooler in transaction mode, pass connect_options={'statement_cache_size': 0}"
-
-_CANNOT_REACH = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 class PostgresBackend(Backend):
@@ -99,20 +78,25 @@ class PostgresBackend(Backend):
         **options: Unpack[BackendOptions],
     ) -> None:
         super().__init__(url, **options)
-        self._dsn = _plain_dsn(url)
-        self._listen_dsn = None if listen_dsn is None else _plain_dsn(listen_dsn)
+        self._listen_dsn = None if listen_dsn is None else plain_dsn(listen_dsn)
+        self._connections = Connections(
+            plain_dsn(url), self.as_uri(), self.heartbeat, connect_options or {}, pool, connect
+        )
         self._tables = Tables(schema, table, group_table)
         self._schema_sql = schema_sql(schema, table, group_table)
         self._create = create
-        self._callers_pool = pool
-        self._connect = connect
-        self._connect_options: dict[str, Any] = {"timeout": 2 * self.heartbeat, **(connect_options or {})}
+        self._has_factory = connect is not None
         self._cleanup_interval = cleanup_interval
-        self._pool: asyncpg.Pool[Any] | None = None
         self._listener: Listener | None = None
         self._has_listened = False
         self._waiting: dict[str, set[str]] = {}  # channel → the ids waited for on it
-        self._cleaning: asyncio.Task[None] | None = None
+        self._cleaning: StandingTask | None = None
+
+    @property
+    def store_id(self) -> Hashable:
+        """The URL and the tables; this object where the caller's own connections may lead elsewhere."""
+        alone = self._connections.given is not None or self._has_factory
+        return self if alone else (self.as_uri(), self._tables)
 
     # -- schema -----------------------------------------------------------------------------------------------------
 
@@ -122,12 +106,15 @@ class PostgresBackend(Backend):
         May be called again, and by several processes at once. An existing Celery database gets only the trigger and
         two small tables of our own.
         """
-        if self._pool is not None or self._callers_pool is not None:
-            await self._run(self._run_schema)
+        await spawn(self._create_tables())  # in an empty context, which the connection keeps
+
+    async def _create_tables(self) -> None:
+        if self._connections.pooled:
+            await self._connections.run(self._run_schema)
             return
-        connection = await self._translated(self._new_connection())
+        connection = await self._connections.translated(self._connections.new())
         try:
-            await self._translated(self._run_schema(connection))
+            await self._connections.translated(self._run_schema(connection))
         finally:
             await close_connection(connection)
 
@@ -141,10 +128,10 @@ class PostgresBackend(Backend):
         relations = (names.tasks, names.groups, names.task_expiry, names.group_expiry, names.chords)
         if self._create:
             await self.create_schema()
-        found = await self._query(INSPECT, *relations)
+        found = await self._connections.query(INSPECT, *relations)
         if self._create is None and found["tasks"] is None and found["groups"] is None:
             await self.create_schema()
-            found = await self._query(INSPECT, *relations)
+            found = await self._connections.query(INSPECT, *relations)
         if None in found.values():
             raise BackendRefusedError(
                 f"the database of {self.as_uri()} lacks tables or the trigger that wakes waiters; create them once "
@@ -163,88 +150,27 @@ class PostgresBackend(Backend):
 
     # -- connections ------------------------------------------------------------------------------------------------
 
-    async def _new_connection(self, dsn: str | None = None) -> asyncpg.Connection[Any]:
-        """A connection to ``dsn``, without one to where the caller's factory or the URL leads."""
-        if dsn is None and self._connect is not None:
-            return await self._connect()
-        try:
-            connection: asyncpg.Connection[Any] = await asyncpg.connect(dsn or self._dsn, **self._connect_options)
-        except ssl.SSLCertVerificationError as exc:
-            raise BackendRefusedError(f"{self.as_uri()}: {exc}") from exc
-        except (ValueError, TypeError) as exc:  # what asyncpg makes of a malformed DSN or option
-            raise ImproperlyConfigured(f"{self.as_uri()}: {exc}") from None
-        return connection
-
     async def _open(self) -> None:
-        if self._callers_pool is not None:
-            self._pool = self._callers_pool
-        else:
-            # No connection that asyncpg keeps up by itself: its attempts would outlive an outage that we have reported.
-            self._pool = await asyncpg.create_pool(
-                min_size=0, max_size=6, connect=lambda *_, **__: self._new_connection(), reset=_reset
-            )
+        await self._connections.open()
         await self._inspect()
         if self._cleanup_interval:
-            self._cleaning = asyncio.create_task(self._keep_clean(), name="aioresult-cleanup")
+            self._cleaning = StandingTask(self._keep_clean, "aioresult-cleanup", lambda: True)
+            self._cleaning.start()
 
     async def _close(self) -> None:
         if self._cleaning is not None:
-            self._cleaning.cancel()
-            await asyncio.wait({self._cleaning})
+            await self._cleaning.stop()
             self._cleaning = None
         await self._drop_listener()
         self._waiting.clear()
         self._has_listened = False
-        pool, self._pool = self._pool, None
-        if pool is not None and pool is not self._callers_pool:
-            try:
-                async with asyncio.timeout(1.0):
-                    await pool.close()
-            except (*_CANNOT_REACH, asyncpg.PostgresError):
-                pool.terminate()
+        await self._connections.close()
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Any]:
-        pool = self._pool or self._callers_pool
-        if pool is None:
-            raise BackendConnectionError(f"the pool of {self.as_uri()} is closed")
-        connection = await pool.acquire(timeout=2 * self.heartbeat)
-        try:
-            yield connection
-        finally:
-            await pool.release(connection)
-
-    async def _run(self, operation: Callable[[Any], Awaitable[T]], otherwise: type[BackendError] = BackendError) -> T:
-        """``operation`` on a connection of the pool, with its errors translated."""
-        return await self._translated(self._on_connection(operation), otherwise)
-
-    async def _on_connection(self, operation: Callable[[Any], Awaitable[T]]) -> T:
-        """The same, with a bound on how long a server may keep silent, and asyncpg's errors."""
-        async with self._connection() as connection:
-            return await bounded(connection, operation(connection), 3 * self.heartbeat)
-
-    async def _query(self, sql: str, *args: Any, otherwise: type[BackendError] = BackendError) -> Any:
-        return await self._run(lambda connection: connection.fetchrow(sql, *args), otherwise)
-
-    async def _translated(self, operation: Awaitable[T], otherwise: type[BackendError] = BackendError) -> T:
-        """The one place where an error of asyncpg becomes an error of ours: ``otherwise`` if nothing more is known."""
-        try:
-            return await operation
-        except AioResultError:
-            raise
-        except asyncpg.PostgresError as exc:
-            # Not its details, which quote the row.
-            code = exc.sqlstate or ""
-            error = otherwise
-            if code.startswith(_TRANSIENT):
-                error = BackendConnectionError
-            elif code.startswith(_REFUSED):
-                error = BackendRefusedError
-            remedy = _OF_A_POOLER if code in ("26000", "42P05") else ""
-            raise error(f"{self.as_uri()}: {exc.args[0]} [{code}]{remedy}") from exc
-        except _CANNOT_REACH as exc:
-            reason = str(exc) or type(exc).__name__
-            raise BackendConnectionError(f"cannot reach {self.as_uri()}: {reason}") from exc
+    def _abandon(self, forked: bool) -> None:
+        self._connections.abandon()
+        self._listener = self._cleaning = None
+        self._waiting = {}
+        self._has_listened = False
 
     # -- results ----------------------------------------------------------------------------------------------------
 
@@ -258,7 +184,13 @@ class PostgresBackend(Backend):
         return task_id
 
     async def _fetch(self, task_ids: Sequence[str]) -> Sequence[Any]:
-        rows = await self._run(lambda connection: connection.fetch(self._sql.fetch, task_ids), BackendGetMetaError)
+        async def fetch(connection: Any) -> Any:
+            try:
+                return await connection.fetch(self._sql.fetch, task_ids)
+            except (ValueError, OverflowError) as exc:  # of asyncpg, which has no place for a date of the year 20000
+                raise DecodeError(f"what is stored cannot be read: {exc}") from exc
+
+        rows = await self._connections.run(fetch, BackendGetMetaError)
         found = {row["task_id"]: row for row in rows}
         return [found.get(task_id) for task_id in task_ids]
 
@@ -285,6 +217,12 @@ class PostgresBackend(Backend):
         value = extra.get(column)
         return value if column == "retries" else _text(value, _MAX_NOTE_LENGTH)
 
+    def _payload_size(self, payload: tuple[Any, ...]) -> int:
+        return sum(len(column) for column in payload if isinstance(column, (bytes, str)))
+
+    def _stored_size(self, stored: Any) -> int:
+        return 0 if isinstance(stored, BaseException) else len(stored["result"] or b"")
+
     def _decode(self, task_id: str, stored: Any) -> TaskMeta:
         fields = dict(stored)
         for name in ("result", "children", "args", "kwargs"):
@@ -296,16 +234,7 @@ class PostgresBackend(Backend):
         return self.codec.build(task_id, {"status": None, "result": None, **optional})
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
-        if len(records) == 1 or sum(len(record.payload[1]) for record in records) <= _BATCH_BYTES:
-            try:
-                return await self._run(partial(self._store_batch, records), BackendStoreError)
-            except BackendStoreError as exc:
-                code = getattr(exc.__cause__, "sqlstate", None) or ""
-                if len(records) == 1 or code.startswith(_WHOLE_BATCH):
-                    return [exc] * len(records)
-        # Too much at once, or one of them is at fault and the others must not pay for it.
-        middle = len(records) // 2
-        return [*await self._store(records[:middle]), *await self._store(records[middle:])]
+        return await self._connections.run(partial(self._store_batch, records), BackendStoreError)
 
     async def _store_batch(self, records: Sequence[Record], connection: Any) -> list[bool | BaseException]:
         outcomes: list[bool | BaseException] = [False] * len(records)
@@ -345,29 +274,38 @@ class PostgresBackend(Backend):
         expiry = None if self._expires_by_default(record) else seconds
         return (record.task_id, *record.payload, *missing, expiry, _text(record.group_id, _MAX_ID_LENGTH), seconds)
 
-    async def _delete(self, task_ids: Sequence[str]) -> None:
-        await self._run(lambda connection: connection.execute(self._sql.delete, task_ids))
+    async def _versions(self, task_ids: Sequence[str]) -> list[str | None]:
+        rows = await self._connections.run(lambda connection: connection.fetch(self._sql.versions, task_ids))
+        found = {row["task_id"]: row["version"] for row in rows}
+        return [found.get(task_id) for task_id in task_ids]
+
+    async def _delete(self, task_ids: Sequence[str], versions: Sequence[str]) -> None:
+        # By id, so that two batches in flight lock their common rows in the same order.
+        columns = zip(*sorted(zip(task_ids, versions, strict=True)), strict=True)
+        await self._connections.run(lambda connection: connection.execute(self._sql.delete, *columns))
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
     async def _fetch_group(self, group_id: str) -> bytes | None:
-        row = await self._query(self._sql.fetch_group, group_id)
+        row = await self._connections.query(self._sql.fetch_group, group_id)
         return None if row is None else row["result"]
 
     async def _store_group(self, group_id: str, payload: bytes, expires: float) -> None:
         seconds = None if expires == self.expires else expires or math.inf
-        await self._query(self._sql.store_group, group_id, payload, seconds, otherwise=BackendStoreError)
+        await self._connections.query(self._sql.store_group, group_id, payload, seconds, otherwise=BackendStoreError)
 
     async def _delete_group(self, group_id: str) -> None:
-        await self._query(self._sql.delete_group, group_id)
+        await self._connections.query(self._sql.delete_group, group_id)
 
     # -- chords -----------------------------------------------------------------------------------------------------
 
     async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
-        return await self._run(lambda connection: self._chord_table.take(connection, steps), BackendStoreError)
+        return await self._connections.run(
+            lambda connection: self._chord_table.take(connection, steps), BackendStoreError
+        )
 
     async def _active_chords(self) -> Sequence[str]:
-        return await self._run(self._chord_table.active)
+        return await self._connections.run(self._chord_table.active)
 
     # -- listening --------------------------------------------------------------------------------------------------
 
@@ -380,11 +318,11 @@ class PostgresBackend(Backend):
     async def _subscribe(self, task_ids: Sequence[str]) -> None:
         if self._listener is None or self._listener.lost:
             await self._drop_listener()
-            self._listener = await self._translated(self._open_listener())
+            self._listener = await self._connections.translated(self._open_listener())
         channels = [self._channel(task_id) for task_id in task_ids]
         for task_id, channel in zip(task_ids, channels, strict=True):
             self._waiting.setdefault(channel, set()).add(task_id)
-        await self._translated(self._listener.listen(channels))
+        await self._connections.translated(self._listener.listen(channels))
 
     async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
         silent: list[str] = []
@@ -395,13 +333,13 @@ class PostgresBackend(Backend):
             if not ids and self._waiting.pop(channel, None) is not None:
                 silent.append(channel)
         if self._listener is not None and not self._listener.lost:
-            await self._translated(self._listener.unlisten(silent))
+            await self._connections.translated(self._listener.unlisten(silent))
 
     async def _open_listener(self) -> Listener:
-        pool = self._callers_pool if self._listen_dsn is None and self._connect is None else None
+        pool = self._connections.given if self._listen_dsn is None and not self._has_factory else None
         connection: Any
         if pool is None:
-            connection = await self._new_connection(self._listen_dsn)
+            connection = await self._connections.new(self._listen_dsn)
         else:
             connection = await pool.acquire(timeout=2 * self.heartbeat)
         give_back = None if pool is None else pool.release
@@ -430,7 +368,9 @@ class PostgresBackend(Backend):
     async def _notify(self, channel: str) -> None:
         """Send the listener what proves that it hears us; and see which number the table has where we are now."""
         query = "SELECT to_regclass($1)::oid::int8 AS tasks, pg_notify($2, '')"
-        row = await self._on_connection(lambda connection: connection.fetchrow(query, self._tables.tasks, channel))
+        row = await self._connections.on_connection(
+            lambda connection: connection.fetchrow(query, self._tables.tasks, channel)
+        )
         self._channel_prefix = _channel_prefix(row["tasks"])
 
     def _notified(self, payload: str) -> None:
@@ -457,7 +397,7 @@ class PostgresBackend(Backend):
         for statement in (*self._sql.cleanup, self._chord_table.cleanup):
             found = CLEANUP_BATCH
             while found >= CLEANUP_BATCH:
-                found, removed = await self._run(partial(self._clean, statement, alone))
+                found, removed = await self._connections.run(partial(self._clean, statement, alone))
                 total += removed
         return total
 
@@ -517,26 +457,5 @@ def _text(value: object, limit: int | None = None) -> str | None:
     return str(value).encode(errors="backslashreplace").decode().replace("\x00", "\\x00")[:limit]
 
 
-def _plain_dsn(url: str) -> str:
-    """``url`` with a scheme that asyncpg knows.
-
-    An ``@``, ``/``, ``?`` or ``#`` of a password that stands for itself would be taken for the end of it, and the rest
-    for a host or database, to be shown in errors.
-    """
-    scheme, _, rest = url.partition("://")
-    authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    if rest.count("@") > 1 or "@" in rest[len(authority) :]:
-        raise ImproperlyConfigured(
-            f"{hide_password(url)}: @, /, ? and # must be percent-encoded in a name, a password or an option"
-        )
-    return f"{scheme.partition('+')[0]}://{rest}"
-
-
 def _channel_prefix(table: int | None) -> str:
     return f"aioresult_{table}_"
-
-
-async def _reset(connection: Any) -> None:
-    """Instead of asyncpg's reset, which is a round trip after every use: ours leave nothing behind but this."""
-    if connection.is_in_transaction():
-        await connection.execute("ROLLBACK")

@@ -6,16 +6,20 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, cast
 from uuid import uuid4
 
 import asyncpg
 
 from ...exceptions import BackendConnectionError
+from ...tasks import StandingTask
 
 __all__ = ["Listener", "bounded", "close_connection"]
 
 T = TypeVar("T")
+
+#: So many times within a bound it is seen whether anything has moved.
+_STEPS = 10
 
 #: What a connection in trouble raises. `BackendConnectionError` is an `OSError`, too.
 _TROUBLE = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
@@ -24,23 +28,30 @@ _TROUBLE = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClien
 async def bounded(
     connection: Any, operation: Awaitable[T], seconds: float, on_silence: Callable[[BaseException], None] | None = None
 ) -> T:
-    """``operation`` on ``connection``, which is torn down if it takes longer than ``seconds``, or is cancelled.
+    """``operation`` on ``connection``, which is torn down if nothing moves for ``seconds``, or if this is cancelled.
 
-    ``on_silence`` is told of the former before the connection ends.
+    A byte that arrives or leaves is a sign of life: an operation may take as long as it has to. ``on_silence`` is told
+    of the silence before the connection ends.
 
     Not asyncpg's own timeout: that asks the server over a further connection to cancel the query, and waits; a peer
     that has vanished answers neither.
     """
     task = asyncio.ensure_future(operation)
     try:
-        await asyncio.wait({task}, timeout=0.9 * seconds)
-        if not task.done():  # but the answer may be here, if it is this loop that was busy all the time
-            await asyncio.wait({task}, timeout=0.1 * seconds)
+        # Steps are counted, and not seconds: the answer may be here, if it is this loop that was busy all the time.
+        await asyncio.wait({task}, timeout=3 * seconds / _STEPS)
         if not task.done():
-            error = BackendConnectionError(f"the server has not answered for {seconds:g} s")
-            if on_silence is not None:
-                on_silence(error)
-            raise error
+            with _Traffic(connection) as traffic:
+                quiet = 3
+                while not task.done():
+                    await asyncio.wait({task}, timeout=seconds / _STEPS)
+                    quiet = 0 if traffic.moved() else quiet + 1
+                    if quiet > _STEPS and not task.done():
+                        error = BackendConnectionError(f"the server has not answered for {seconds:g} s")
+                        error.in_flight = True
+                        if on_silence is not None:
+                            on_silence(error)
+                        raise error
         return task.result()
     finally:
         if not task.done():
@@ -48,6 +59,59 @@ async def bounded(
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             _tear_down(connection)
             await asyncio.wait({task})
+
+
+class _Traffic(asyncio.Protocol):
+    """Stands between the transport of an asyncpg connection and asyncpg, to see whether bytes come or go.
+
+    Only while an operation is long: it costs a call for each piece of data. It needs asyncpg's private attribute for
+    the transport (0.32); without that there are no signs of life but answers.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        transport = getattr(connection, "_transport", None)
+        self._transport = transport if isinstance(transport, asyncio.Transport) else None
+        self._protocol: Any = None
+        self._arrived = False
+        self._unsent = 0
+
+    def __enter__(self) -> Self:
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            protocol = transport.get_protocol()
+            if hasattr(protocol, "data_received") and not isinstance(protocol, asyncio.BufferedProtocol):
+                self._protocol = protocol
+                self._unsent = transport.get_write_buffer_size()
+                transport.set_protocol(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._transport is not None and self._protocol is not None:
+            self._transport.set_protocol(self._protocol)
+
+    def moved(self) -> bool:
+        """Whether anything has since the last call."""
+        if self._transport is None:
+            return False
+        before, self._unsent = self._unsent, self._transport.get_write_buffer_size()
+        arrived, self._arrived = self._arrived, False
+        return arrived or self._unsent < before
+
+    def data_received(self, data: bytes) -> None:
+        self._arrived = True
+        self._protocol.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return cast("bool | None", self._protocol.eof_received())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
 
 
 async def close_connection(connection: Any) -> None:
@@ -88,7 +152,8 @@ class Listener:
         # One query at a time on a connection of asyncpg's; LISTEN is a query.
         self._turn = asyncio.Lock()
         connection.add_termination_listener(self._terminated)
-        self._beating = asyncio.create_task(self._beat(), name="aioresult-heartbeat")
+        self._beating = StandingTask(self._beat, "aioresult-heartbeat", lambda: not self.lost)
+        self._beating.start()
 
     async def listen(self, channels: Iterable[str]) -> None:
         """Have the server confirm each channel; those that are listened to already cost nothing."""
@@ -141,8 +206,7 @@ class Listener:
     async def close(self) -> None:
         """No more callbacks, no more heartbeat, no more connection."""
         self._on_notify = self._on_lost = None
-        self._beating.cancel()
-        await asyncio.wait({self._beating})
+        await self._beating.stop()
         if self._give_back is None:
             await close_connection(self._connection)
             return

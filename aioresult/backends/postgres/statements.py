@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...states import ALL_STATES
 from .schema import EXTENDED_COLUMNS, Tables, instant_sql, literal_sql
 
 __all__ = ["CLEANUP_BATCH", "INSPECT", "PLAIN_COLUMNS", "Statements"]
@@ -20,8 +21,11 @@ PLAIN_COLUMNS = ("status", "result", "date_done")
 CLEANUP_BATCH = 1000
 
 #: What a store may take the place of.
-_REPLACEABLE = """
+_REPLACEABLE = f"""
     t.status IS DISTINCT FROM 'SUCCESS'
+        -- a state of the task's own making that comes late changes nothing
+        AND (t.status IS NULL OR t.status NOT IN ('FAILURE', 'REVOKED')
+             OR excluded.status IN ({", ".join(map(literal_sql, sorted(ALL_STATES)))}))
     -- the very same store, repeated because its reply was lost
     OR (t.status, t.date_done, t.result) IS NOT DISTINCT FROM (excluded.status, excluded.date_done, excluded.result)"""
 
@@ -111,9 +115,23 @@ class Statements:
         self.store: dict[bool, str] = {only_new: store(only_new, plain=False) for only_new in (False, True)}
         #: The same, for rows of which no more than the `PLAIN_COLUMNS` are given.
         self.store_plain: dict[bool, str] = {only_new: store(only_new, plain=True) for only_new in (False, True)}
+        #: What tells a row from any later one of its id: the transaction that wrote it.
+        self.versions: str = f"""
+            SELECT t.task_id, t.version FROM unnest($1::varchar[]) AS wanted(id)
+            CROSS JOIN LATERAL (
+                SELECT task_id, xmin::text AS version FROM {tasks} WHERE task_id = wanted.id LIMIT 1
+            ) t"""
         self.delete: str = f"""
-            WITH gone AS (DELETE FROM {task_expiry} WHERE id = ANY($1::varchar[]))
-            DELETE FROM {tasks} WHERE task_id = ANY($1::varchar[])"""
+            WITH deleted AS (
+                DELETE FROM {tasks} t WHERE t.ctid = ANY(ARRAY(
+                    SELECT found.ctid FROM unnest($1::varchar[], $2::text[]) AS wanted(id, version)
+                    CROSS JOIN LATERAL (
+                        SELECT x.ctid, x.xmin::text AS version FROM {tasks} x WHERE x.task_id = wanted.id LIMIT 1
+                    ) found
+                    WHERE found.version = wanted.version OR wanted.version = ''))
+                RETURNING t.task_id
+            )
+            DELETE FROM {task_expiry} e USING deleted WHERE e.id = deleted.task_id"""
 
         self.fetch_group: str = f"""
             SELECT g.result FROM {groups} g {_expiry_of("g.taskset_id", "g.date_done", group_expiry)}

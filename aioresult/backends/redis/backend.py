@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Unpack
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -27,10 +27,11 @@ from ...exceptions import (
     ImproperlyConfigured,
     SerializationError,
 )
+from ...tasks import SingleFlight
 from ..base import BackendOptions, Record
 from ..keyvalue import KeyValueStoreBackend, Op, Write
 from .connection import Command, RedisConnection, translate
-from .scripts import CHORD, EXTEND, PUT, REGISTER, SCRIPTS
+from .scripts import CHORD, EXTEND, FORGET, PUT, REGISTER, SCRIPTS
 
 __all__ = ["RedisBackend"]
 
@@ -53,34 +54,47 @@ class RedisBackend(KeyValueStoreBackend):
     # is in the first goes on while the server works at the others.
     store_chunk = 50
     store_parallel = 20
+    chunk_bytes = 2**20
 
     def __init__(self, url: str = "redis://", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
         self._connection_class, self._connection_options = _connection_options(url, self.as_uri())
         self._commands: RedisConnection | None = None
         self._listener: RedisConnection | None = None
-        self._connecting = asyncio.Lock()
+        self._connected: SingleFlight[RedisConnection] = SingleFlight(self._connect)
 
     async def _open(self) -> None:
+        self._connected = SingleFlight(self._connect)
         await self._connected()
 
     async def _close(self) -> None:
+        await self._connected.stop()
         for connection in (self._commands, self._listener):
             if connection is not None:
                 await connection.close()
         self._commands = self._listener = None
 
-    async def _connected(self) -> RedisConnection:
-        async with self._connecting:  # one of those who need it connects, the others get what it got
-            if self._commands is None or self._commands.closed:
-                if self._commands is not None:
-                    await self._commands.close()
-                self._commands = None
-                connection = RedisConnection(self.as_uri(), self.heartbeat)
-                await connection.connect(self._new_link())
-                self._commands = connection
+    def _abandon(self, forked: bool) -> None:
+        for connection in (self._commands, self._listener):
+            if connection is not None:
+                connection.abandon()
+        self._commands = self._listener = None
+
+    async def _connect(self) -> RedisConnection:
+        """The connection for commands, made anew if it was lost. One caller connects, the others get what it got."""
+        if self._commands is None or self._commands.closed:
+            if self._commands is not None:
+                await self._commands.close()
+            self._commands = None
+            connection = RedisConnection(self.as_uri(), self.heartbeat)
+            await connection.connect(self._new_link())
+            try:
                 await self._load_scripts(connection)
-            return self._commands
+            except BaseException:
+                await connection.close()
+                raise
+            self._commands = connection
+        return self._commands
 
     def _new_link(self) -> AbstractConnection:
         return self._connection_class(**self._connection_options)
@@ -88,7 +102,6 @@ class RedisBackend(KeyValueStoreBackend):
     async def _load_scripts(self, connection: RedisConnection) -> None:
         for reply in await connection.request([("SCRIPT", "LOAD", script) for script in SCRIPTS.values()]):
             if isinstance(reply, hiredis.ReplyError):
-                await connection.close()
                 raise translate(reply, self.as_uri())
 
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
@@ -129,10 +142,17 @@ class RedisBackend(KeyValueStoreBackend):
 
     async def _write(self, writes: Sequence[Write]) -> list[bool | BaseException]:
         _, *replies = await self._execute([_WAITERS_FIRST, *map(_command, writes)])
-        return [
-            reply == 1 if isinstance(reply, int) else await self._judged(write, reply)
-            for write, reply in zip(writes, replies, strict=True)
-        ]
+        outcomes: list[bool | BaseException] = []
+        judged: set[str] = set()
+        for write, reply in zip(writes, replies, strict=True):
+            if isinstance(reply, int):
+                outcomes.append(reply == 1)
+                continue
+            if write.key in judged:  # what the script saw has been replaced since, by an earlier write of this batch
+                reply = await self._replace(write, b"")
+            judged.add(write.key)
+            outcomes.append(await self._judged(write, reply))
+        return outcomes
 
     def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
         connection = self._commands
@@ -141,10 +161,10 @@ class RedisBackend(KeyValueStoreBackend):
 
         def replied(replies: asyncio.Future[list[Any]]) -> None:
             if replies.exception() is not None:
-                self._not_reached()
+                self._persistence.not_reached()
                 done(None)
             elif isinstance(reply := replies.result()[1], int):
-                self._reached()
+                self._persistence.reached()
                 done(reply == 1)
             else:
                 done(None)
@@ -155,8 +175,9 @@ class RedisBackend(KeyValueStoreBackend):
     async def _judged(self, write: Write, reply: Any) -> bool | BaseException:
         """What came of ``write``, where the reply is not simply that."""
         try:
-            while isinstance(reply, bytes) and write.op is Op.PUT_UNLESS_SUCCESS:
-                reply = 0 if self.codec.is_success(reply) else await self._replace(write, reply)
+            while isinstance(reply, bytes) and write.op in _JUDGED:
+                stays = self.codec.is_final if write.op is Op.PUT_UNLESS_FINAL else self.codec.is_success
+                reply = 0 if stays(reply) else await self._replace(write, reply)
         except SerializationError as exc:
             return exc
         if isinstance(reply, hiredis.ReplyError):
@@ -171,9 +192,24 @@ class RedisBackend(KeyValueStoreBackend):
 
     def _refusal(self, reply: hiredis.ReplyError, kind: type[BackendError], what: str) -> BackendError:
         error = translate(reply, self.as_uri())
+        if _code(reply) == _NOT_TOLD:
+            return BackendRefusedError(
+                f"cannot {what}: {self.as_uri()} does not let this user publish, and without its message nothing is "
+                f"stored; give it the right with ACL SETUSER <user> '&{self._task_prefix}*' '&{self._group_prefix}*' "
+                f"'&{self._ready_channel}'"
+            )
         if _code(reply) in ("NOPERM", "NOAUTH", "MOVED", "ASK", "CROSSSLOT"):
             return error
         return kind(f"cannot {what}: {error}")
+
+    async def _versions(self, task_ids: Sequence[str]) -> list[bytes | BaseException | None]:
+        replies = await self._execute([("EVALSHA", FORGET, 1, self._task_key(task_id)) for task_id in task_ids])
+        return [
+            self._refusal(reply, BackendStoreError, f"forget {task_id}")
+            if isinstance(reply, hiredis.ReplyError)
+            else reply
+            for task_id, reply in zip(task_ids, replies, strict=True)
+        ]
 
     # -- chords -----------------------------------------------------------------------------------------------------
 
@@ -254,7 +290,7 @@ class RedisBackend(KeyValueStoreBackend):
 
     # -- subscriptions ----------------------------------------------------------------------------------------------
 
-    async def _listen(self, channels: Sequence[str]) -> None:
+    async def _listen(self, channels: Sequence[str]) -> Mapping[str, Exception] | None:
         if self._listener is None or self._listener.closed:
             if self._listener is not None:
                 await self._listener.close()
@@ -262,16 +298,37 @@ class RedisBackend(KeyValueStoreBackend):
             connection = RedisConnection(self.as_uri(), self.heartbeat, self._published, self._listener_lost)
             await connection.connect(self._new_link())
             self._listener = connection
-        await self._confirm(self._listener, "SUBSCRIBE", channels)
+        return await self._confirm(self._listener, "SUBSCRIBE", channels)
 
     async def _unlisten(self, channels: Sequence[str]) -> None:
         if self._listener is not None and not self._listener.closed:
             await self._confirm(self._listener, "UNSUBSCRIBE", channels)
 
-    async def _confirm(self, listener: RedisConnection, command: str, channels: Sequence[str]) -> None:
-        replies = await listener.request_many((command, *channels), len(channels))
-        if isinstance(replies[-1], hiredis.ReplyError):
-            raise translate(replies[-1], self.as_uri())
+    async def _confirm(
+        self, listener: RedisConnection, command: str, channels: Sequence[str]
+    ) -> Mapping[str, Exception] | None:
+        """Have the server do ``command`` for all channels. The error of each that it refuses, if it refuses any."""
+        error = _refused(await listener.request_many((command, *channels), len(channels)), self.as_uri())
+        if error is None:
+            return None
+        if isinstance(error, BackendConnectionError):
+            raise error
+        if len(channels) == 1:
+            return {channels[0]: error}
+        # One command for all is refused for any of them: ask for each by itself, all in one write.
+        replies = await asyncio.gather(*(listener.request_many((command, channel), 1) for channel in channels))
+        errors = {channel: _refused(reply, self.as_uri()) for channel, reply in zip(channels, replies, strict=True)}
+        return {channel: refusal for channel, refusal in errors.items() if refusal is not None}
+
+
+#: Reads that the script cannot judge, because only the codec can read what is stored.
+_JUDGED = (Op.PUT_UNLESS_SUCCESS, Op.PUT_UNLESS_FINAL)
+#: The code of an error of our scripts: the user has no right to publish.
+_NOT_TOLD = "AIORESULT"
+
+
+def _refused(replies: Sequence[Any], where: str) -> BackendError | None:
+    return translate(replies[-1], where) if isinstance(replies[-1], hiredis.ReplyError) else None
 
 
 def _command(write: Write, digest: str = "") -> Command:
@@ -280,6 +337,8 @@ def _command(write: Write, digest: str = "") -> Command:
         case Op.PUT_UNLESS_SUCCESS:
             more = ("", digest) if digest else ()
             return "EVALSHA", PUT, 1, write.key, write.value, ttl, *more
+        case Op.PUT_UNLESS_FINAL:
+            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "unfinished", digest
         case Op.PUT_IF_ABSENT:
             return "EVALSHA", PUT, 1, write.key, write.value, ttl, "absent"
         case Op.PUT:
@@ -287,7 +346,7 @@ def _command(write: Write, digest: str = "") -> Command:
         case Op.EXTEND:
             return "EVALSHA", EXTEND, 1, write.key, ttl
         case Op.DELETE:
-            return "UNLINK", write.key
+            return ("EVALSHA", FORGET, 1, write.key, write.value) if write.value else ("UNLINK", write.key)
 
 
 @lru_cache(maxsize=64)  # nearly always the same

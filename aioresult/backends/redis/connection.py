@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import hiredis
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
-from ...batch import fail
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
+from ...sockets import silence
+from ...tasks import fail, twin
 
 __all__ = ["Command", "RedisConnection", "translate"]
 
@@ -32,6 +33,8 @@ _pack = cast("Callable[[Command], bytes]", hiredis.pack_command)
 #: Replies that mean "not now": the server is starting, busy, on the wrong side of a failover, or has lost a script that
 #: was loaded a moment ago.
 _TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "MASTERDOWN", "CLUSTERDOWN", "READONLY", "NOREPLICAS", "NOSCRIPT")
+#: After so many seconds of replies and messages in one step the event loop has a turn.
+_SLICE = 0.005
 _REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
 
 
@@ -93,6 +96,8 @@ class RedisConnection(asyncio.Protocol):
         self._heard_at = self._asked_at = self._loop.time()
         self._unsent = 0
         self._timer: asyncio.TimerHandle | None = None
+        #: Whether more has arrived than was looked at in one step: the rest is, in the next.
+        self._behind = False
 
     async def connect(self, link: AbstractConnection) -> None:
         """Have redis-py's ``link`` connect, and take its transport over.
@@ -127,13 +132,24 @@ class RedisConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
-        gets, on_message = self._reader.gets, self._on_message
         try:
             self._reader.feed(data)
-            while (reply := gets()) is not _NOT_ENOUGH:
+        except Exception as exc:
+            self._fail(self._nonsense(exc))
+        if not self._behind:
+            self._look_through()
+
+    def _look_through(self) -> None:
+        """What has arrived, for a few milliseconds; until the rest has had its turn, nothing more is read."""
+        gets, on_message, time = self._reader.gets, self._on_message, self._loop.time
+        pause_at = time() + _SLICE
+        try:
+            while not self.closed and (reply := gets()) is not _NOT_ENOUGH:
                 if isinstance(reply, list):
                     if on_message is not None and reply[0] == b"message":
                         on_message(reply[1], reply[2])
+                        if time() >= pause_at:
+                            break
                         continue
                     if on_message is None and isinstance(reply, hiredis.PushNotification):
                         continue
@@ -146,8 +162,22 @@ class RedisConnection(asyncio.Protocol):
                     self._requests.popleft()
                     if not request.future.done():
                         request.future.set_result(request.replies)
+                    if time() >= pause_at:
+                        break
+            else:
+                if self._behind and not self.closed:
+                    self._transport.resume_reading()
+                self._behind = False
+                return
+            if not self._behind:
+                self._behind = True
+                self._transport.pause_reading()
+            self._loop.call_soon(self._look_through)
         except Exception as exc:  # a reply of a form that Redis never sends may break anything that looks into it
-            self._fail(BackendConnectionError(f"{self._where} does not speak Redis' protocol: {exc}"))
+            self._fail(self._nonsense(exc))
+
+    def _nonsense(self, exc: Exception) -> BackendConnectionError:
+        return BackendConnectionError(f"{self._where} does not speak Redis' protocol: {exc}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(BackendConnectionError(f"the connection to {self._where} was lost: {exc or 'closed by the server'}"))
@@ -160,24 +190,26 @@ class RedisConnection(asyncio.Protocol):
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def request(self, commands: Sequence[Command]) -> Coroutine[Any, Any, list[Any]]:
+    async def request(self, commands: Sequence[Command]) -> list[Any]:
         """The reply to each command; an error reply is a `hiredis.ReplyError` in its place.
 
         All commands go out at once, whatever is in flight. Raises `BackendConnectionError` if the connection breaks
         before the last reply; the commands may have been executed then.
         """
-        return self._send(b"".join(map(_pack, commands)), len(commands))
+        await self._writing()
+        return await self.begin(commands)
 
-    def request_many(self, command: Command, replies: int) -> Coroutine[Any, Any, list[Any]]:
+    async def request_many(self, command: Command, replies: int) -> list[Any]:
         """As `request`, of one command that is answered by several replies (SUBSCRIBE), or by one error."""
-        return self._send(_pack(command), replies, one_command=True)
+        await self._writing()
+        return await self._post(_pack(command), replies, one_command=True)
 
-    async def _send(self, data: bytes, want: int, one_command: bool = False) -> list[Any]:
-        if not self._writable.is_set():
+    async def _writing(self) -> None:
+        """Return once the transport takes more: nothing is even packed before that."""
+        while not self._writable.is_set():  # another caller may have filled it again
             await self._writable.wait()
         if self.closed:
             raise BackendConnectionError(f"the connection to {self._where} is closed")
-        return await self._post(data, want, one_command)
 
     @property
     def ready(self) -> bool:
@@ -229,13 +261,23 @@ class RedisConnection(asyncio.Protocol):
         requests, self._requests = self._requests, deque()
         for request in requests:
             if not request.future.done():
-                fail(request.future, error)
+                broken = twin(error)
+                if isinstance(broken, BackendConnectionError):
+                    broken.in_flight = True
+                fail(request.future, broken)
         if self._on_lost is not None:
             self._on_lost(error)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+    def abandon(self) -> None:
+        """Forget the socket: it belongs to an event loop that has ended, or to the parent process."""
+        self._on_lost = None
+        self._stop_timer()
+        self.closed = True
+        silence(self._transport)
 
     async def close(self) -> None:
         """Close the socket; what is in flight fails."""

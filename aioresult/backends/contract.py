@@ -1,0 +1,275 @@
+"""What the author of a backend writes: the primitives, their promises, and the options that all backends take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+from uuid import UUID
+
+from ..chord import ChordState, ChordStep
+from ..exceptions import ImproperlyConfigured, UsageError
+from ..meta import ResultTuple, TaskMeta
+from ..seconds import Seconds, checked_seconds
+from ..serialization import Codec
+from ..urls import hide_password
+
+__all__ = ["BackendContract", "CoreOptions", "Record", "Removal"]
+
+#: Longer than any sane id, shorter than what would hurt as a key or a channel name.
+_MAX_ID_LENGTH = 1024
+
+
+class CoreOptions(TypedDict, total=False):
+    """The options of `BackendCore`; see `aioresult.backends.base.Backend`."""
+
+    expires: Seconds | None
+    failure_expires: Seconds | None
+    serializer: str
+    accept: Iterable[str]
+    compression: str | None
+    extended: bool
+    max_result_size: int
+    retry_for: float
+    heartbeat: float
+    recheck: float
+    chord_lease: float
+    max_pending_bytes: int
+
+
+class Record(NamedTuple):
+    """One store, as `Backend._store` gets it."""
+
+    task_id: str
+    #: What `Backend._encode` made of its meta.
+    payload: Any
+    #: Seconds to live; 0 for ever.
+    expires: float
+    #: Store only if nothing is stored under the id.
+    only_new: bool = False
+    #: The group that must live at least as long.
+    group_id: str | None = None
+    #: The state is one of the task's own making, such as PROGRESS: it must not take the place of a final one.
+    custom: bool = False
+
+
+class Removal:
+    """One `forget`. It remembers which version of the result it is to remove, should it have to be repeated."""
+
+    __slots__ = ("task_id", "version")
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id: str = task_id
+        #: As from `Backend._versions`; ``None`` until that was asked.
+        self.version: Any = None
+
+
+class BackendContract(ABC):
+    """What the author of a backend implements: the abstract methods, and of the others what the store can do.
+
+    They get input that was checked and gathered into batches, and run in tasks of the backend's own, so that no
+    caller's cancellation reaches them. Each coroutine may raise
+
+    - `BackendConnectionError` when trying again may help: the call is repeated for up to ``retry_for`` seconds, so
+      every primitive must bear being done twice;
+    - any other `BackendError` when it will not. A batch is then halved until the culprit stands alone, unless the error
+      has ``of_server`` set.
+    """
+
+    #: How many ids go into one fetch or subscription, or steps of chords into one call.
+    fetch_chunk = 500
+    #: How many records go into one store, and how many stores may be in flight at once.
+    store_chunk = 500
+    store_parallel = 2
+    #: How many bytes of values go into one store, fetch or call of steps, unless a single value is larger.
+    chunk_bytes = 16 * 2**20
+
+    def __init__(
+        self,
+        url: str = "",
+        *,
+        expires: Seconds | None = 86400.0,
+        failure_expires: Seconds | None = None,
+        serializer: str = "json",
+        accept: Iterable[str] = ("json",),
+        compression: str | None = None,
+        extended: bool = False,
+        max_result_size: int = 128 * 2**20,
+        retry_for: float = 30.0,
+        heartbeat: float = 5.0,
+        recheck: float = 0.0,
+        chord_lease: float = 30.0,
+        max_pending_bytes: int = 64 * 2**20,
+    ) -> None:
+        self._url = url
+        self.expires: float = checked_seconds("expires", expires or 0.0)
+        self.failure_expires: float = (
+            self.expires if failure_expires is None else checked_seconds("failure_expires", failure_expires)
+        )
+        self.extended = extended
+        self.retry_for: float = checked_seconds("retry_for", retry_for)
+        self.heartbeat: float = checked_seconds("heartbeat", heartbeat)
+        if not self.heartbeat:
+            raise ImproperlyConfigured("heartbeat must be more than 0 seconds: a dead connection would go unnoticed")
+        self.recheck: float = checked_seconds("recheck", recheck)
+        self.chord_lease: float = checked_seconds("chord_lease", chord_lease)
+        if not self.chord_lease:
+            raise ImproperlyConfigured("chord_lease must be more than 0 seconds: no claim could be held")
+        if isinstance(max_pending_bytes, bool) or not isinstance(max_pending_bytes, int) or max_pending_bytes < 1:
+            raise ImproperlyConfigured(f"max_pending_bytes must be a number of bytes, not {max_pending_bytes!r}")
+        self.max_pending_bytes: int = max_pending_bytes
+        self.codec: Codec = Codec(serializer, accept, compression, max_result_size)
+
+    def as_uri(self) -> str:
+        """The URL, without the password."""
+        return hide_password(self._url)
+
+    @property
+    def store_id(self) -> Hashable:
+        """Equal for backends that keep their results in the same place, as far as that can be told."""
+        return self
+
+    @abstractmethod
+    async def _open(self) -> None:
+        """Reach the server, once: no retry. Raises `BackendConnectionError` or `BackendRefusedError`."""
+
+    @abstractmethod
+    async def _close(self) -> None:
+        """Close what `_open` and `_subscribe` opened, also if they failed. Must not raise, and must not take long."""
+
+    def _abandon(self, forked: bool) -> None:  # noqa: B027 - optional
+        """Forget what `_open` and `_subscribe` opened, without a word to the server and without the event loop.
+
+        Called instead of `_close` when the event loop that opened it has ended, or, with ``forked``, in a child
+        process: there the sockets are the parent's, and so is what its event loop watches them with.
+        """
+
+    @abstractmethod
+    async def _fetch(self, task_ids: Sequence[str]) -> Sequence[Any]:
+        """What is stored under each id, as `_decode` takes it; ``None`` for nothing, or the error that is its alone."""
+
+    @abstractmethod
+    async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
+        """Store each record and notify its subscribers, in one atomic step: both happen or neither.
+
+        The same id may occur twice; the outcome is as if they came one after the other. An id whose stored state is
+        SUCCESS is left alone, decided in the server; so is one that is final where ``custom`` is set, and one that
+        exists where ``only_new`` is set. For each record: whether it was stored, or the error that concerns it alone.
+        """
+
+    def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
+        """Begin to store ``record`` in this very call and return true; or do nothing and return false.
+
+        Optional, for stores where a task costs as much as all the rest: tried when nothing else is being stored. Once,
+        and not before this has returned, call ``done``: with whether it was stored, after `_reached`; or after any
+        trouble with ``None``, and then `_store` gets the record. Who overrides `_store` overrides this, too.
+        """
+        return False
+
+    async def _versions(self, task_ids: Sequence[str]) -> Sequence[Any]:
+        """What tells the result that is stored under each id from any later one; ``None`` where nothing is stored.
+
+        An error stands in the place of an id that the server refuses alone.
+
+        Optional, for stores where a reply may be lost: a removal that is repeated must not take what was stored after
+        its first attempt. An empty value stands for whatever is there.
+        """
+        return [b""] * len(task_ids)
+
+    @abstractmethod
+    async def _delete(self, task_ids: Sequence[str], versions: Sequence[Any]) -> Sequence[BaseException | None] | None:
+        """Remove these results, each if it still is of its version, as `_versions` told it.
+
+        Returns the error of each id that the server refuses alone, or ``None`` if there is none.
+        """
+
+    @abstractmethod
+    async def _subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
+        """Have `_received` called for every later store of these ids; return once the server has confirmed it.
+
+        Connect the listener if it is not connected, and call `_listener_lost` whenever it breaks. Ids that are
+        subscribed already are confirmed again. Returns the error of each id that the server refuses alone, if there
+        are any. Never called concurrently with itself or `_unsubscribe`.
+        """
+
+    @abstractmethod
+    async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
+        """The opposite; ids that are not subscribed are ignored."""
+
+    @abstractmethod
+    async def _fetch_group(self, group_id: str) -> bytes | None:
+        """What `_store_group` stored."""
+
+    @abstractmethod
+    async def _store_group(self, group_id: str, payload: bytes, expires: float) -> None:
+        """Keep ``payload`` for ``expires`` seconds (0: for ever), in place of what was there."""
+
+    @abstractmethod
+    async def _delete_group(self, group_id: str) -> None:
+        """Remove it; a missing one does not matter."""
+
+    async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
+        """Take each step atomically, and call `_chord_news` wherever somebody waits for what it brings about.
+
+        Optional, with `_active_chords`: a store without them keeps results and groups, but counts no chords.
+        """
+        raise UsageError(f"{type(self).__name__} does not count chords")
+
+    async def _active_chords(self) -> Sequence[str]:
+        """The chords that may be complete and not finished; others among them do no harm."""
+        raise UsageError(f"{type(self).__name__} does not count chords")
+
+    async def _cleanup(self) -> int:
+        """Remove what has expired, where the server does not do so by itself; return how many."""
+        return 0
+
+    def _valid_id(self, task_id: str | UUID) -> str:
+        """``task_id`` as text, of tasks and groups.
+
+        Raises `UsageError` for what the store could not keep, or not apart from others.
+        """
+        if not isinstance(task_id, str):
+            if isinstance(task_id, UUID):
+                return str(task_id)
+            raise UsageError(f"an id must be a str, not {type(task_id).__qualname__}")
+        if not task_id:
+            raise UsageError("an id must not be empty")
+        if task_id[0] == "\x00":
+            raise UsageError("an id must not begin with NUL")
+        if len(task_id) > _MAX_ID_LENGTH:
+            raise UsageError(f"an id of {len(task_id):,} characters is too long; at most {_MAX_ID_LENGTH:,} are kept")
+        if not task_id.isascii():
+            try:
+                task_id.encode()
+            except UnicodeEncodeError as exc:
+                raise UsageError(f"the id {task_id!r} cannot be written as UTF-8: {exc.reason}") from None
+        return task_id
+
+    def _is_id(self, text: str) -> bool:
+        """Whether ``text``, which comes from the server, where others write too, can be an id at all."""
+        try:
+            self._valid_id(text)
+        except UsageError:
+            return False
+        return True
+
+    def _encode(self, meta: TaskMeta) -> Any:
+        """What is stored of ``meta``: where an error is the storer's alone."""
+        return self.codec.encode(meta)
+
+    def _decode(self, task_id: str, stored: Any) -> TaskMeta:
+        return self.codec.decode(task_id, stored)
+
+    def _encode_group(self, group_id: str, group: ResultTuple) -> bytes:
+        return self.codec.dumps(group, f"group {group_id}")
+
+    def _decode_group(self, group_id: str, payload: bytes) -> Any:
+        return self.codec.loads(payload, f"group {group_id}")
+
+    def _payload_size(self, payload: Any) -> int:
+        """Bytes of what `_encode` made."""
+        return len(payload) if isinstance(payload, bytes) else 0
+
+    def _stored_size(self, stored: Any) -> int:
+        """Bytes of what `_fetch` brought for an id."""
+        return len(stored) if isinstance(stored, bytes) else 0

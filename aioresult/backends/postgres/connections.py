@@ -1,0 +1,211 @@
+"""The connections of one PostgreSQL backend: how they are made, what runs on them, and what their errors mean."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import asyncpg
+
+from ...exceptions import (
+    AioResultError,
+    BackendConnectionError,
+    BackendError,
+    BackendRefusedError,
+    ImproperlyConfigured,
+)
+from ...sockets import silence
+from ...urls import hide_password
+from .listener import bounded
+
+__all__ = ["Connections", "plain_dsn"]
+
+T = TypeVar("T")
+E = TypeVar("E", bound=BackendError)
+
+#: SQLSTATE classes and codes after which the same statement may succeed: connection trouble, a transaction that lost
+#: a race or its time, a server that is full, starting or stopping, a lock or statement timeout, a standby that may be
+#: promoted.
+_TRANSIENT = ("08", "40", "25P03", "25P04", "53300", "57", "55P03", "25006")
+#: … and after which it will not, whoever asks: authentication, permission, no such statement, database, schema, table
+#: or column.
+_REFUSED = ("26", "28", "3D", "3F", "42")
+#: … and that say something of the server, not of one record in a batch.
+_WHOLE_BATCH = ("53", "54", "58")
+
+_OF_A_POOLER = "; behind a pooler in transaction mode, pass connect_options={'statement_cache_size': 0}"
+
+CANNOT_REACH = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+
+class Connections:
+    """Makes connections to ``dsn``, or by the caller's ``connect``, and runs operations on those of a pool.
+
+    ``where`` names the server in errors; ``heartbeat`` is in seconds. A pool of the caller's, ``given``, stays the
+    caller's to close.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        where: str,
+        heartbeat: float,
+        options: Mapping[str, Any],
+        given: asyncpg.Pool[Any] | None,
+        connect: Callable[[], Awaitable[asyncpg.Connection[Any]]] | None,
+    ) -> None:
+        self.given = given
+        self._dsn = dsn
+        self._where = where
+        self._heartbeat = heartbeat
+        self._options = {"timeout": 2 * heartbeat, **options}
+        self._connect = connect
+        self._pool: asyncpg.Pool[Any] | None = None
+        #: Settled when the attempt to connect that is under way has ended: with an exception if it failed.
+        self._attempt: asyncio.Future[None] | None = None
+        self._made: WeakSet[asyncpg.Connection[Any]] = WeakSet()
+
+    @property
+    def pooled(self) -> bool:
+        """Whether there is a pool to run operations on."""
+        return self._pool is not None or self.given is not None
+
+    async def open(self) -> None:
+        """Make the pool, unless the caller has given one. It connects when the first operation runs."""
+        if self.given is not None:
+            self._pool = self.given
+        else:
+            # No connection that asyncpg keeps up by itself: its attempts would outlive an outage that we have reported.
+            self._pool = await asyncpg.create_pool(
+                min_size=0, max_size=6, connect=lambda *_, **__: self._in_turn(), reset=_reset
+            )
+
+    async def close(self) -> None:
+        """Close the pool, unless it is the caller's."""
+        pool, self._pool = self._pool, None
+        if pool is not None and pool is not self.given:
+            try:
+                async with asyncio.timeout(1.0):
+                    await pool.close()
+            except (*CANNOT_REACH, asyncpg.PostgresError):
+                pool.terminate()
+
+    def abandon(self) -> None:
+        """Forget every connection, without the event loop: it has ended, or is the parent process's."""
+        self._pool = self._attempt = None
+        for connection in tuple(self._made):
+            transport = getattr(connection, "_transport", None)
+            if isinstance(transport, asyncio.BaseTransport):
+                silence(transport)
+
+    async def new(self, dsn: str | None = None) -> asyncpg.Connection[Any]:
+        """A connection to ``dsn``, without one to where the caller's factory or the URL leads."""
+        if dsn is None and self._connect is not None:
+            return await self._connect()
+        try:
+            connection: asyncpg.Connection[Any] = await asyncpg.connect(dsn or self._dsn, **self._options)
+        except ssl.SSLCertVerificationError as exc:
+            raise BackendRefusedError(f"{self._where}: {exc}") from exc
+        except (ValueError, TypeError) as exc:  # what asyncpg makes of a malformed DSN or option
+            raise ImproperlyConfigured(f"{self._where}: {exc}") from None
+        self._made.add(connection)
+        return connection
+
+    async def _in_turn(self) -> asyncpg.Connection[Any]:
+        """A connection for the pool. One attempt at a time; when it fails, it has failed for all that wait."""
+        while self._attempt is not None:
+            await asyncio.shield(self._attempt)
+        attempt = self._attempt = asyncio.get_running_loop().create_future()
+        try:
+            return await self.new()
+        except Exception as exc:
+            attempt.set_exception(exc)
+            attempt.exception()  # there may be nobody to tell
+            raise
+        finally:
+            self._attempt = None
+            if not attempt.done():
+                attempt.set_result(None)
+
+    async def run(self, operation: Callable[[Any], Awaitable[T]], otherwise: type[BackendError] = BackendError) -> T:
+        """``operation`` on a connection of the pool, with its errors translated."""
+        return await self.translated(self.on_connection(operation), otherwise)
+
+    async def on_connection(self, operation: Callable[[Any], Awaitable[T]]) -> T:
+        """The same, with a bound on how long a server may keep silent, and asyncpg's errors."""
+        pool = self._pool or self.given
+        if pool is None:
+            raise BackendConnectionError(f"the pool of {self._where} is closed")
+        async with self._acquired(pool) as connection:
+            try:
+                return await bounded(connection, operation(connection), 3 * self._heartbeat)
+            except AioResultError:
+                raise
+            except (*CANNOT_REACH, asyncpg.PostgresConnectionError) as exc:
+                broken = self._error_of(exc, BackendConnectionError)
+                if isinstance(broken, BackendConnectionError):
+                    broken.in_flight = True
+                raise broken from exc
+
+    @asynccontextmanager
+    async def _acquired(self, pool: asyncpg.Pool[Any]) -> AsyncIterator[Any]:
+        connection = await pool.acquire(timeout=2 * self._heartbeat)
+        try:
+            yield connection
+        finally:
+            await pool.release(connection)
+
+    async def query(self, sql: str, *args: Any, otherwise: type[BackendError] = BackendError) -> Any:
+        """The first row that ``sql`` brings."""
+        return await self.run(lambda connection: connection.fetchrow(sql, *args), otherwise)
+
+    async def translated(self, operation: Awaitable[T], otherwise: type[BackendError] = BackendError) -> T:
+        """The one place where an error of asyncpg becomes an error of ours: ``otherwise`` if nothing more is known."""
+        try:
+            return await operation
+        except AioResultError:
+            raise
+        except (*CANNOT_REACH, asyncpg.PostgresError) as exc:
+            raise self._error_of(exc, otherwise) from exc
+
+    def _error_of(self, exc: Exception, otherwise: type[E]) -> E | BackendConnectionError | BackendRefusedError:
+        if not isinstance(exc, asyncpg.PostgresError):
+            return BackendConnectionError(f"cannot reach {self._where}: {str(exc) or type(exc).__name__}")
+        # Not its details, which quote the row.
+        code = exc.sqlstate or ""
+        kind: type[E | BackendConnectionError | BackendRefusedError] = otherwise
+        if code.startswith(_TRANSIENT):
+            kind = BackendConnectionError
+        elif code.startswith(_REFUSED):
+            kind = BackendRefusedError
+        remedy = _OF_A_POOLER if code in ("26000", "42P05") else ""
+        error = kind(f"{self._where}: {exc.args[0]} [{code}]{remedy}")
+        if code.startswith(_WHOLE_BATCH):
+            error.of_server = True
+        return error
+
+
+def plain_dsn(url: str) -> str:
+    """``url`` with a scheme that asyncpg knows.
+
+    An ``@``, ``/``, ``?`` or ``#`` of a password that stands for itself would be taken for the end of it, and the rest
+    for a host or database, to be shown in errors.
+    """
+    scheme, _, rest = url.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if rest.count("@") > 1 or "@" in rest[len(authority) :]:
+        raise ImproperlyConfigured(
+            f"{hide_password(url)}: @, /, ? and # must be percent-encoded in a name, a password or an option"
+        )
+    return f"{scheme.partition('+')[0]}://{rest}"
+
+
+async def _reset(connection: Any) -> None:
+    """Instead of asyncpg's reset, which is a round trip after every use: ours leave nothing behind but this."""
+    if connection.is_in_transaction():
+        await connection.execute("ROLLBACK")

@@ -1,0 +1,306 @@
+"""The worker's side of a backend: what became of a task is checked, encoded, queued and stored."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback as tracebacks
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, Unpack
+from uuid import UUID
+
+from ..chord import ReadyChord
+from ..exceptions import AioResultError, ChordError, TaskRevokedError, UsageError
+from ..meta import ResultTuple, SupportsAsTuple, TaskMeta
+from ..seconds import Seconds, checked_seconds
+from ..serialization import CORE_FIELDS
+from ..states import ALL_STATES, FAILURE, PENDING, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
+from .core import BackendCore, CoreOptions, Record
+
+__all__ = ["BackendOptions", "WorkerSide", "as_tuple", "check_state", "checked_count", "checked_index"]
+
+#: More than anybody can count to, and few enough for Redis' scores, which are floats.
+_MAX_PARTS = 10**15
+#: As Celery's table is made.
+_MAX_STATE_LENGTH = 50
+
+
+class BackendOptions(CoreOptions, total=False):
+    """The options that every backend takes; see `Backend`."""
+
+    on_chord_ready: Callable[[ReadyChord], Awaitable[object]] | None
+
+
+class WorkerSide(BackendCore):
+    """What workers call; see `aioresult.backends.base.Backend`."""
+
+    def __init__(
+        self,
+        url: str = "",
+        *,
+        on_chord_ready: Callable[[ReadyChord], Awaitable[object]] | None = None,
+        **options: Unpack[CoreOptions],
+    ) -> None:
+        super().__init__(url, **options)
+        self._on_chord_ready = on_chord_ready
+
+    @abstractmethod
+    async def on_chord_part_return(
+        self,
+        group_id: str | UUID,
+        task_id: str | UUID,
+        state: str,
+        value: Any,
+        index: int | None = None,
+        body: Any = None,
+        lease: Seconds | None = None,
+    ) -> ReadyChord | None:
+        """See `aioresult.backends.base.Backend.on_chord_part_return`."""
+
+    async def store_result(
+        self,
+        task_id: str | UUID,
+        value: Any,
+        state: str,
+        traceback: str | None = None,
+        request: Any = None,
+        expires: Seconds | None = None,
+    ) -> bool:
+        """Store ``value`` and ``state`` and wake the waiters, in one atomic step.
+
+        Stores of one id by one backend take effect in the order in which they were called.
+
+        :param traceback: the worker's traceback as text, for states that carry an exception.
+        :param request: what is known of the task, a `TaskRequest` or an object of Celery's with such attributes.
+        :param expires: seconds to keep it, instead of the backend's default; 0 for ever.
+        :returns: whether it was stored. It was not if the task has been stored as SUCCESS before; nor, for a state of
+            your own such as PROGRESS, if it has been stored as FAILURE or REVOKED and not as STARTED or RETRY since.
+        :raises UsageError: an argument makes no sense.
+        :raises EncodeError: the serializer cannot hold the value; names the type and the task.
+        :raises ResultTooLargeError: it is larger than ``max_result_size``.
+        :raises DecodeError: what is stored already cannot be read here, and may be a success.
+        :raises BackendStoreError: the server refused it.
+        :raises BackendConnectionError: the server was away for longer than ``retry_for``. It may have been stored.
+        """
+        if self._must_wait():
+            await self._writes.room()
+        return await self._submit(task_id, value, state, traceback, request, expires)
+
+    def _must_wait(self) -> bool:
+        """Whether too much is queued to store more at once. Raises as `check` does."""
+        self.check()
+        return self._writes.full
+
+    def _submit(
+        self,
+        task_id: str | UUID,
+        value: Any,
+        state: str,
+        traceback: str | None = None,
+        request: Any = None,
+        expires: Seconds | None = None,
+        only_new: bool = False,
+    ) -> asyncio.Future[bool]:
+        """Check everything, encode, and queue: what is wrong with one call must not meet the others of its batch."""
+        task_id = self._valid_id(task_id)
+        custom = state not in ALL_STATES if isinstance(state, str) else True
+        if custom:
+            check_state(state)
+        if traceback is not None and not isinstance(traceback, str):
+            raise UsageError(f"a traceback is text, not {traceback!r}")
+        done = datetime.now(UTC) if state in READY_STATES else None
+        children: Sequence[ResultTuple] = ()
+        extra: dict[str, Any] | None = None
+        group_id: str | None = None
+        if request is not None:
+            children = [as_tuple(child) for child in getattr(request, "children", None) or ()]
+            extra = self._extra_fields(request)
+            group_id = extra.get("group_id")
+        payload = self._encode(TaskMeta(task_id, state, value, traceback, children, done, extra))
+        default = self.failure_expires if state == FAILURE else self.expires
+        seconds = default if expires is None else checked_seconds("expires", expires)
+        record = Record(task_id, payload, seconds, only_new, group_id, custom)
+        return self._writes.submit(record, task_id, self._payload_size(payload))
+
+    def _extra_fields(self, request: Any) -> dict[str, Any]:
+        """The optional fields, in Celery's order (``Backend._get_result_meta``)."""
+        extra: dict[str, Any] = {}
+        for field, attribute in (("group_id", "group"), ("parent_id", "parent_id")):
+            if value := getattr(request, attribute, None):
+                extra[field] = self._valid_id(value)
+        if self.extended:
+            for field, attribute in _EXTENDED_FIELDS:
+                extra[field] = getattr(request, attribute, None)
+            delivery = getattr(request, "delivery_info", None)
+            extra["queue"] = getattr(request, "queue", None) or (delivery or {}).get("routing_key")
+            for field in ("args", "kwargs"):
+                try:
+                    self.codec.dumps(extra[field], field)
+                except AioResultError:  # the arguments are a note beside the result; they must not cost it
+                    extra[field] = repr(extra[field])
+            if headers := getattr(request, "stamped_headers", None):
+                stamps = getattr(request, "stamps", None) or {}
+                extra["stamped_headers"] = list(headers)
+                # Celery lets a stamp of such a name take the place of the result itself.
+                extra.update({name: stamps[name] for name in headers if name in stamps and name not in CORE_FIELDS})
+        return extra
+
+    async def mark_as_pending(self, task_id: str | UUID, expires: Seconds | None = None) -> bool:
+        """Register an id at submission, so that `exists` can tell a task that waits from one that never was.
+
+        Changes nothing, and returns false, if anything is stored under the id: the worker may have been quicker.
+        """
+        if self._must_wait():
+            await self._writes.room()
+        return await self._submit(task_id, None, PENDING, expires=expires, only_new=True)
+
+    async def mark_as_started(self, task_id: str | UUID, /, **info: Any) -> bool:
+        """The task runs. ``info`` (Celery stores ``pid`` and ``hostname``) becomes the result for the time being."""
+        if self._must_wait():
+            await self._writes.room()
+        return await self._submit(task_id, info, STARTED)
+
+    async def mark_as_done(
+        self, task_id: str | UUID, value: Any, request: Any = None, expires: Seconds | None = None
+    ) -> bool:
+        """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``."""
+        part = self._part_of(request, task_id)
+        if self._must_wait():
+            await self._writes.room()
+        if getattr(request, "ignore_result", False):
+            kept = False
+        else:
+            kept = await self._submit(task_id, value, SUCCESS, None, request, expires)
+        if part is not None:
+            await self._return_part(part, SUCCESS, value)
+        return kept
+
+    async def mark_as_failure(
+        self,
+        task_id: str | UUID,
+        exc: BaseException,
+        traceback: str | None = None,
+        request: Any = None,
+        expires: Seconds | None = None,
+    ) -> bool:
+        """The task raised ``exc``. Without ``traceback`` the exception's own is stored, if it has one."""
+        part = self._part_of(request, task_id)
+        if self._must_wait():
+            await self._writes.room()
+        kept = await self._submit(task_id, exc, FAILURE, _traceback_of(exc, traceback), request, expires)
+        if part is not None:
+            await self._return_part(part, FAILURE, exc)
+        return kept
+
+    async def mark_as_retry(
+        self,
+        task_id: str | UUID,
+        exc: BaseException,
+        traceback: str | None = None,
+        request: Any = None,
+        expires: Seconds | None = None,
+    ) -> bool:
+        """The task raised ``exc`` and will run again."""
+        if self._must_wait():
+            await self._writes.room()
+        return await self._submit(task_id, exc, RETRY, _traceback_of(exc, traceback), request, expires)
+
+    async def mark_as_revoked(
+        self, task_id: str | UUID, reason: str = "", request: Any = None, expires: Seconds | None = None
+    ) -> bool:
+        """The task was revoked: awaiting it raises `TaskRevokedError`."""
+        part = self._part_of(request, task_id)
+        exc = TaskRevokedError(reason)
+        if self._must_wait():
+            await self._writes.room()
+        kept = await self._submit(task_id, exc, REVOKED, None, request, expires)
+        if part is not None:
+            await self._return_part(part, REVOKED, exc)
+        return kept
+
+    def _part_of(self, request: Any, task_id: str | UUID) -> _Part | None:
+        """The part of a chord that the task is, by what its request says; checked before anything is stored."""
+        if request is None:
+            return None
+        group_id, chord = getattr(request, "group", None), getattr(request, "chord", None)
+        if not group_id or not chord:
+            return None
+        index = getattr(request, "group_index", None)
+        body = None if chord is True else chord
+        return _Part(self._valid_id(group_id), self._valid_id(task_id), checked_index(index), body)
+
+    async def _return_part(self, part: _Part, state: str, value: Any) -> None:
+        """Count the part for its chord, and dispatch the callback if this was the last."""
+        handler = self._on_chord_ready
+        lease = None if handler is not None else 0.0  # nobody here to dispatch: leave the claim to `ready_chords`
+        ready = await self.on_chord_part_return(part.group_id, part.task_id, state, value, part.place, part.body, lease)
+        if ready is not None and handler is not None:
+            try:
+                async with ready:
+                    await handler(ready)
+            except ChordError as exc:
+                if exc is not ready.error:  # which is another part's failure, and none of this task's storing
+                    raise
+
+
+class _Part(NamedTuple):
+    """What a request says of the chord that its task belongs to."""
+
+    group_id: str
+    task_id: str
+    place: int | None
+    body: Any
+
+
+_EXTENDED_FIELDS = (
+    ("name", "task"),
+    ("args", "args"),
+    ("kwargs", "kwargs"),
+    ("worker", "hostname"),
+    ("retries", "retries"),
+)
+
+
+def checked_index(index: int | None) -> int | None:
+    return None if index is None else checked_count("the index of a part", index)
+
+
+def check_state(state: object) -> None:
+    """Refuse what no store could keep, or a reader could not tell from no state at all."""
+    if not isinstance(state, str) or not state:
+        raise UsageError(f"a state is a text such as 'PROGRESS', not {state!r}")
+    if len(state) > _MAX_STATE_LENGTH or "\x00" in state:
+        raise UsageError(f"a state has at most {_MAX_STATE_LENGTH} characters, and no NUL; not {state!r}")
+    try:
+        state.encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"the state {state!r} cannot be written as UTF-8: {exc.reason}") from None
+
+
+def checked_count(what: str, number: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < _MAX_PARTS:
+        raise UsageError(f"{what} is a whole number from 0 to {_MAX_PARTS - 1:,}, not {number!r}")
+    return number
+
+
+def as_tuple(result: SupportsAsTuple | ResultTuple) -> ResultTuple:
+    if isinstance(result, (list, tuple)):
+        return result
+    if not isinstance(result, SupportsAsTuple):
+        raise UsageError(f"{result!r} is no result, and no result's tuple")
+    return result.as_tuple()
+
+
+def _traceback_of(exc: BaseException, given: str | None) -> str | None:
+    """The traceback to store with ``exc``. Raises `UsageError` for what was never raised."""
+    if not isinstance(exc, BaseException):
+        raise UsageError(f"a task fails with an exception, not with {exc!r}; store_result takes any value")
+    if given is not None:
+        return given
+    try:
+        # Past an attribute of the class's own: nothing about an exception may keep it from being stored.
+        raised = vars(BaseException)["__traceback__"].__get__(exc) is not None
+        return "".join(tracebacks.format_exception(exc)) if raised else None
+    except Exception:
+        return None

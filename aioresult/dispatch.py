@@ -1,0 +1,199 @@
+"""Dispatching chords: finding those that are complete, and claiming them one after the other.
+
+A chord that becomes complete is announced by a message. One that became complete while nobody listened is found in the
+list of the open ones, which is gone through after every reconnect; so is one whose claimant died, by a reminder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from .chord import READY_TOPIC, ChordOp, Chords, ChordState, ChordStep, ChordStore, ReadyChord
+from .exceptions import BackendClosedError, BackendConnectionError, UsageError
+from .retry import Backoff
+from .tasks import EMPTY
+from .waiter import Outcome
+
+__all__ = ["ready_chords"]
+
+logger: logging.Logger = logging.getLogger("aioresult")
+
+#: How many chords a dispatcher looks at between two announced ones.
+_SCAN_CHUNK = 500
+#: How many chords that cannot be dispatched it remembers.
+_MAX_ASIDE = 10_000
+
+
+async def ready_chords(chords: Chords, store: ChordStore) -> AsyncGenerator[ReadyChord, None]:
+    """See `aioresult.backends.base.Backend.ready_chords`."""
+    waiter, backoff = _ReadyWaiter(), Backoff()
+    dispatcher = _Dispatcher(chords, store, waiter)
+    store.watch_topic(READY_TOPIC, waiter)
+    try:
+        while True:
+            await waiter.due()
+            try:
+                ready = await dispatcher.step()
+                backoff.reset()
+            except BackendConnectionError as exc:
+                pause = backoff.pause()
+                logger.warning("cannot look for completed chords (%s); trying again in %.2f s", exc, pause)
+                await asyncio.sleep(pause)
+                continue
+            if ready is not None:
+                yield ready
+    finally:
+        store.unwatch(READY_TOPIC, waiter)
+        waiter.stop()
+
+
+class _Dispatcher:
+    """Finds out about one chord after the other. What is wrong with one is logged once, and it is set aside."""
+
+    def __init__(self, chords: Chords, store: ChordStore, waiter: _ReadyWaiter) -> None:
+        self._chords = chords
+        self._store = store
+        self._waiter = waiter
+        #: The chords that cannot be dispatched here, and what they were like when that was seen.
+        self._aside: dict[str, ChordState | None] = {}
+
+    async def step(self) -> ReadyChord | None:
+        """Take the next step; a chord to dispatch, if that brought one. Raises `BackendConnectionError`, to try again.
+
+        What was announced comes first: however many chords are open, it waits for one round trip at most.
+        """
+        waiter = self._waiter
+        if waiter.announced:
+            return await self._claim(waiter.take())
+        if waiter.list_all:
+            waiter.list_all = False
+            try:
+                waiter.open = deque(await self._store.active_chords())
+            except BackendConnectionError:
+                waiter.list_all = True
+                raise
+        else:
+            some = list(islice(waiter.open, _SCAN_CHUNK))
+            await self._look(some)
+            for _ in some:
+                waiter.open.popleft()
+        return None
+
+    async def _claim(self, group_id: str) -> ReadyChord | None:
+        try:
+            ready, state = await self._chords.claim(group_id)
+        except BackendConnectionError:
+            self._waiter.announce(group_id)
+            raise
+        except (BackendClosedError, UsageError):
+            raise
+        except Exception as exc:
+            # If it is claimed by now, that lease runs out, and another process may be able to read the chord.
+            self._set_aside(group_id, exc)
+            return None
+        if ready is not None:
+            self._aside.pop(group_id, None)
+        elif group_id in self._aside:
+            return None  # it is claimed, perhaps by the attempt that failed here: others come back to it
+        left = state.lease_left if ready is None else self._store.chord_lease
+        if left is not None:
+            self._waiter.remind(group_id, left)  # if its claimant dies, nobody will say so
+        return ready
+
+    async def _look(self, group_ids: Sequence[str]) -> None:
+        """Have those of the open chords claimed next that are complete."""
+        states = await self._store.chord_steps([ChordStep(ChordOp.READ, group_id) for group_id in group_ids])
+        for state in states:
+            if isinstance(state, (BackendConnectionError, BackendClosedError)):
+                raise state
+        over: list[ChordStep] = []
+        for group_id, state in zip(group_ids, states, strict=True):
+            if isinstance(state, BaseException):
+                self._set_aside(group_id, state)
+            elif state.done or state == ChordState():
+                # It has expired, or was finished: a step that claims nothing takes it off the list.
+                over.append(ChordStep(ChordOp.CLAIM, group_id, expires=self._store.expires))
+            elif state.complete:
+                likeness = replace(state, lease_left=None)
+                if group_id in self._aside:
+                    if self._aside[group_id] == likeness:
+                        continue
+                    self._aside[group_id] = likeness
+                if state.lease_left is None:
+                    self._waiter.announce(group_id)
+                else:
+                    self._waiter.remind(group_id, state.lease_left)
+        if over:
+            await self._store.chord_steps(over)
+
+    def _set_aside(self, group_id: str, error: BaseException) -> None:
+        if group_id not in self._aside:
+            logger.error("chord %s cannot be dispatched here, and is left until it changes: %s", group_id, error)
+            self._aside[group_id] = None
+        if len(self._aside) > _MAX_ASIDE:
+            del self._aside[next(iter(self._aside))]
+
+
+class _ReadyWaiter:
+    """Gathers the chords to look at, from messages, reminders and the list of those that are open."""
+
+    def __init__(self) -> None:
+        #: To be claimed, in the order in which they were announced.
+        self.announced: dict[str, None] = {}
+        #: Whether the open chords are to be listed: some may have become complete while nobody listened.
+        self.list_all = False
+        #: Those of the list that have not been looked at.
+        self.open: deque[str] = deque()
+        self._error: Exception | None = None
+        self._reminders: dict[str, asyncio.TimerHandle] = {}
+        self._wake = asyncio.Event()
+
+    def receive(self, task_id: str, outcome: Outcome) -> None:
+        if isinstance(outcome, Exception):
+            self._error = outcome
+        elif outcome.result is None:
+            self.list_all = True
+        else:
+            self.announce(outcome.result)
+        self._wake.set()
+
+    def announce(self, group_id: str) -> None:
+        """To be claimed as soon as may be."""
+        self.announced[group_id] = None
+        self._wake.set()
+
+    def take(self) -> str:
+        """The one that was announced first. Announced once more while it is looked at, it is looked at again."""
+        group_id = next(iter(self.announced))
+        del self.announced[group_id]
+        return group_id
+
+    def remind(self, group_id: str, seconds: float) -> None:
+        """Come back to this one after so long, instead of what was said of it before."""
+        if (former := self._reminders.get(group_id)) is not None:
+            former.cancel()
+        self._reminders[group_id] = asyncio.get_running_loop().call_later(
+            seconds, self._remember, group_id, context=EMPTY
+        )
+
+    def _remember(self, group_id: str) -> None:
+        del self._reminders[group_id]
+        self.announce(group_id)
+
+    async def due(self) -> None:
+        """Return as soon as there is something to look at. Raises why there will be nothing."""
+        while not (self.announced or self.list_all or self.open):
+            if self._error is not None:
+                raise self._error
+            self._wake.clear()
+            await self._wake.wait()
+
+    def stop(self) -> None:
+        """No more reminders."""
+        for reminder in self._reminders.values():
+            reminder.cancel()

@@ -1,0 +1,47 @@
+"""`EagerResult`: the result of a task that was run on the spot."""
+
+from __future__ import annotations
+
+from typing import TypeVar, cast
+
+from .meta import TaskMeta
+from .result import AsyncResult
+from .seconds import Timeout
+from .states import SUCCESS
+from .tree import raise_or_return
+
+__all__ = ["EagerResult"]
+
+T = TypeVar("T")
+
+
+class EagerResult(AsyncResult[T]):
+    """The result of a task that was run on the spot: everything is known, nothing is stored.
+
+    ``value`` is the exception where ``state`` is one that carries an exception.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, id: str, value: T | BaseException, state: str = SUCCESS, traceback: str | None = None) -> None:
+        super().__init__(id, None)
+        self._outcome = TaskMeta(id, state, value, traceback)
+
+    async def get(self, timeout: Timeout = None, propagate: bool = True, follow_parents: bool = True) -> T:
+        """The value, or the exception raised; never waits."""
+        return cast("T", raise_or_return(self._outcome) if propagate else self.value())
+
+    async def fetch(self) -> TaskMeta:
+        """What it was made with."""
+        return cast("TaskMeta", self._outcome)
+
+    async def ready(self) -> bool:
+        """True."""
+        return True
+
+    async def exists(self) -> bool:
+        """True."""
+        return True
+
+    async def forget(self) -> None:
+        """Nothing is stored, so nothing is removed."""

@@ -1,0 +1,43 @@
+"""Durations as callers write them: checked once, where the call is made, and always in seconds."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+from math import inf, isnan
+from typing import TypeAlias
+
+from .exceptions import ImproperlyConfigured, UsageError
+
+__all__ = ["MAX_SECONDS", "Seconds", "Timeout", "checked_seconds", "checked_timeout"]
+
+#: A duration as a caller may give it.
+Seconds: TypeAlias = float | timedelta
+#: The same as a timeout, where ``None`` is no limit.
+Timeout: TypeAlias = float | timedelta | None
+
+#: The longest expiry, about 317 years: every server can add it to the present and still hold the date.
+MAX_SECONDS = 10_000_000_000.0
+
+
+def checked_seconds(name: str, value: Seconds) -> float:
+    """``value`` as a number of seconds, 0 or more. Raises `ImproperlyConfigured`, which names ``name``, otherwise."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
+        raise ImproperlyConfigured(
+            f"{name} must be a number of seconds from 0 to {MAX_SECONDS:,.0f}, or a timedelta, not {value!r}"
+        )
+    return float(value)
+
+
+def checked_timeout(timeout: Timeout) -> float | None:
+    """``timeout`` in seconds, ``None`` for no limit. Raises `UsageError` for text, NaN and the like."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, timedelta):
+        return timeout.total_seconds()
+    with suppress(OverflowError):  # of a whole number beyond all floats
+        if not isinstance(timeout, bool) and isinstance(timeout, (int, float)) and not isnan(timeout):
+            return None if timeout == inf else float(timeout)
+    raise UsageError(f"timeout must be a number of seconds, a timedelta or None, not {timeout!r}")
