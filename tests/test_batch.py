@@ -279,7 +279,7 @@ async def test_trouble_with_what_nobody_waits_for_any_more_sends_nothing() -> No
     trips.done[0](None)
     batcher.submit(2).cancel()
     trips.done[1](20)
-    assert (trips.at_once, trips.batches, len(batcher._items)) == ([1, 2], [], 0)
+    assert (trips.at_once, trips.batches, len(batcher._due)) == ([1, 2], [], 0)
 
 
 @pytest.mark.parametrize("outcome", [None, 10])
@@ -317,7 +317,7 @@ async def test_closing_fails_the_queue_lets_the_rest_finish_and_refuses_more() -
     queued = await submitted(batcher, [2, 3])
     error = BackendClosedError("closed")
     closing = asyncio.create_task(batcher.close(error))
-    assert await asyncio.gather(*queued, return_exceptions=True) == [error, error]
+    assert list(map(repr, await asyncio.gather(*queued, return_exceptions=True))) == [repr(error)] * 2
     with pytest.raises(BackendClosedError, match="closed"):
         await batcher.submit(4)
     assert not closing.done()
@@ -334,7 +334,7 @@ async def test_closing_does_not_wait_for_ever() -> None:
     error = BackendClosedError("closed")
     await batcher.close(error)
     assert trips.under_way == 0
-    assert await asyncio.gather(*sent, return_exceptions=True) == [error, error]
+    assert list(map(repr, await asyncio.gather(*sent, return_exceptions=True))) == [repr(error)] * 2
 
 
 async def test_closing_an_idle_one_is_at_once() -> None:
@@ -354,10 +354,9 @@ async def test_the_end_of_the_loop_leaves_nobody_waiting() -> None:
     queued = await submitted(batcher, [1, 2])
     trips.gate.set()
     worker.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await caller
     assert await batcher.submit(3) == 30
-    assert await asyncio.gather(*queued) == [10, 20]
+    assert await asyncio.gather(caller, *queued) == [0, 10, 20]
+    assert trips.batches == [[0], [0], [1], [2], [3]]
 
 
 async def test_the_end_of_the_loop_may_come_before_a_batch_has_begun() -> None:
@@ -373,7 +372,8 @@ async def test_the_end_of_the_loop_may_come_before_a_batch_has_begun() -> None:
     assert await batcher.submit(3) == 30
 
 
-async def test_each_burst_runs_in_the_context_of_its_first_caller() -> None:
+async def test_no_batch_runs_in_the_context_of_a_caller() -> None:
+    """What a request keeps in its context would live as long as whatever the batch makes, such as a connection."""
     name: ContextVar[str] = ContextVar("name", default="")
 
     async def run(items: Sequence[int]) -> list[str]:
@@ -382,4 +382,4 @@ async def test_each_burst_runs_in_the_context_of_its_first_caller() -> None:
     batcher: Any = Batcher(run, max_items=10)
     for each in ("first", "second"):
         name.set(each)
-        assert await batcher.submit(0) == each
+        assert await batcher.submit(0) == ""

@@ -19,10 +19,11 @@ import redis.asyncio
 import trustme
 from celery import Celery, chain, group
 from celery.backends.base import COMPRESSED_PAYLOAD_MAGIC, decompress_payload
+from celery.result import AsyncResult as CeleryAsyncResult
 from celery.result import GroupResult as CeleryGroupResult
 
 import aioresult
-from aioresult import Backend, EagerResult, states
+from aioresult import AsyncResult, Backend, EagerResult, states
 from aioresult.celery import backend_from_app, result_from_celery
 from aioresult.serialization import Codec
 
@@ -143,6 +144,27 @@ async def test_a_result_names_its_parent_and_its_group(worker: Worker, backend: 
 def test_date_that_no_time_zone_can_hold_is_a_decode_error() -> None:
     with pytest.raises(aioresult.DecodeError, match="OverflowError"):
         Codec().decode("task", b'{"status": "SUCCESS", "date_done": "0001-01-01T00:00:00+09:00"}')
+
+
+def test_a_chain_that_is_longer_than_the_stack() -> None:
+    app = make_app(None, "redis://localhost")
+    result = None
+    for number in range(1_200):
+        result = CeleryAsyncResult(f"t{number}", app=app, parent=result)
+    handle = result_from_celery(result, aioresult.connect("memory://"))
+    assert isinstance(handle, AsyncResult)
+    assert handle.as_list() == [f"t{number}" for number in reversed(range(1_200))]
+
+
+async def test_failures_expire_by_a_setting_of_their_own(worker: Worker, client: redis.asyncio.Redis) -> None:
+    conf = {"result_expires": 3600, "result_failure_expires": 60}
+    async with backend_from_app(make_app(None, worker.backend, **conf)) as backend:
+        await backend.mark_as_done("fine", 1)
+        await backend.mark_as_failure("failed", ValueError())
+        await backend.mark_as_failure("kept", ValueError(), expires=600)
+    assert await client.ttl("celery-task-meta-fine") > 600
+    assert await client.ttl("celery-task-meta-failed") <= 60
+    assert 60 < await client.ttl("celery-task-meta-kept") <= 600
 
 
 def test_eager_results_are_kept() -> None:

@@ -35,7 +35,7 @@ from aioresult import (
     BackendRefusedError,
     BackendStoreError,
 )
-from aioresult.hub import Backoff
+from aioresult.retry import Backoff
 
 from .fault_child import value_of
 from .fault_proxy import FaultProxy, Wire, cut_anywhere, eat_messages, late_subscriptions, trickle

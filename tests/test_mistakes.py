@@ -34,7 +34,8 @@ def test_a_wrong_url_is_told_what_is_right(url: Any, told: str) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"expire": 60}, "unexpected keyword argument 'expire'; see help(MemoryBackend)"),
+        ({"expire": 60}, "unknown option 'expire', did you mean 'expires'?; see help(MemoryBackend)"),
+        ({"shards": 2}, "unknown option 'shards'; see help(MemoryBackend)"),
         ({"heartbeat": 0}, "heartbeat must be more than 0"),
     ],
 )

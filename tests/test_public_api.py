@@ -16,8 +16,9 @@ import pytest
 import aioresult
 from aioresult import Backend, exceptions
 from aioresult.backends.base import BackendOptions, Record
-from aioresult.backends.core import BackendCore
+from aioresult.backends.contract import BackendContract
 from aioresult.backends.keyvalue import KeyValueStoreBackend, Op, Write
+from aioresult.backends.worker import WorkerSide
 
 CONSTANTS = ["ALL_COMPLETED", "FIRST_COMPLETED", "FIRST_EXCEPTION"]
 
@@ -169,7 +170,7 @@ def test_an_author_writes_these_methods_and_no_more(cls: type[Backend], at_most:
 def test_the_options_of_every_backend_are_typed_and_described() -> None:
     taken = {
         name
-        for cls in (Backend, BackendCore)
+        for cls in (WorkerSide, BackendContract)
         for name, parameter in inspect.signature(cls).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }

@@ -560,10 +560,10 @@ async def test_two_stores_of_an_id_keep_their_order_whichever_way_they_take(
 
 async def test_the_short_way_keeps_account_of_outages(backend: RedisBackend, redis_client: Client) -> None:
     def down_since() -> float | None:
-        return backend._down_since
+        return backend._persistence.down_since
 
     await backend.mark_as_done("a", 1)
-    backend._not_reached()
+    backend._persistence.not_reached()
     await backend.mark_as_done("b", 1)
     assert down_since() is None
     before = asyncio.get_running_loop().time()

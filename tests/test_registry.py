@@ -93,7 +93,9 @@ def test_an_error_about_a_url_does_not_show_the_password(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["memory://", "redis://", f"{MEMORY_PATH}:MemoryBackend"])
 def test_an_unknown_option_is_named_with_the_class_that_refuses_it(url: str) -> None:
-    with pytest.raises(ImproperlyConfigured, match=rf"'expire'; see help\({by_url(url)[0].__name__}\)"):
+    with pytest.raises(
+        ImproperlyConfigured, match=rf"'expire', did you mean 'expires'\?; see help\({by_url(url)[0].__name__}\)"
+    ):
         aioresult.connect(url, expire=5)
 
 

@@ -253,7 +253,7 @@ async def test_what_is_over_is_found_without_a_subscription(harness: Harness) ->
     await asyncio.gather(*(backend.mark_as_done(f"t{number}", number) for number in range(1200)))
     calls.clear()
     assert await backend.group(f"t{number}" for number in range(1200)) == list(range(1200))
-    assert calls == {"_fetch": 3}
+    assert calls == {"_fetch": 4}  # a hundred at first: how large they are is not known
 
 
 async def test_small_joins_look_together(harness: Harness) -> None:
@@ -347,7 +347,7 @@ async def test_a_bug_in_a_backend_hangs_no_join(
     await harness.open(backend)
     with pytest.raises(BackendError, match="KeyError: 'a bug'"):
         await backend.group(ids)
-    with pytest.raises(KeyError, match="a bug"):
+    with pytest.raises(BackendError, match="KeyError: 'a bug'"):
         await backend.group(ids).get(timeout=0)
 
 

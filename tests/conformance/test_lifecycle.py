@@ -17,7 +17,7 @@ from aioresult import (
     UsageError,
     WrongEventLoopError,
 )
-from aioresult.hub import Outcome
+from aioresult.waiter import Outcome
 
 from ..harness import Gate, Harness, count_calls, intercept
 
@@ -252,6 +252,7 @@ async def test_closing_lets_what_is_on_its_way_finish(harness: Harness) -> None:
 
 async def test_closing_does_not_wait_for_what_never_finishes(harness: Harness) -> None:
     """Invariant 7: whoever called gets a named error."""
+    await (await harness.connect()).mark_as_done("u", 1)
     backend = harness.make()
     gates = [Gate(backend, name) for name in ("_store", "_fetch", "_delete", "_fetch_group")]
     await backend.open()
@@ -259,7 +260,7 @@ async def test_closing_does_not_wait_for_what_never_finishes(harness: Harness) -
         backend.mark_as_done("t", 1),
         backend.get_task_meta("t"),
         backend.get_many(["t"]),
-        backend.forget("t"),
+        backend.forget("u"),
         backend.restore_group("g"),
         backend.wait_for("t"),
     ]
@@ -375,6 +376,7 @@ async def test_a_store_cancelled_before_it_was_sent_is_never_sent(harness: Harne
 )
 async def test_no_cancellation_reaches_a_primitive(harness: Harness, primitive: str, call: str) -> None:
     """Invariant 4."""
+    await (await harness.connect()).store_result("t", 0, "PROGRESS")
     backend = harness.make()
     reached, released, finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
 

@@ -21,8 +21,8 @@ from aioresult import (
     TaskMeta,
     TimeoutError,
 )
-from aioresult.hub import Outcome
 from aioresult.states import FAILURE, READY_STATES, RETRY, STARTED, SUCCESS
+from aioresult.waiter import Outcome
 
 from ..harness import Harness, count_calls, intercept, until
 
@@ -351,11 +351,11 @@ async def test_a_failure_that_no_retry_mends_is_told_at_once_and_the_next_wait_s
 ) -> None:
     """Invariant 7: the listener cannot die silently."""
     worker, waiter = await harness.connect(), harness.make()
-    failures = [failure]
+    failing = True
 
     async def subscribe(original: Primitive, ids: Sequence[str]) -> None:
-        if failures:
-            raise failures.pop()
+        if failing:
+            raise failure
         await original(ids)
 
     intercept(waiter, "_subscribe", subscribe)
@@ -364,6 +364,7 @@ async def test_a_failure_that_no_retry_mends_is_told_at_once_and_the_next_wait_s
     for each in waiting:
         with pytest.raises(error, match=str(failure)):
             await each
+    failing = False
     again = wait(waiter, "a")
     await harness.subscribed(1)
     await worker.mark_as_done("a", 1)

@@ -101,7 +101,7 @@ class _StrictHub:
     def wants(self, task_id: str) -> bool:
         return True
 
-    def receive(self, task_id: str, outcome: object) -> None:
+    def receive(self, task_id: str, outcome: object, mark: object = None, remember: bool = True) -> None:
         assert isinstance(task_id, str)
         assert isinstance(outcome, (TaskMeta, AioResultError))
 
