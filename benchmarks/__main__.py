@@ -1,4 +1,8 @@
-"""``python -m benchmarks``: start a server, measure, print tables."""
+"""``python -m benchmarks``: start a server, measure, print tables.
+
+See docs/benchmarks.md; and ``python -m benchmarks stalls`` for the longest turn of the event loop during cancellations,
+wake-ups, closing, forgetting and large reads, beside that of a bare `asyncio.gather` (`benchmarks.stalls`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import stalls
 from .facts import facts
 from .progress import Progress
 from .report import as_data, table
@@ -25,11 +30,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backend", choices=("redis", "postgres", "memory"), default="redis")
     parser.add_argument("--peers", action="store_true", help="other libraries too, each in an environment of its own")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, and nothing with 100,000 waiters")
+    parser.add_argument(
+        "--count", type=int, action="append", metavar="N", help="of stalls: with N waiters; may be given several times"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number of every run")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies and the growth")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARK_NAMES):
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARK_NAMES)}")
+    if any(count < 1 for count in arguments.count or ()):
+        parser.error("--count must be at least 1")
     if arguments.plot and find_spec("matplotlib") is None:  # said now, and not after minutes of measuring
         parser.error("--plot needs matplotlib: pip install -e '.[bench]'")
     return arguments
@@ -43,7 +53,7 @@ def main() -> None:
         from .peers.environments import peers_for
 
         peers = peers_for(arguments.backend)
-    benchmarks = suite(arguments.backend, tuple(arguments.names), arguments.quick, peers)
+    benchmarks = suite(arguments.backend, tuple(arguments.names), arguments.quick, peers, tuple(arguments.count or ()))
     steps = sum(case.repetitions * len(case.entries) for benchmark in benchmarks for case in benchmark.cases)
     progress = Progress(steps)
     with start(arguments.backend) as server:
@@ -52,7 +62,10 @@ def main() -> None:
         for benchmark in benchmarks:
             outcomes = asyncio.run(run(benchmark, server, progress))
             progress.clear()
-            print(table(benchmark, outcomes), flush=True)
+            shown = (
+                stalls.table(benchmark.title, outcomes) if benchmark.name == "stalls" else table(benchmark, outcomes)
+            )
+            print(shown, flush=True)
             data["benchmarks"].append(as_data(benchmark, outcomes))
             if arguments.json:
                 arguments.json.write_text(json.dumps(data, indent=1))

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from .channel import Channel, standard
+from .stalls import stall
 from .storer import serve
 from .subject import Unsupported, load
 from .work import WORKS, Bench
@@ -35,7 +36,8 @@ async def _run(spec: dict[str, Any], channel: Channel) -> dict[str, Any]:
             return await serve(subject, channel)
         bench = Bench(subject, spec, channel)
         try:
-            return {"figures": await WORKS[spec["work"]](bench, **spec["params"])}
+            work = stall if spec["work"] == "stall" else WORKS[spec["work"]]
+            return {"figures": await work(bench, **spec["params"])}
         finally:
             await bench.close()
     finally:

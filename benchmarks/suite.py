@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .stalls import STALLS
+
 __all__ = ["BENCHMARK_NAMES", "LIMIT", "OURS", "Benchmark", "Case", "Entry", "Figure", "Goal", "suite"]
 
 OURS = "aioresult"
@@ -86,6 +88,8 @@ class _Plan:
     quick: bool
     #: The peers that serve this backend.
     peers: tuple[Entry, ...]
+    #: For how many the stalls are measured, if not for the usual numbers.
+    counts: tuple[int, ...] = ()
 
     @property
     def ours(self) -> Entry:
@@ -237,6 +241,26 @@ def _importing(plan: _Plan) -> Benchmark:
     return Benchmark("import", "Import, in a fresh interpreter", cases)
 
 
+def _stalls(plan: _Plan) -> Benchmark:
+    counts = plan.counts or ((10_000,) if plan.quick else (10_000, 100_000))
+    figures = (Figure("turn", "longest turn", "ms"), Figure("bare", "bare gather", "ms"))
+    numbers = [(what, stalled, count) for count in counts for what, stalled in STALLS.items() if stalled.count is None]
+    numbers += [(what, stalled, stalled.count) for what, stalled in STALLS.items() if stalled.count is not None]
+    cases = tuple(
+        Case(
+            stalled.title,
+            "stall",
+            {"what": what, "count": count},
+            (plan.ours,),
+            figures,
+            1 if plan.quick or count > 10_000 else 3,
+            count,
+        )
+        for what, stalled, count in numbers
+    )
+    return Benchmark("stalls", "Stalls: the longest turn of the event loop", cases)
+
+
 _MAKERS: dict[str, Callable[[_Plan], Benchmark]] = {
     "latency": _latency,
     "stores": _stores,
@@ -246,11 +270,14 @@ _MAKERS: dict[str, Callable[[_Plan], Benchmark]] = {
     "memory": _memory,
     "chord": _chord,
     "import": _importing,
+    "stalls": _stalls,
 }
 BENCHMARK_NAMES = tuple(_MAKERS)
 
 
-def suite(backend: str, names: tuple[str, ...], quick: bool, peers: tuple[Entry, ...]) -> list[Benchmark]:
-    """The benchmarks of these names, all if there are none, for ``backend``."""
-    plan = _Plan(backend, quick, peers)
+def suite(
+    backend: str, names: tuple[str, ...], quick: bool, peers: tuple[Entry, ...], counts: tuple[int, ...] = ()
+) -> list[Benchmark]:
+    """The benchmarks of these names, all if there are none, for ``backend``; the stalls for ``counts``."""
+    plan = _Plan(backend, quick, peers, counts)
     return [_MAKERS[name](plan) for name in names or BENCHMARK_NAMES]
