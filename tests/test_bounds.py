@@ -387,6 +387,23 @@ async def test_stores_beyond_the_bound_wait_and_are_not_even_encoded(harness: Ha
     assert pressed.encoded == len(IDS)
 
 
+async def test_the_parts_of_a_chord_wait_for_room_as_well(harness: Harness) -> None:
+    backend = harness.make(max_pending_bytes=5_000)
+    gate = Gate(backend, "_chord_steps")
+    await harness.open(backend)
+    parts = [
+        asyncio.create_task(backend.on_chord_part_return("g", task_id, "SUCCESS", "x" * 1_000, number))
+        for number, task_id in enumerate(IDS)
+    ]
+    await gate.reached.wait()
+    for _ in range(5):  # as far as they come
+        await asyncio.sleep(0)
+    assert 0 < len(backend._steps._waiting) < len(IDS)
+    gate.open.set()
+    await asyncio.gather(*parts)
+    assert (await backend.chord("g").progress()).done == len(IDS)
+
+
 @memory_only
 async def test_stores_that_had_to_wait_are_sent_in_their_order(harness: Harness) -> None:
     pressed = Pressed(harness)

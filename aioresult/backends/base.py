@@ -312,7 +312,8 @@ class Backend(WorkerSide):
         """Claim, one after the other and without end, the chords that are complete and that nobody else dispatches.
 
         For a dispatcher: also those whose claimant died, once its lease has run out. Any number may run at once. An
-        outage is waited out, however long. Leaving the loop ends the subscription when the iterator is closed: wrap it
+        outage is waited out, however long. A chord that cannot be read here is logged once as an error, and left until
+        it changes. Leaving the loop ends the subscription when the iterator is closed: wrap it
         in `contextlib.aclosing` to have that happen at once.
         """
         self.check()
@@ -323,6 +324,8 @@ class Backend(WorkerSide):
     async def chord_step(self, step: ChordStep) -> ChordState:
         """One atomic step; for `aioresult.chord`."""
         self.check()
+        if self._steps.full:
+            await self._steps.room()
         return await self._steps.submit(step, size=len(step.part) + len(step.body or b""))
 
     async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:

@@ -163,7 +163,11 @@ class BackendCore(BackendContract):
             self._perform_calls, max_items=1, parallel=_PARALLEL_CALLS
         )
         self._steps: Batcher[ChordStep, ChordState] = batcher(
-            self._perform_steps, max_items=self.fetch_chunk, parallel=2, persistence=self._persistence
+            self._perform_steps,
+            max_items=self.fetch_chunk,
+            parallel=2,
+            max_held=self.max_pending_bytes,
+            persistence=self._persistence,
         )
         self._batchers = (self._writes, self._fetches, self._calls, self._steps)
         self._hub.start()
