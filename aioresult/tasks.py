@@ -114,7 +114,8 @@ class SingleFlight(Generic[T]):
                     raise
                 # Somebody cancelled the attempt, and not this caller: try again.
             except AioResultError as exc:
-                raise twin(exc) from exc.__cause__
+                error = twin(exc)
+            raise error
 
     async def stop(self) -> None:
         """End the attempt that is under way."""

@@ -70,7 +70,7 @@ class BackendCore(BackendContract):
         self._value_size = self.chunk_bytes / _FIRST_READ
 
     def __repr__(self) -> str:
-        state = "closed" if self._loop is None else "open"
+        state = "open" if self.is_open else "closed"
         return f"<{type(self).__name__} {self.as_uri()!r} {state}>"
 
     @property
