@@ -688,7 +688,7 @@ def sockets_collected() -> Iterator[None]:
 
 def leaves_sockets(test: Callable[..., None]) -> Callable[..., None]:
     ignored = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed:ResourceWarning")
-    return pytest.mark.usefixtures("sockets_collected")(ignored(test))
+    return cast("Callable[..., None]", pytest.mark.usefixtures("sockets_collected")(ignored(test)))
 
 
 @leaves_sockets
