@@ -312,6 +312,8 @@ class Batcher(Generic[Item, Out]):
                     self._release(call)
             if self._waiting:
                 self._admit()
+            if self._due and len(indexes) < len(calls):  # the rest of this batch may take long
+                self._start()
 
         try:
             if self._persistence is not None:
@@ -337,6 +339,10 @@ class Batcher(Generic[Item, Out]):
             left = [call for call in calls if call in self._in_flight]
             if self._closed is not None:
                 fail_all([call.future for call in left], self._closed)
+            for call in left:
+                if not call.last and call.next not in self._in_flight:
+                    # Nobody waits for it, and what comes after it was settled without it: it is in no chain any more.
+                    call.next = call.key = None
             self._put_back(left)
             raise
         for call in calls:

@@ -365,7 +365,8 @@ class Hub:
                 # The server refuses, for good; or a bug. Nobody may hang for it, and the next wait starts afresh.
                 error = _named(exc)
                 for task_id, topic in tuple(self._topics.items()):
-                    self._finish(task_id, topic, error)
+                    if self._topics.get(task_id) is topic:  # a waiter that was told may have ended another's wait
+                        self._finish(task_id, topic, error)
 
     async def _look(self) -> None:
         ids = self._take(self._to_look)
@@ -407,14 +408,20 @@ class Hub:
     async def _read_some(self, ids: Sequence[str]) -> None:
         asked = [self._topics.get(task_id) for task_id in ids]
         heard = [0 if topic is None else topic.heard for topic in asked]
+        broken: BackendConnectionError | None = None
         for task_id, before, finding in zip(ids, heard, await self._source.read(ids), strict=True):
             topic = self._topics.get(task_id)
             if finding is None or topic is None:
                 continue
             outcome, mark = finding
+            if isinstance(outcome, BackendConnectionError):  # its waiters wait on, however long that lasts
+                broken = outcome
+                continue
             # A message that came meanwhile is as new as what was read, or newer, unless that is the end.
             if topic.heard == before or isinstance(outcome, Exception) or outcome.ready:
                 self._pass_on(task_id, topic, outcome, mark)
+        if broken is not None:
+            raise broken
 
     async def _split(self, operation: Callable[[Sequence[str]], Awaitable[None]], ids: Sequence[str]) -> None:
         """``operation(ids)``; where that is refused as a whole, in halves, until the culprit stands alone."""

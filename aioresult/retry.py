@@ -96,6 +96,7 @@ class Persistence:
         parts: list[Sequence[int]] = [range(len(items))]
         backoff: Backoff | None = None
         first, deaths = 0.0, 0
+        late: set[int] = set()
         while parts:
             part = parts.pop()
             began = asyncio.get_running_loop().time()
@@ -117,15 +118,18 @@ class Persistence:
                     backoff = None
                     continue
                 deaths += exc.in_flight
-                if deaths > 1 and len(part) > 1:
+                if exc.in_flight and deaths > 1 and len(part) > 1:
                     parts += _halves([index for index in part if wanted(index)])
                     continue
-                if deaths > 1 and parts:
+                if exc.in_flight and deaths > 1 and parts:
                     _put_off(part[0], parts, key)
-                    continue
+                    if part[0] not in late:  # once, without a pause: the others have waited long enough
+                        late.add(part[0])
+                        continue
+                else:
+                    parts.append(part)
                 await asyncio.sleep(backoff.pause())
-                part = [index for index in part if wanted(index)]
-                parts += [part] if part else []
+                parts = [kept for part in parts if (kept := [index for index in part if wanted(index)])]
             except Exception as exc:
                 if len(part) == 1 or concerns_everyone(exc):
                     settle(part, [exc] * len(part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
 from typing import Any, Generic, TypeVar
@@ -24,6 +25,8 @@ __all__ = [
     "uncancelled",
 ]
 
+logger: logging.Logger = logging.getLogger("aioresult")
+
 T = TypeVar("T")
 
 #: The context of timers and callbacks: each keeps the one it was made in for as long as it may still be called, and a
@@ -43,8 +46,8 @@ def spawn(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task
 class StandingTask:
     """Runs ``work()`` until it returns or `stop` is called.
 
-    Shutdown handlers often cancel every task of the loop. If that happens to this one, it is started again as soon as
-    ``wanted()`` says that somebody depends on it: at once, or by the next `start`.
+    Shutdown handlers often cancel every task of the loop. If that happens to this one, or if it fails, it is started
+    again as soon as ``wanted()`` says that somebody depends on it: after a moment, or by the next `start`.
     """
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, None]], name: str, wanted: Callable[[], bool]) -> None:
@@ -62,7 +65,10 @@ class StandingTask:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            self._stopped = True
+            if (error := task.exception()) is None:
+                self._stopped = True
+            else:
+                logger.error("the task %s failed, and is started again", task.get_name(), exc_info=error)
         self._task = None
         if not self._stopped:
             # At the end of `asyncio.run` everything is cancelled in one sweep, and this timer never fires.

@@ -192,12 +192,16 @@ class Backend(WorkerSide):
         """
         self.check()
         task_id = self._valid_id(task_id)
+        if self._writes.full:  # not to overtake the stores that wait
+            await self._writes.room()
         await self._writes.submit(Removal(task_id), task_id)
 
     async def forget_many(self, task_ids: Iterable[str | UUID]) -> None:
         """Remove many results, in few round trips; see `forget`."""
         self.check()
         for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
+            if self._writes.full:
+                await self._writes.room()
             await asyncio.gather(*(self._writes.submit(Removal(task_id), task_id) for task_id in ids))
 
     async def cleanup(self) -> int:
@@ -331,6 +335,8 @@ class Backend(WorkerSide):
     async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
         """Many steps in few round trips, with errors in their places; for `aioresult.chord`."""
         self.check()
+        if self._steps.full:
+            await self._steps.room()
         return await asyncio.gather(*map(self._steps.submit, steps), return_exceptions=True)
 
     async def active_chords(self) -> Sequence[str]:

@@ -372,15 +372,7 @@ class _HubSource:
     def __init__(self, backend: BackendCore) -> None:
         self.subscribe = backend._subscribe
         self.unsubscribe = backend._unsubscribe
-        self._backend = backend
-
-    async def read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
-        found = await self._backend._read(task_ids)
-        for finding in found:
-            # A waiter waits on, however long the server is away.
-            if finding is not None and isinstance(finding[0], BackendConnectionError):
-                raise finding[0]
-        return found
+        self.read = backend._read
 
 
 #: The version of a result that was not there.

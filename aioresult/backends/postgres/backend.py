@@ -325,15 +325,14 @@ class PostgresBackend(Backend):
         await self._connections.translated(self._listener.listen(channels))
 
     async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
-        silent: list[str] = []
+        channels = dict.fromkeys(map(self._channel, task_ids))
         for task_id in task_ids:
-            channel = self._channel(task_id)
-            ids = self._waiting.get(channel, set())
-            ids.discard(task_id)
-            if not ids and self._waiting.pop(channel, None) is not None:
-                silent.append(channel)
+            self._waiting.get(self._channel(task_id), set()).discard(task_id)
+        silent = [channel for channel in channels if not self._waiting.get(channel)]
         if self._listener is not None and not self._listener.lost:
             await self._connections.translated(self._listener.unlisten(silent))
+        for channel in silent:  # only now: a statement that was refused is repeated
+            self._waiting.pop(channel, None)
 
     async def _open_listener(self) -> Listener:
         pool = self._connections.given if self._listen_dsn is None and not self._has_factory else None

@@ -18,6 +18,7 @@ from ...exceptions import (
     BackendError,
     BackendRefusedError,
     ImproperlyConfigured,
+    UsageError,
 )
 from ...sockets import silence
 from ...urls import hide_password
@@ -78,6 +79,10 @@ class Connections:
     async def open(self) -> None:
         """Make the pool, unless the caller has given one. It connects when the first operation runs."""
         if self.given is not None:
+            if getattr(self.given, "_loop", None) not in (None, asyncio.get_running_loop()):
+                raise UsageError(
+                    f"the pool given for {self._where} belongs to another event loop or process; pass one of this one"
+                )
             self._pool = self.given
         else:
             # No connection that asyncpg keeps up by itself: its attempts would outlive an outage that we have reported.
@@ -106,7 +111,9 @@ class Connections:
     async def new(self, dsn: str | None = None) -> asyncpg.Connection[Any]:
         """A connection to ``dsn``, without one to where the caller's factory or the URL leads."""
         if dsn is None and self._connect is not None:
-            return await self._connect()
+            made = await self._connect()
+            self._made.add(made)
+            return made
         try:
             connection: asyncpg.Connection[Any] = await asyncpg.connect(dsn or self._dsn, **self._options)
         except ssl.SSLCertVerificationError as exc:

@@ -166,10 +166,10 @@ class Listener:
     async def unlisten(self, channels: Iterable[str]) -> None:
         """The opposite."""
         old = [channel for channel in dict.fromkeys(channels) if channel in self._channels]
-        self._channels.difference_update(old)
         await self._all_at_once("UNLISTEN", old)
         for channel in old:
             await self._ask(partial(self._connection.remove_listener, channel, self._notified))
+            self._channels.discard(channel)
 
     async def _all_at_once(self, command: str, channels: Sequence[str]) -> None:
         """One round trip instead of one per channel, after which asyncpg finds nothing left to send.

@@ -145,7 +145,7 @@ class RedisBackend(KeyValueStoreBackend):
         outcomes: list[bool | BaseException] = []
         judged: set[str] = set()
         for write, reply in zip(writes, replies, strict=True):
-            if isinstance(reply, int):
+            if isinstance(reply, int) and write.key not in judged:
                 outcomes.append(reply == 1)
                 continue
             if write.key in judged:  # what the script saw has been replaced since, by an earlier write of this batch
