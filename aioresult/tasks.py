@@ -16,6 +16,7 @@ __all__ = [
     "EMPTY",
     "RESTART_AFTER",
     "SLICE",
+    "TURN",
     "SingleFlight",
     "StandingTask",
     "fail",
@@ -34,6 +35,8 @@ T = TypeVar("T")
 EMPTY = Context()
 #: Seconds after which a task of ours that a stranger has cancelled is started again.
 RESTART_AFTER = 0.01
+#: After so many seconds of work in one step, decoding or delivering, the event loop has a turn.
+TURN = 0.005
 #: How many callbacks are scheduled before the event loop gets a turn.
 SLICE = 500
 

@@ -35,7 +35,7 @@ from ..meta import TaskMeta
 from ..retry import Persistence
 from ..serialization import unreadable
 from ..states import EXCEPTION_STATES
-from ..tasks import spawn, twin, uncancelled
+from ..tasks import TURN, spawn, twin, uncancelled
 from ..waiter import Outcome
 from .contract import BackendContract, CoreOptions, Record, Removal
 
@@ -47,8 +47,6 @@ T = TypeVar("T")
 
 #: How many calls that go into no batch may be in flight at once.
 _PARALLEL_CALLS = 8
-#: After so many seconds of decoding the event loop has a turn.
-_DECODING_SLICE = 0.005
 #: How many ids go into the first read, when it is not known how large the values are.
 _FIRST_READ = 100
 #: By how much the estimate of their size may sink from one read to the next.
@@ -329,12 +327,12 @@ class BackendCore(BackendContract):
     async def _decode_into(self, found: list[Finding | None], task_ids: Sequence[str], stored: Sequence[Any]) -> None:
         """Decode, and let the event loop have its turn every few milliseconds."""
         now = asyncio.get_running_loop().time
-        pause_at = now() + _DECODING_SLICE
+        pause_at = now() + TURN
         for task_id, value in zip(task_ids, stored, strict=True):
             found.append(None if value is None else self._finding(task_id, value))
             if now() >= pause_at:
                 await asyncio.sleep(0)
-                pause_at = now() + _DECODING_SLICE
+                pause_at = now() + TURN
 
     async def _read_topics(self, topics: Sequence[str]) -> Sequence[Finding | None]:
         """As `_read`, where chords are among what is waited for."""

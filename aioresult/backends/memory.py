@@ -15,13 +15,11 @@ from typing import Unpack
 
 from ..chord import ChordOp, ChordState, ChordStep
 from ..exceptions import SerializationError
+from ..tasks import TURN
 from .base import BackendOptions
 from .keyvalue import KeyValueStoreBackend, Op, Write
 
 __all__ = ["MemoryBackend", "MemoryStore"]
-
-#: After so many seconds of messages the event loop has a turn.
-_SLICE = 0.005
 
 
 class _Chord:
@@ -236,7 +234,7 @@ class MemoryBackend(KeyValueStoreBackend):
 
     def _deliver_some(self) -> None:
         """For a few milliseconds; the rest when the event loop has had its turn."""
-        pause_at = monotonic() + _SLICE
+        pause_at = monotonic() + TURN
         while self._messages:
             self._deliver(*self._messages[0])
             self._messages.popleft()

@@ -33,7 +33,7 @@ E = TypeVar("E", bound=BackendError)
 #: a race or its time, a server that is full, starting or stopping, a lock or statement timeout, a standby that may be
 #: promoted.
 _TRANSIENT = ("08", "40", "25P03", "25P04", "53300", "57", "55P03", "25006")
-#: … and after which it will not, whoever asks: authentication, permission, no such statement, database, schema, table
+#: … and after which it will not, for any caller: authentication, permission, no such statement, database, schema, table
 #: or column.
 _REFUSED = ("26", "28", "3D", "3F", "42")
 #: … and that say something of the server, not of one record in a batch.

@@ -321,7 +321,7 @@ class RedisBackend(KeyValueStoreBackend):
         return {channel: refusal for channel, refusal in errors.items() if refusal is not None}
 
 
-#: Reads that the script cannot judge, because only the codec can read what is stored.
+#: The writes that the script may hand back, because only the codec can read what is stored.
 _JUDGED = (Op.PUT_UNLESS_SUCCESS, Op.PUT_UNLESS_FINAL)
 #: The code of an error of our scripts: the user has no right to publish.
 _NOT_TOLD = "AIORESULT"

@@ -20,7 +20,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 from ...sockets import silence
-from ...tasks import fail, twin
+from ...tasks import TURN, fail, twin
 
 __all__ = ["Command", "RedisConnection", "translate"]
 
@@ -33,8 +33,6 @@ _pack = cast("Callable[[Command], bytes]", hiredis.pack_command)
 #: Replies that mean "not now": the server is starting, busy, on the wrong side of a failover, or has lost a script that
 #: was loaded a moment ago.
 _TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "MASTERDOWN", "CLUSTERDOWN", "READONLY", "NOREPLICAS", "NOSCRIPT")
-#: After so many seconds of replies and messages in one step the event loop has a turn.
-_SLICE = 0.005
 _REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
 
 
@@ -142,7 +140,7 @@ class RedisConnection(asyncio.Protocol):
     def _look_through(self) -> None:
         """What has arrived, for a few milliseconds; until the rest has had its turn, nothing more is read."""
         gets, on_message, time = self._reader.gets, self._on_message, self._loop.time
-        pause_at = time() + _SLICE
+        pause_at = time() + TURN
         try:
             while not self.closed and (reply := gets()) is not _NOT_ENOUGH:
                 if isinstance(reply, list):
