@@ -17,6 +17,24 @@ from .servers import PostgresServer, RedisServer, postgres_server, redis_server
 
 BACKENDS = ["memory", "redis", "postgres"]
 
+#: Processes that share the whole suite. More than a small machine has cores, because most tests mostly wait.
+_PROCESSES = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the whole suite among processes, each with servers of its own. ``-n`` and ``-p no:xdist`` take precedence.
+
+    A run of single files stays in one process: the others would take longer to start than the tests to run.
+    """
+    option = config.option
+    if not config.pluginmanager.has_plugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a process that shares the tests calls this too, and must not start further ones
+    if option.numprocesses is None and config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.usepdb:
+        option.numprocesses = _PROCESSES
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadgroup"  # the tests of one Celery worker stay together, or every process starts that worker
+
 
 @pytest.fixture(scope="session")
 def own_redis() -> Iterator[RedisServer]:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,9 +31,13 @@ _HOST = "127.0.0.1"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
+    """A port below those that systems give to clients, so that no client of another process takes it meanwhile."""
+    chance = random.SystemRandom()  # the tests' processes seed the other one alike
+    while True:
+        port = chance.randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((_HOST, port))
+            return port
 
 
 class RedisServer:

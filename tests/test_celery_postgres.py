@@ -28,6 +28,7 @@ from .harness import until
 from .servers import PostgresServer
 
 pytestmark = [
+    pytest.mark.xdist_group("celery-postgres"),
     pytest.mark.timeout(60),
     pytest.mark.filterwarnings("ignore:The DatabaseBackend result backend cannot store compressed payloads"),
 ]

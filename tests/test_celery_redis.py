@@ -34,6 +34,7 @@ from .harness import until
 from .servers import RedisServer, TcpProxy
 
 pytestmark = [
+    pytest.mark.xdist_group("celery-redis"),
     pytest.mark.timeout(60),
     pytest.mark.filterwarnings("ignore:Call to deprecated setex"),  # Celery 5.7 on redis-py 8
 ]

@@ -19,8 +19,10 @@ from aioresult.celery import backend_from_app, dispatch
 from .celery_worker import GUARD, StartWorker, Worker, celery_workers
 from .harness import until
 
-#: Of redis-py's, about a call of Celery's.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+pytestmark = [
+    pytest.mark.xdist_group("celery-chords"),
+    pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning"),  # of redis-py, about Celery
+]
 
 
 @pytest.fixture(scope="module")

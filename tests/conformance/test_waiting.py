@@ -78,7 +78,7 @@ async def test_a_result_stored_before_is_found_without_a_subscription(harness: H
     assert calls == {"_fetch": 1}
 
 
-@pytest.mark.parametrize("state", READY_STATES)
+@pytest.mark.parametrize("state", sorted(READY_STATES))
 async def test_a_result_stored_during_the_wait_wakes(harness: Harness, state: str) -> None:
     """Invariant 2: nobody sees a notification without its row."""
     worker, waiter = await harness.pair()
