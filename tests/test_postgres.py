@@ -489,7 +489,7 @@ async def test_an_existing_database_gets_the_trigger_and_our_tables_and_nothing_
         assert {name: after[name] for name in before} == before
         assert {name for name in set(after) - set(before) if after[name][0][2] == b"r"} == OURS
     triggers = await admin.fetch("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal")
-    assert [row[0] for row in triggers] == ["aioresult_notify"]
+    assert sorted(row[0] for row in triggers) == ["aioresult_notify", "aioresult_stored", "aioresult_stored"]
     async with backend:
         waiter = asyncio.ensure_future(backend.wait_for("a"))
         await settled(backend, 1)
@@ -670,7 +670,7 @@ async def test_dates_and_expiry_in_any_time_zone_of_the_server(
             assert before <= done <= datetime.now(UTC)
             for seconds, there in ((90, True), (20, False)):
                 for table in ("celery_taskmeta", "celery_tasksetmeta"):
-                    await admin.execute(f"UPDATE {table} SET date_done = date_done - {seconds} * interval '1 second'")
+                    await untold(admin, f"UPDATE {table} SET date_done = date_done - {seconds} * interval '1 second'")
                 assert await backend.exists("a") is there
                 assert (await backend.restore_group("g") is not None) is there
                 assert await backend.cleanup() == (0 if there else 2)
@@ -740,7 +740,7 @@ async def test_an_id_that_occurs_several_times_in_a_batch(recorded: PostgresBack
     ]
     assert await asyncio.gather(*marks) == [True, False, True, True, False, True]
     assert await recorded.group(["a", "b"]) == [1, 3]
-    assert len(recorder.with_text("BEGIN")) == 1
+    assert recorder.with_text("BEGIN") == []  # or two batches could wait for each other's rows
 
 
 async def test_two_that_store_the_same_ids_in_opposite_order_at_once(postgres_url: str) -> None:
@@ -869,7 +869,7 @@ async def test_ten_thousand_waiters_share_a_connection_and_256_channels_and_ask_
         assert await connections(admin) <= 3
         recorder.sent.clear()
         await until(lambda: len(recorder.sent) >= 2)
-        assert {record.query for record in recorder.sent} == {"SELECT 1"}  # the heartbeat
+        assert {record.query for record in recorder.sent} == {"SELECT pg_backend_pid()"}  # the heartbeat
         for waiter in waiters:
             waiter.cancel()
         await asyncio.gather(*waiters, return_exceptions=True)
@@ -1292,11 +1292,18 @@ async def _is_zero(number: Any) -> bool:
 # -- expiry ---------------------------------------------------------------------------------------------------------
 
 
+async def untold(admin: asyncpg.Connection[Any], statement: str, *args: Any) -> None:
+    """Run a statement without the triggers: as if time had passed, and not as if the row were stored now."""
+    async with admin.transaction():
+        await admin.execute("SET LOCAL session_replication_role = replica")
+        await admin.execute(statement, *args)
+
+
 async def age(admin: asyncpg.Connection[Any], seconds: float, *task_ids: str) -> None:
     """Make these older, and whatever was said of when they expire with them."""
     ago = f"{seconds} * interval '1 second'"
-    await admin.execute(
-        f"UPDATE celery_taskmeta SET date_done = date_done - {ago} WHERE task_id = ANY($1)", list(task_ids)
+    await untold(
+        admin, f"UPDATE celery_taskmeta SET date_done = date_done - {ago} WHERE task_id = ANY($1)", list(task_ids)
     )
     await admin.execute(
         f"UPDATE celery_taskmeta_expiry SET expires_at = expires_at - {ago}, date_done = date_done - {ago} "

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack, cast
 from uuid import UUID
 
 import asyncpg
@@ -21,10 +21,12 @@ import asyncpg
 from ...chord import CHORD_TOPIC, READY_TOPIC, ChordState, ChordStep
 from ...exceptions import (
     BackendClosedError,
+    BackendConnectionError,
     BackendGetMetaError,
     BackendRefusedError,
     BackendStoreError,
     DecodeError,
+    ImproperlyConfigured,
     UsageError,
 )
 from ...meta import TaskMeta
@@ -33,16 +35,21 @@ from ..base import Backend, BackendOptions, Record
 from ..core import logger
 from .chords import ChordTable
 from .connections import Connections, plain_dsn
+from .django import GROUP_TABLE, MAX_ID_LENGTH, TABLE, DjangoRows, DjangoStatements
+from .inspection import Found, look
 from .listener import Listener, close_connection
-from .schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql
-from .statements import CLEANUP_BATCH, INSPECT, PLAIN_COLUMNS, Statements
+from .rows import CeleryRows
+from .schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql, trigger_sql
+from .statements import CLEANUP_BATCH, PLAIN_COLUMNS, Statements
 
 __all__ = ["PostgresBackend"]
 
 T = TypeVar("T")
 
+#: As Celery's table is made.
 _MAX_ID_LENGTH = 155
-_MAX_NOTE_LENGTH = 155
+#: Celery's names for its tables.
+_USUAL = Tables()
 
 
 class PostgresBackend(Backend):
@@ -51,12 +58,13 @@ class PostgresBackend(Backend):
     Further options:
 
     - ``schema``, ``table``, ``group_table``: names of Celery's tables where they are not the usual ones; without
-      ``schema`` the ``search_path`` decides.
+      ``schema`` the ``search_path`` decides. The tables of django-celery-results are read and awaited, not written:
+      ``table="django_celery_results_taskresult"``; they are found without it where Celery's own are not there.
     - ``create``: true creates what is missing (`create_schema`) on open, false never does; by default an empty database
       gets its tables, one that has Celery's is left alone.
     - ``listen_dsn``: where to LISTEN, if the URL leads through a pooler in transaction mode.
-    - ``pool``: an `asyncpg.Pool` of yours, instead of the URL. It stays yours to close; one of its connections is held
-      for listening, unless ``listen_dsn`` or ``connect`` is given.
+    - ``pool``: an `asyncpg.Pool` of yours, instead of the URL. It stays yours to close, after the backend; one of its
+      connections is held for listening, unless ``listen_dsn`` or ``connect`` is given.
     - ``connect``: a coroutine function that returns a new `asyncpg.Connection`, instead of the URL.
     - ``connect_options``: arguments for `asyncpg.connect` (``ssl``, ``statement_cache_size``, ``server_settings``, …).
     - ``cleanup_interval``: seconds between background runs of `cleanup`, one process at a time; 0 for none.
@@ -67,8 +75,8 @@ class PostgresBackend(Backend):
         url: str = "postgresql://",
         *,
         schema: str | None = None,
-        table: str = "celery_taskmeta",
-        group_table: str = "celery_tasksetmeta",
+        table: str | None = None,
+        group_table: str | None = None,
         create: bool | None = None,
         listen_dsn: str | None = None,
         pool: asyncpg.Pool[Any] | None = None,
@@ -82,10 +90,25 @@ class PostgresBackend(Backend):
         self._connections = Connections(
             plain_dsn(url), self.as_uri(), self.heartbeat, connect_options or {}, pool, connect
         )
-        self._tables = Tables(schema, table, group_table)
-        self._schema_sql = schema_sql(schema, table, group_table)
+        celerys = Tables(
+            schema,
+            _USUAL.table if table is None else table,
+            _USUAL.group_table if group_table is None else group_table,
+        )
+        djangos = Tables(schema, TABLE, GROUP_TABLE if group_table is None else group_table)
+        #: Where the results may be, in the order in which it is looked.
+        self._places = [djangos] if table == TABLE else [celerys, djangos] if table is None else [celerys]
+        self._tables = self._places[0]
+        for names in self._places:
+            schema_sql(names.schema, names.table, names.group_table)  # refuses what cannot be a name
+        self._max_id_length = MAX_ID_LENGTH if table == TABLE else _MAX_ID_LENGTH
         self._create = create
         self._has_factory = connect is not None
+        if pool is not None and listen_dsn is None and connect is None and pool.get_max_size() < 2:
+            raise ImproperlyConfigured(
+                f"the pool given for {self.as_uri()} has one connection, and one is held for listening: make it with "
+                f"max_size=2 or more, or pass listen_dsn="
+            )
         self._cleanup_interval = cleanup_interval
         self._listener: Listener | None = None
         self._has_listened = False
@@ -101,52 +124,81 @@ class PostgresBackend(Backend):
     # -- schema -----------------------------------------------------------------------------------------------------
 
     async def create_schema(self) -> None:
-        """Create what is missing of the tables, and the trigger; see `schema_sql`. The backend need not be open.
+        """Create what is missing of the tables, the triggers and the indexes; see `schema_sql`.
 
-        May be called again, and by several processes at once. An existing Celery database gets only the trigger and
-        two small tables of our own.
+        The backend need not be open. It may be called again, and by several processes at once. Tables of Celery's that
+        are there already get two triggers and, where they are small, an index; those of django-celery-results get one
+        trigger.
+
+        :raises BackendConnectionError: a transaction has a table locked for more than two seconds, or the server was
+            away. Nothing was created; try again.
+        :raises BackendRefusedError: a right is missing.
         """
-        await spawn(self._create_tables())  # in an empty context, which the connection keeps
+        await spawn(self._on_any_connection(self._run_schema))  # in an empty context, which the connection keeps
 
-    async def _create_tables(self) -> None:
+    async def _on_any_connection(self, operation: Callable[[Any], Awaitable[T]]) -> T:
         if self._connections.pooled:
-            await self._connections.run(self._run_schema)
-            return
+            return await self._connections.run(operation)
         connection = await self._connections.translated(self._connections.new())
         try:
-            await self._connections.translated(self._run_schema(connection))
+            return await self._connections.translated(operation(connection))
         finally:
             await close_connection(connection)
 
+    async def _look(self, connection: Any) -> Found:
+        """What there is: of the first place that has a table of results, or of the first."""
+        found = [await look(connection, names, self.as_uri()) for names in self._places]
+        return next((each for each in found if each.tasks is not None), found[0])
+
     async def _run_schema(self, connection: Any) -> None:
-        async with connection.transaction():
-            await connection.execute(self._schema_sql)
+        names = (await self._look(connection)).names
+        only_read = names.table == TABLE
+        text = trigger_sql(names) if only_read else schema_sql(names.schema, names.table, names.group_table)
+        try:
+            async with connection.transaction():
+                await connection.execute(text)
+        except asyncpg.LockNotAvailableError as exc:
+            raise BackendConnectionError(
+                f"the tables of {self.as_uri()} cannot be locked: a transaction that has used them is still open. "
+                f"Nothing was created; try again once it has ended"
+            ) from exc
 
     async def _inspect(self) -> None:
         """Learn which tables and columns there are, create them if that is wanted, and prepare the statements."""
-        names = self._tables
-        relations = (names.tasks, names.groups, names.task_expiry, names.group_expiry, names.chords)
-        if self._create:
+        found = await self._connections.run(self._look)
+        nothing = found.tasks is None and found.groups is None
+        if (self._create and not _is_complete(found)) or (self._create is None and nothing):
             await self.create_schema()
-        found = await self._connections.query(INSPECT, *relations)
-        if self._create is None and found["tasks"] is None and found["groups"] is None:
-            await self.create_schema()
-            found = await self._connections.query(INSPECT, *relations)
-        if None in found.values():
+            found = await self._connections.run(self._look)
+        if not _is_complete(found, of_any_version=True):
             raise BackendRefusedError(
                 f"the database of {self.as_uri()} lacks tables or the trigger that wakes waiters; create them once "
                 f"with 'await backend.create_schema()' or connect(…, create=True), or run "
                 f"aioresult.backends.postgres.schema_sql() in a migration"
             )
-        present = set(found["columns"])
-        if self.extended and not present.issuperset(EXTENDED_COLUMNS):
-            raise BackendRefusedError(
-                f"{names.tasks} has no columns for extended=True; it was created without result_extended"
+        if not found.current and found.names.table != TABLE:
+            logger.warning(
+                "the functions in the database of %s are those of another version of aioresult; "
+                "run create_schema once all processes have this one",
+                self.as_uri(),
             )
-        self._channel_prefix = _channel_prefix(found["tasks"])
-        self._columns = [column for column in EXTENDED_COLUMNS if column in present]
-        self._sql = Statements(names, self._columns, self.expires)
-        self._chord_table = ChordTable(names)
+        self._channel_prefix = _channel_prefix(found.tasks)
+        self._tables = names = found.names
+        if names.table == TABLE:
+            self._sql: Statements | DjangoStatements = DjangoStatements(names, found.columns)
+            self._rows: CeleryRows | DjangoRows = DjangoRows(self.codec, self.as_uri())
+            self._max_id_length = MAX_ID_LENGTH
+            return
+        if self.extended and (lacking := {*EXTENDED_COLUMNS} - {"stamps"} - found.columns):
+            raise BackendRefusedError(
+                f"{names.tasks} has no columns for extended=True (it lacks {', '.join(sorted(lacking))}); "
+                f"it was created without result_extended"
+            )
+        optional = [column for column in ("children", *EXTENDED_COLUMNS) if column in found.columns]
+        self._sql = Statements(names, found.zones, optional, self.expires)
+        self._rows = CeleryRows(self.codec, optional, found.encoding)
+        self._max_id_length = _MAX_ID_LENGTH
+        self._chord_table = ChordTable(names, self._sql)
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -176,10 +228,10 @@ class PostgresBackend(Backend):
 
     def _valid_id(self, task_id: str | UUID) -> str:
         task_id = super()._valid_id(task_id)
-        if len(task_id) > _MAX_ID_LENGTH or "\x00" in task_id:
+        if len(task_id) > self._max_id_length or "\x00" in task_id:
             raise UsageError(
-                f"PostgreSQL keeps ids of at most {_MAX_ID_LENGTH} characters without NUL, as Celery's table is made; "
-                f"this one has {len(task_id)}"
+                f"PostgreSQL keeps ids of at most {self._max_id_length} characters without NUL, as Celery's table is "
+                f"made; this one has {len(task_id)}"
             )
         return task_id
 
@@ -187,7 +239,7 @@ class PostgresBackend(Backend):
         async def fetch(connection: Any) -> Any:
             try:
                 return await connection.fetch(self._sql.fetch, task_ids)
-            except (ValueError, OverflowError) as exc:  # of asyncpg, which has no place for a date of the year 20000
+            except ValueError as exc:  # of asyncpg: the text of a database without an encoding (SQL_ASCII)
                 raise DecodeError(f"what is stored cannot be read: {exc}") from exc
 
         rows = await self._connections.run(fetch, BackendGetMetaError)
@@ -196,26 +248,7 @@ class PostgresBackend(Backend):
 
     def _encode(self, meta: TaskMeta) -> tuple[Any, ...]:
         """The columns of the result, from ``status`` on; no more than `PLAIN_COLUMNS` if the others are null."""
-        plain = (meta.status, self.codec.dumps_result(meta), meta.date_done)
-        if meta.traceback is None and not meta.children and not meta.extra:
-            return plain
-        others = (
-            _text(meta.traceback),
-            self.codec.dumps(meta.children, f"the children of task {meta.task_id}") if meta.children else None,
-            *(self._encode_optional(column, meta.extra or {}) for column in self._columns),
-        )
-        return plain if others.count(None) == len(others) else (*plain, *others)
-
-    def _encode_optional(self, column: str, extra: Mapping[str, Any]) -> Any:
-        if column == "stamps":
-            if not (headers := extra.get("stamped_headers")):
-                return None
-            stamps = {name: extra[name] for name in headers if name in extra}
-            return self.codec.dumps({"stamped_headers": headers, "stamps": stamps}, "the stamps")
-        if column in ("args", "kwargs"):
-            return self.codec.dumps(extra[column], column) if column in extra else None
-        value = extra.get(column)
-        return value if column == "retries" else _text(value, _MAX_NOTE_LENGTH)
+        return self._rows.encode(meta)
 
     def _payload_size(self, payload: tuple[Any, ...]) -> int:
         return sum(len(column) for column in payload if isinstance(column, (bytes, str)))
@@ -224,27 +257,17 @@ class PostgresBackend(Backend):
         return 0 if isinstance(stored, BaseException) else len(stored["result"] or b"")
 
     def _decode(self, task_id: str, stored: Any) -> TaskMeta:
-        fields = dict(stored)
-        for name in ("result", "children", "args", "kwargs"):
-            if (data := fields.get(name)) is not None:
-                fields[name] = self.codec.loads(data, f"the {name} of task {task_id}")
-        if stamps := fields.pop("stamps", None):
-            fields.update(_stamps(self.codec.loads(stamps, f"the stamps of task {task_id}")))
-        optional = {name: value for name, value in fields.items() if value is not None}
-        return self.codec.build(task_id, {"status": None, "result": None, **optional})
+        return self._rows.decode(task_id, stored)
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
         return await self._connections.run(partial(self._store_batch, records), BackendStoreError)
 
     async def _store_batch(self, records: Sequence[Record], connection: Any) -> list[bool | BaseException]:
         outcomes: list[bool | BaseException] = [False] * len(records)
-        statements = list(_rounds(records))
-        if len(statements) == 1:
-            await self._store_round(connection, records, statements[0], outcomes)
-        else:
-            async with connection.transaction():
-                for indexes in statements:
-                    await self._store_round(connection, records, indexes, outcomes)
+        # Not in one transaction: each statement takes its rows in order, but holding those of one while the next takes
+        # others, two batches could wait for each other.
+        for indexes in _rounds(records):
+            await self._store_round(connection, records, indexes, outcomes)
         return outcomes
 
     async def _store_round(
@@ -255,7 +278,8 @@ class PostgresBackend(Backend):
         batch = [records[index] for index in indexes]
         plain = all(map(self._is_plain, batch))
         rows = [(record.task_id, *record.payload) if plain else self._row(record) for record in batch]
-        statements = self._sql.store_plain if plain else self._sql.store
+        stores = self._stores()
+        statements = stores.store_plain if plain else stores.store
         sql = statements[batch[0].only_new]
         stored = {row[0] for row in await connection.fetch(sql, *zip(*rows, strict=True))}
         for index in indexes:
@@ -270,9 +294,15 @@ class PostgresBackend(Backend):
 
     def _row(self, record: Record) -> tuple[Any, ...]:
         seconds = record.expires or math.inf
-        missing = (None,) * (len(self._sql.columns) - len(record.payload))
+        missing = (None,) * (len(self._stores().columns) - len(record.payload))
         expiry = None if self._expires_by_default(record) else seconds
-        return (record.task_id, *record.payload, *missing, expiry, _text(record.group_id, _MAX_ID_LENGTH), seconds)
+        return (record.task_id, *record.payload, *missing, expiry, record.group_id, seconds)
+
+    def _stores(self) -> Statements:
+        """The statements, where the tables can be stored to. Raises `BackendRefusedError` where they cannot."""
+        if isinstance(self._rows, DjangoRows):
+            raise self._rows.refusal()
+        return cast("Statements", self._sql)
 
     async def _versions(self, task_ids: Sequence[str]) -> list[str | None]:
         rows = await self._connections.run(lambda connection: connection.fetch(self._sql.versions, task_ids))
@@ -288,11 +318,12 @@ class PostgresBackend(Backend):
 
     async def _fetch_group(self, group_id: str) -> bytes | None:
         row = await self._connections.query(self._sql.fetch_group, group_id)
-        return None if row is None else row["result"]
+        return None if row is None else self._rows.group(group_id, row)
 
     async def _store_group(self, group_id: str, payload: bytes, expires: float) -> None:
         seconds = None if expires == self.expires else expires or math.inf
-        await self._connections.query(self._sql.store_group, group_id, payload, seconds, otherwise=BackendStoreError)
+        sql = self._stores().store_group
+        await self._connections.query(sql, group_id, payload, seconds, otherwise=BackendStoreError)
 
     async def _delete_group(self, group_id: str) -> None:
         await self._connections.query(self._sql.delete_group, group_id)
@@ -300,11 +331,13 @@ class PostgresBackend(Backend):
     # -- chords -----------------------------------------------------------------------------------------------------
 
     async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
+        self._stores()
         return await self._connections.run(
             lambda connection: self._chord_table.take(connection, steps), BackendStoreError
         )
 
     async def _active_chords(self) -> Sequence[str]:
+        self._stores()
         return await self._connections.run(self._chord_table.active)
 
     # -- listening --------------------------------------------------------------------------------------------------
@@ -340,7 +373,7 @@ class PostgresBackend(Backend):
         if pool is None:
             connection = await self._connections.new(self._listen_dsn)
         else:
-            connection = await pool.acquire(timeout=2 * self.heartbeat)
+            connection = await self._acquire_for_listening(pool)
         give_back = None if pool is None else pool.release
         listener = Listener(connection, self.heartbeat, self._notified, self._listener_lost, give_back)
         try:
@@ -363,6 +396,13 @@ class PostgresBackend(Backend):
             )
         self._has_listened = True
         return listener
+
+    async def _acquire_for_listening(self, pool: asyncpg.Pool[Any]) -> Any:
+        try:
+            return await self._connections.acquire(pool)
+        except BackendConnectionError as exc:
+            # Handlers that wait for results while each holds a connection would wait for each other for ever.
+            raise BackendRefusedError(f"{exc}, and waiting needs one to listen on: pass listen_dsn=") from exc
 
     async def _notify(self, channel: str) -> None:
         """Send the listener what proves that it hears us; and see which number the table has where we are now."""
@@ -393,7 +433,8 @@ class PostgresBackend(Backend):
     async def _cleanup(self, alone: bool = False) -> int:
         """``alone``: leave it to another process that does the same."""
         total = 0
-        for statement in (*self._sql.cleanup, self._chord_table.cleanup):
+        chords = [] if isinstance(self._rows, DjangoRows) else [self._chord_table.cleanup]
+        for statement in (*self._sql.cleanup, *chords):
             found = CLEANUP_BATCH
             while found >= CLEANUP_BATCH:
                 found, removed = await self._connections.run(partial(self._clean, statement, alone))
@@ -441,19 +482,11 @@ def _rounds(records: Sequence[Record]) -> Iterator[list[int]]:
         waiting = later
 
 
-def _stamps(packed: Any) -> dict[str, Any]:
-    """Celery's ``stamps`` column as the fields that its other backends store."""
-    if not isinstance(packed, dict):
-        return {}
-    stamps = packed.get("stamps")
-    return {"stamped_headers": packed.get("stamped_headers"), **(stamps if isinstance(stamps, dict) else {})}
-
-
-def _text(value: object, limit: int | None = None) -> str | None:
-    """``value``, a note beside the result that must not cost it, as a column of text takes it: without NUL, cut."""
-    if value is None:
-        return None
-    return str(value).encode(errors="backslashreplace").decode().replace("\x00", "\\x00")[:limit]
+def _is_complete(found: Found, of_any_version: bool = False) -> bool:
+    """Whether there is all that the backend needs, with functions of this version."""
+    if found.names.table == TABLE:
+        return found.tasks is not None and found.groups is not None and found.notifies
+    return found.complete and found.notifies and (found.current or of_any_version)
 
 
 def _channel_prefix(table: int | None) -> str:

@@ -43,6 +43,10 @@ _OF_A_POOLER = "; behind a pooler in transaction mode, pass connect_options={'st
 
 CANNOT_REACH = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
+#: For connections of our own: a plan that was made while a table was empty is used as long as the connection lives, and
+#: must not be one that reads the table from end to end. See `statements`.
+_PLANNING = {"enable_seqscan": "off", "jit": "off"}
+
 
 class Connections:
     """Makes connections to ``dsn``, or by the caller's ``connect``, and runs operations on those of a pool.
@@ -70,6 +74,7 @@ class Connections:
         #: Settled when the attempt to connect that is under way has ended: with an exception if it failed.
         self._attempt: asyncio.Future[None] | None = None
         self._made: WeakSet[asyncpg.Connection[Any]] = WeakSet()
+        self._planning: Mapping[str, str] = _PLANNING
 
     @property
     def pooled(self) -> bool:
@@ -114,8 +119,16 @@ class Connections:
             made = await self._connect()
             self._made.add(made)
             return made
+        settings = {**self._planning, **self._options.get("server_settings", {})}
         try:
-            connection: asyncpg.Connection[Any] = await asyncpg.connect(dsn or self._dsn, **self._options)
+            connection: asyncpg.Connection[Any] = await asyncpg.connect(
+                dsn or self._dsn, **{**self._options, "server_settings": settings}
+            )
+        except asyncpg.ProtocolViolationError:
+            if not self._planning:
+                raise
+            self._planning = {}  # PgBouncer refuses settings that it does not know
+            return await self.new(dsn)
         except ssl.SSLCertVerificationError as exc:
             raise BackendRefusedError(f"{self._where}: {exc}") from exc
         except (ValueError, TypeError) as exc:  # what asyncpg makes of a malformed DSN or option
@@ -161,11 +174,27 @@ class Connections:
 
     @asynccontextmanager
     async def _acquired(self, pool: asyncpg.Pool[Any]) -> AsyncIterator[Any]:
-        connection = await pool.acquire(timeout=2 * self._heartbeat)
+        connection = await self.acquire(pool)
         try:
             yield connection
         finally:
             await pool.release(connection)
+
+    async def acquire(self, pool: asyncpg.Pool[Any]) -> Any:
+        """A connection of the pool, to be released. Raises `BackendRefusedError` if the caller's pool is closed."""
+        try:
+            return await pool.acquire(timeout=2 * self._heartbeat)
+        except asyncpg.InterfaceError as exc:
+            if pool is self.given and pool.is_closing():
+                raise BackendRefusedError(f"the pool given for {self._where} is closed") from exc
+            raise
+        except TimeoutError as exc:
+            if pool.get_size() < pool.get_max_size() or pool.get_idle_size():
+                raise  # it was the server that did not answer
+            raise BackendConnectionError(
+                f"none of the {pool.get_max_size()} connections of the pool for {self._where} has become free within "
+                f"{2 * self._heartbeat:g} s"
+            ) from exc
 
     async def query(self, sql: str, *args: Any, otherwise: type[BackendError] = BackendError) -> Any:
         """The first row that ``sql`` brings."""

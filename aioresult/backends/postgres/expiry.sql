@@ -1,22 +1,29 @@
--- When a result or group expires that does not do so by date_done and the reader's default. The date_done here is that
--- of the result as it was stored: a row of ours means nothing once somebody else has stored over it.
+-- Beside {table}: the rows that do not expire by their date_done and the reader's default. A row here means nothing
+-- once date_done differs from that of the result: another program has stored since.
 DO $aioresult$
+DECLARE
+    zone text := current_setting('TimeZone'); -- in which the dates of this table are kept from now on
 BEGIN
-    IF to_regclass({task_expiry_literal}) IS NULL THEN
-        CREATE TABLE {task_expiry} (
-            id varchar(155) PRIMARY KEY,
-            expires_at timestamptz NOT NULL,
+    IF to_regclass({expiry_literal}) IS NULL THEN
+        CREATE TABLE {expiry} (
+            id text PRIMARY KEY,
+            expires_at timestamptz, -- null: after the reader's default, counted from stored_at
+            stored_at timestamptz, -- by the server's clock, where date_done says something else
             date_done timestamp
         );
-        CREATE INDEX ON {task_expiry} (expires_at);
+    ELSIF NOT EXISTS (
+        SELECT FROM pg_attribute WHERE attrelid = {expiry_literal}::regclass AND attname = 'stored_at'
+    ) THEN
+        ALTER TABLE {expiry} ALTER COLUMN expires_at DROP NOT NULL, ADD COLUMN stored_at timestamptz;
     END IF;
-    IF to_regclass({group_expiry_literal}) IS NULL THEN
-        CREATE TABLE {group_expiry} (
-            id varchar(155) PRIMARY KEY,
-            expires_at timestamptz NOT NULL,
-            date_done timestamp
-        );
-        CREATE INDEX ON {group_expiry} (expires_at);
+    IF NOT EXISTS (
+        SELECT FROM pg_trigger WHERE tgname = 'aioresult_stored' AND tgrelid = {table_literal}::regclass
+    ) THEN
+        -- A comparison, because PostgreSQL cannot subtract from a date that is infinite.
+        EXECUTE format('CREATE TRIGGER aioresult_stored AFTER INSERT OR UPDATE OF date_done ON %s FOR EACH ROW '
+            'WHEN (NEW.{key} IS NOT NULL AND NEW.date_done AT TIME ZONE %L NOT BETWEEN '
+            'clock_timestamp() - interval ''1 second'' AND clock_timestamp() + interval ''1 second'') '
+            'EXECUTE FUNCTION %s(%L)', {table_literal}, zone, {stored_literal}, zone);
     END IF;
 END
 $aioresult$;

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from ...exceptions import BackendConnectionError
+from ...exceptions import BackendConnectionError, BackendRefusedError
 from ...tasks import StandingTask
 
 __all__ = ["Listener", "bounded", "close_connection"]
@@ -149,6 +149,8 @@ class Listener:
         self._on_lost: Callable[[BaseException], None] | None = on_lost
         self._give_back = give_back
         self._channels: set[str] = set()
+        #: Which of the server's processes listens.
+        self._process: int | None = None
         # One query at a time on a connection of asyncpg's; LISTEN is a query.
         self._turn = asyncio.Lock()
         connection.add_termination_listener(self._terminated)
@@ -223,7 +225,13 @@ class Listener:
             return await bounded(self._connection, query(), 2 * self._heartbeat, self._break)
 
     async def _ping(self) -> None:
-        await self._ask(lambda: self._connection.fetchval("SELECT 1"))
+        """Raises `BackendRefusedError` if a pooler has taken the session away: what it listened to is gone with it."""
+        process: int = await self._ask(lambda: self._connection.fetchval("SELECT pg_backend_pid()"))
+        if self._process not in (None, process):
+            raise BackendRefusedError(
+                "a pooler in transaction mode has put another session in the place of the one that listens"
+            )
+        self._process = process
 
     async def _beat(self) -> None:
         while not self.lost:

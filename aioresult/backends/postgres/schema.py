@@ -1,4 +1,4 @@
-"""The tables of the PostgreSQL backend: Celery's own, one trigger on them, and two small tables beside them.
+"""The tables of the PostgreSQL backend: Celery's own, two triggers on them, and small tables beside them.
 
 The definitions stand in the files of SQL beside this one. Celery's tables are those of Celery 5.7
 (``celery/backends/database/models.py``), with the columns of ``result_extended``: Celery ignores them when that setting
@@ -7,13 +7,26 @@ is off.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Final
 
 from ...exceptions import ImproperlyConfigured
 
-__all__ = ["EXTENDED_COLUMNS", "SHARD_DIGITS", "Tables", "instant_sql", "literal_sql", "schema_sql"]
+__all__ = [
+    "EXTENDED_COLUMNS",
+    "SHARD_DIGITS",
+    "Tables",
+    "digest",
+    "functions",
+    "instant_sql",
+    "literal_sql",
+    "quoted",
+    "schema_sql",
+    "trigger_sql",
+]
 
 #: The columns of ``result_extended`` and their types.
 EXTENDED_COLUMNS: Final = {
@@ -32,33 +45,28 @@ SHARD_DIGITS: Final = 2
 
 #: PostgreSQL cuts longer names short, silently.
 _MAX_IDENTIFIER = 63
-#: Quotes the blocks in the files of SQL; no name may end one.
-_DOLLAR = "$aioresult$"
-
-#: The parts of the schema, in the order in which they are run. What stands in braces is filled in by `schema_sql`.
-_FILES = ("tables.sql", "expiry.sql", "notify.sql", "chords.sql")
-_TEXTS = [files(__package__).joinpath(name).read_text("utf-8") for name in _FILES]
-#: The attributes of `Tables` that the files of SQL name.
-_NAMES = (
-    "tasks",
-    "groups",
-    "task_expiry",
-    "group_expiry",
-    "task_sequence",
-    "group_sequence",
-    "chords",
-    "chord_parts",
-    "chord_function",
-    "notify_function",
-)
+#: The quotes around blocks in the files of SQL, and around a function in `_unless_current`; no name may end one.
+_DOLLARS = ("$aioresult$", "$aioresult_unless$", "$aioresult_function$")
+#: A table of Celery's above this many bytes gets no index that keeps its writers waiting.
+_LARGE_TABLE = 64 * 2**20
 
 
-def _quote(name: str) -> str:
-    if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER or _DOLLAR in name:
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
+
+
+def quoted(name: str) -> str:
+    """``name`` as an identifier in SQL. Raises `ImproperlyConfigured` for what cannot be one."""
+    if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER or any(each in name for each in _DOLLARS):
         raise ImproperlyConfigured(
-            f"{name!r} cannot name a table or schema: 1 to {_MAX_IDENTIFIER} bytes, without NUL and {_DOLLAR}"
+            f"{name!r} cannot name a table or schema: 1 to {_MAX_IDENTIFIER} bytes, without NUL and {_DOLLARS[0]}"
         )
     return '"' + name.replace('"', '""') + '"'
+
+
+def literal_sql(text: str) -> str:
+    """``text`` as a literal in SQL."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class Tables:
     group_table: str = "celery_tasksetmeta"
 
     def _qualified(self, name: str) -> str:
-        return _quote(name) if self.schema is None else f"{_quote(self.schema)}.{_quote(name)}"
+        return quoted(name) if self.schema is None else f"{quoted(self.schema)}.{quoted(name)}"
 
     @property
     def tasks(self) -> str:
@@ -113,14 +121,28 @@ class Tables:
         return self._qualified(f"{self.group_table}_chord_part")
 
     @property
-    def chord_function(self) -> str:
-        """Ours: takes steps of chords."""
+    def chord_steps(self) -> str:
+        """Our function that takes steps of chords."""
         return self._qualified(f"{self.group_table}_chord_steps")
 
     @property
-    def notify_function(self) -> str:
-        """Ours: what the trigger calls."""
+    def notify(self) -> str:
+        """Our function that tells of every store; a trigger calls it."""
         return self._qualified("aioresult_notify")
+
+    @property
+    def tasks_stored(self) -> str:
+        """Our function that notes when a result was stored, where ``date_done`` is wrong; a trigger calls it."""
+        return self._qualified(f"{self.table}_stored")
+
+    @property
+    def groups_stored(self) -> str:
+        """The same for groups."""
+        return self._qualified(f"{self.group_table}_stored")
+
+
+#: The attributes of `Tables` that the files of SQL name.
+_NAMES = tuple(name for name, member in vars(Tables).items() if isinstance(member, property))
 
 
 def schema_sql(
@@ -128,21 +150,119 @@ def schema_sql(
 ) -> str:
     """The DDL, for people who run migrations: what `PostgresBackend.create_schema` runs.
 
-    It may be run again, and by several processes at once. Celery's tables are created only where they are missing; an
-    existing one gets the trigger and nothing else.
+    It is one transaction (``psql -1``). It may be run again, and by several processes at once: what is there already is
+    left alone, and takes no lock. Celery's tables are created only where they are missing; an existing one gets two
+    triggers, and the index on ``date_done`` if it has none and is small.
     """
     names = Tables(schema, table, group_table)
-    words = {name: getattr(names, name) for name in _NAMES}
+    words = _words(names)
+    of_tasks = {**words, **_of(names.tasks, "task_id", names.task_expiry, names.tasks_stored)}
+    of_groups = {**words, **_of(names.groups, "taskset_id", names.group_expiry, names.groups_stored)}
+    made = functions(names)
+    return "\n".join(
+        [
+            *(_text(name).format_map(words) for name in ("begin.sql", "tables.sql")),
+            *(_unless_current(name, text) for name, text in made.items() if name != names.chord_steps),
+            _text("expiry.sql").format_map(of_tasks),
+            _text("expiry.sql").format_map(of_groups),
+            _text("trigger.sql").format_map(words),
+            _text("chords.sql").format_map(words),
+            _unless_current(names.chord_steps, made[names.chord_steps]),
+            _text("indexes.sql").format_map(words),
+        ]
+    )
+
+
+def trigger_sql(names: Tables) -> str:
+    """The part of the DDL that a table needs for its results to be awaited, without being stored to."""
+    words = {**_words(names), "create_schema": ""}
+    return "\n".join(
+        [
+            _text("begin.sql").format_map(words),
+            _unless_current(names.notify, functions(names)[names.notify]),
+            _text("trigger.sql").format_map(words),
+        ]
+    )
+
+
+def functions(names: Tables) -> dict[str, str]:
+    """The functions in the database by their names, and the SQL that creates each."""
+    words = _words(names)
+    stored = _text("stored.sql")
+    return {
+        names.notify: _text("notify.sql").format_map(words),
+        names.tasks_stored: stored.format_map(
+            {**words, **_of(names.tasks, "task_id", names.task_expiry, names.tasks_stored)}
+        ),
+        names.groups_stored: stored.format_map(
+            {**words, **_of(names.groups, "taskset_id", names.group_expiry, names.groups_stored)}
+        ),
+        names.chord_steps: _text("chord_steps.sql").format_map(words),
+    }
+
+
+def digest(function: str) -> str:
+    """What the comment on a function in the database says of the text that created it."""
+    return f"aioresult {hashlib.sha256(function.encode()).hexdigest()[:16]}"
+
+
+def _unless_current(name: str, function: str) -> str:
+    """``function`` is created unless it is there already: replacing one is for the role that owns it."""
+    comment = literal_sql(digest(function))
+    return f"""DO $aioresult_unless$
+BEGIN
+    IF obj_description(to_regproc({literal_sql(name)}), 'pg_proc') IS DISTINCT FROM {comment} THEN
+        EXECUTE $aioresult_function$
+{function}
+        $aioresult_function$;
+        COMMENT ON FUNCTION {name} IS {comment};
+    END IF;
+END
+$aioresult_unless$;"""
+
+
+def _words(names: Tables) -> dict[str, str]:
+    """What stands in braces in the files of SQL."""
+    words: dict[str, str] = {name: getattr(names, name) for name in _NAMES}
     words.update({f"{name}_literal": literal_sql(words[name]) for name in _NAMES})
+    indexes = (
+        (names.tasks, "date_done", ""),
+        (names.groups, "date_done", ""),
+        *((expiry, "expires_at", "") for expiry in (names.task_expiry, names.group_expiry)),
+        *((expiry, "stored_at", " WHERE expires_at IS NULL") for expiry in (names.task_expiry, names.group_expiry)),
+        (names.chords, "expires_at", ""),
+        (names.chords, "expires_at", " WHERE NOT done AND count >= size"),
+    )
     words.update(
-        create_schema=f"CREATE SCHEMA IF NOT EXISTS {_quote(schema)};\n" if schema is not None else "",
+        create_schema="" if names.schema is None else _create_schema(names.schema),
         extended="".join(f",\n            {name} {kind}" for name, kind in EXTENDED_COLUMNS.items()),
         channels=str(16**SHARD_DIGITS),
-        task_channel=_channel("'aioresult_' || TG_RELID || '_'", "NEW.task_id"),
+        task_channel=_channel(
+            "'aioresult_' || coalesce(pg_partition_root(TG_RELID), TG_RELID)::oid || '_'", "NEW.task_id"
+        ),
         chord_channel=_channel("prefix", "step.gid"),
         step_expires_at=instant_sql("step.ttl"),
+        large_table=str(_LARGE_TABLE),
+        indexes=", ".join(f"({', '.join(map(literal_sql, index))})" for index in indexes),
     )
-    return "\n".join(text.format_map(words) for text in _TEXTS)
+    return words
+
+
+def _of(table: str, key: str, expiry: str, stored: str) -> Mapping[str, str]:
+    """What stands in braces in the files that are run for each of the two tables."""
+    words = {"table": table, "key": key, "expiry": expiry, "stored": stored}
+    return {**words, **{f"{name}_literal": literal_sql(value) for name, value in words.items()}}
+
+
+def _create_schema(schema: str) -> str:
+    # Not IF NOT EXISTS: that asks for the right to create schemas before it looks.
+    return f"""DO $aioresult$
+BEGIN
+    IF to_regnamespace({literal_sql(quoted(schema))}) IS NULL THEN
+        CREATE SCHEMA {quoted(schema)};
+    END IF;
+END
+$aioresult$;"""
 
 
 def instant_sql(seconds: str) -> str:
@@ -153,8 +273,3 @@ def instant_sql(seconds: str) -> str:
 def _channel(prefix: str, id: str) -> str:
     """In SQL, the channel on which news of an id come: that of `PostgresBackend._channel`."""
     return f"{prefix} || substr(encode(sha256(convert_to({id}, 'UTF8')), 'hex'), 1, {SHARD_DIGITS})"
-
-
-def literal_sql(text: str) -> str:
-    """``text`` as a literal in SQL."""
-    return "'" + text.replace("'", "''") + "'"

@@ -1,8 +1,15 @@
 """The SQL of the PostgreSQL backend. Ids and values are parameters; only quoted names are written into it.
 
-When a row expires: by our table of expiry where that has a row for it, else by Celery's rule, ``date_done`` plus the
-reader's default. A row of ours counts only while its ``date_done`` is that of the result: whoever stored since then
-without us, as a Celery worker does, has left it behind.
+When a row expires: by our table of expiry where that has a row for it, otherwise by Celery's rule, ``date_done`` plus
+the reader's default. A row of ours counts only while its ``date_done`` is that of the result: another program that has
+stored since then, such as a Celery worker, has left it behind.
+
+Every look-up is written so that an index is the only way to do it (a LATERAL with a LIMIT, an array, a ctid), and our
+connections have ``enable_seqscan`` off (`connections`). A plan that was made while a table was empty is used for hours;
+it must not read the table from end to end once there are a million rows.
+
+Dates go in and out as numbers: Python has no place for the year 20000, and a connection of the caller's may have a
+codec of its own for dates.
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from ...states import ALL_STATES
 from .schema import EXTENDED_COLUMNS, Tables, instant_sql, literal_sql
 
-__all__ = ["CLEANUP_BATCH", "INSPECT", "PLAIN_COLUMNS", "Statements"]
+__all__ = ["CLEANUP_BATCH", "PLAIN_COLUMNS", "Statements", "delete_sql", "epoch_sql", "versions_sql"]
 
 #: All that most results have.
 PLAIN_COLUMNS = ("status", "result", "date_done")
@@ -29,44 +36,149 @@ _REPLACEABLE = f"""
     -- the very same store, repeated because its reply was lost
     OR (t.status, t.date_done, t.result) IS NOT DISTINCT FROM (excluded.status, excluded.date_done, excluded.result)"""
 
-#: Which of the relations ``$1`` to ``$5`` there are, with the columns and the trigger of the first.
-INSPECT = """
-    SELECT to_regclass($1)::oid::int8 AS tasks, to_regclass($2)::oid::int8 AS groups,
-           to_regclass($3)::oid::int8 AS task_expiry, to_regclass($4)::oid::int8 AS group_expiry,
-           to_regclass($5)::oid::int8 AS chords,
-           (SELECT oid::int8 FROM pg_trigger
-            WHERE tgrelid = to_regclass($1) AND tgname = 'aioresult_notify' AND tgenabled <> 'D') AS trigger,
-           ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = to_regclass($1) AND attnum > 0) AS columns"""
+
+class _Kept:
+    """One of the two tables, ours beside it, and the rule by which its rows expire.
+
+    ``zone`` is the time zone in which the table keeps its dates (expiry.sql); ``expires`` is the reader's default, in
+    seconds, 0 for never.
+    """
+
+    def __init__(self, table: str, key: str, expiry: str, zone: str, expires: float) -> None:
+        self._table = table
+        self._key = key
+        self._expiry = expiry
+        self._zone = zone
+        self._default = f"{expires!r} * interval '1 second'" if expires else None
+
+    def turned(self, moment: str) -> str:
+        """A moment as the table keeps it; or what the table keeps, as a moment."""
+        return f"(({moment}) AT TIME ZONE {literal_sql(self._zone)})"
+
+    def ours(self, row: str) -> str:
+        """Joins ``e``, the row of ours that says when ``row`` expires."""
+        return f"LEFT JOIN LATERAL (SELECT * FROM {self._expiry} x WHERE {self._belongs('x', row)} LIMIT 1) e ON true"
+
+    def _belongs(self, ours: str, row: str) -> str:
+        return f"{ours}.id = {row}.{self._key} AND {ours}.date_done IS NOT DISTINCT FROM {row}.date_done"
+
+    def expires_at(self, row: str) -> str:
+        """When a row expires, with its row ``e`` of ours; null, or infinity, if neither that nor a default says so."""
+        if self._default is None:
+            return "coalesce(e.expires_at, 'infinity')"
+        return f"coalesce(e.expires_at, coalesce(e.stored_at, {self.turned(f'{row}.date_done')}) + {self._default})"
+
+    def gone(self, row: str) -> str:
+        """Whether it has expired."""
+        return f"coalesce({self.expires_at(row)} <= now(), false)"
+
+    def cleanup(self) -> Iterator[str]:
+        """What has expired by our table, rows of ours that belong to nothing, what has expired by default.
+
+        Rows that somebody is writing are passed over, and both tables are locked in the order in which a store does it.
+        """
+        by_ours = ["e.expires_at <= now()"]
+        if self._default is not None:
+            by_ours.append(f"e.expires_at IS NULL AND e.stored_at <= now() - {self._default}")
+        for expired in by_ours:
+            yield self._remove(
+                f"""SELECT t.part, t.place, e.id AS key FROM {self._expiry} e CROSS JOIN LATERAL (
+                    SELECT t.tableoid AS part, t.ctid AS place FROM {self._table} t
+                    WHERE {self._belongs("e", "t")} LIMIT 1 FOR UPDATE SKIP LOCKED
+                ) t
+                WHERE {expired} LIMIT {CLEANUP_BATCH} FOR UPDATE OF e SKIP LOCKED"""
+            )
+        for expired in (*by_ours, "e.expires_at = 'infinity'"):
+            yield f"""
+            WITH old AS (
+                SELECT e.id FROM {self._expiry} e LEFT JOIN LATERAL (
+                    SELECT true AS there FROM {self._table} t WHERE {self._belongs("e", "t")} LIMIT 1
+                ) t ON true
+                WHERE {expired} AND t.there IS NULL LIMIT {CLEANUP_BATCH} FOR UPDATE OF e SKIP LOCKED
+            ), forgotten AS (
+                {self.forget("SELECT id FROM old")}
+            )
+            SELECT count(*)::int AS found, 0 AS removed FROM old"""
+        if self._default is not None:
+            # Written so that the index on date_done serves: no arithmetic on the column.
+            yield self._remove(
+                f"""SELECT t.tableoid AS part, t.ctid AS place, t.{self._key} AS key
+                FROM {self._table} t {self.ours("t")}
+                WHERE t.date_done <= {self.turned(f"now() - {self._default}")} AND e.id IS NULL
+                LIMIT {CLEANUP_BATCH} FOR UPDATE OF t SKIP LOCKED"""
+            )
+
+    def _remove(self, old: str) -> str:
+        """Removes the rows ``old``, which are locked. Of a partitioned table, a ctid alone is no row."""
+        return f"""
+            WITH old AS MATERIALIZED (
+                {old}
+            ), forgotten AS (
+                {self.forget("SELECT key FROM old")}
+            ), deleted AS (
+                DELETE FROM {self._table} t USING old WHERE t.ctid = old.place AND t.tableoid = old.part RETURNING 1
+            )
+            SELECT (SELECT count(*) FROM old)::int AS found, count(*)::int AS removed FROM deleted"""
+
+    def forget(self, ids: str) -> str:
+        """Removes the rows of ours of these ids."""
+        return f"DELETE FROM {self._expiry} e WHERE e.id = ANY(ARRAY({ids})::text[])"
 
 
 class Statements:
-    """What is sent, for one set of tables, the ``optional`` columns that the first has, and one default expiry."""
+    """What is sent, for one set of tables, their time zones, the ``optional`` columns that there are, and one default.
 
-    def __init__(self, names: Tables, optional: Sequence[str], expires: float) -> None:
+    ``zones`` are those of the results and of the groups, ``optional`` names columns of the results, and ``expires`` is
+    in seconds.
+    """
+
+    def __init__(self, names: Tables, zones: tuple[str, str], optional: Sequence[str], expires: float) -> None:
         tasks, groups = names.tasks, names.groups
-        task_expiry, group_expiry = names.task_expiry, names.group_expiry
+        kept = _Kept(tasks, "task_id", names.task_expiry, zones[0], expires)
+        kept_groups = _Kept(groups, "taskset_id", names.group_expiry, zones[1], expires)
         #: Of a result, in the order in which `store` takes them, between the id and ``seconds`` to live.
-        self.columns: list[str] = [*PLAIN_COLUMNS, "traceback", "children", *optional]
+        self.columns: list[str] = [*PLAIN_COLUMNS, "traceback", *optional]
         columns = self.columns
         listed = ", ".join(columns)
         types = {
             **EXTENDED_COLUMNS,
-            # Aware on this side; the column is Celery's, without zone and in the session's, which a cast goes by.
-            "date_done": "timestamptz",
+            "date_done": "int8",  # microseconds since 1970
             "result": "bytea",
             "children": "bytea",
             "seconds": "float8",
             "group_seconds": "float8",
         }
-        # LATERAL with a LIMIT is one index look-up per id, whatever the planner believes of the tables: with a plan
-        # made while they were empty, "= ANY" compares every row with every id, and takes seventy times as long.
+        date_done = kept.turned("timestamptz 'epoch' + date_done * interval '1 microsecond'")
+
         self.fetch: str = f"""
-            SELECT t.task_id, t.status, t.result, t.date_done::timestamptz AS date_done, t.traceback, t.children
+            SELECT t.task_id, t.status, t.result, {epoch_sql(kept.turned("t.date_done"))} AS date_done,
+                   {epoch_sql("e.stored_at")} AS stored_at, t.traceback
                    {"".join(f", t.{column}" for column in optional)}
             FROM unnest($1::varchar[]) AS wanted(id)
             CROSS JOIN LATERAL (SELECT * FROM {tasks} WHERE task_id = wanted.id LIMIT 1) t
-            {_expiry_of("t.task_id", "t.date_done", task_expiry)}
-            WHERE NOT {_gone("t.date_done", expires)}"""
+            {kept.ours("t")}
+            WHERE NOT {kept.gone("t")}"""
+
+        def living_on(members: str) -> str:
+            """Has the saved group of each member live as long. In order, or two batches could wait for each other."""
+            return f"""
+                INSERT INTO {names.group_expiry} AS old (id, expires_at, date_done)
+                SELECT g.taskset_id,
+                       greatest(max({instant_sql("group_seconds")}), {kept_groups.expires_at("g")}), g.date_done
+                FROM {members}
+                CROSS JOIN LATERAL (SELECT * FROM {groups} WHERE taskset_id = group_id LIMIT 1) g
+                {kept_groups.ours("g")}
+                WHERE NOT {kept_groups.gone("g")}
+                GROUP BY g.taskset_id, g.date_done, e.expires_at, e.stored_at ORDER BY g.taskset_id
+                ON CONFLICT (id) DO UPDATE SET stored_at = NULL, date_done = excluded.date_done, expires_at =
+                    CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
+                         ELSE greatest(old.expires_at, excluded.expires_at) END"""
+
+        #: To be run beside steps of chords, whose operations, groups and seconds to live are ``$1``, ``$2`` and ``$5``.
+        self.living_on: str = living_on("""(
+                    SELECT gid, max(ttl) FROM unnest($1::text[], $2::text[], $5::float8[]) AS step(op, gid, ttl)
+                    WHERE op = 'part' GROUP BY gid
+                ) AS part(group_id, group_seconds)""")
 
         def store(only_new: bool, plain: bool) -> str:
             given = PLAIN_COLUMNS if plain else columns
@@ -74,147 +186,92 @@ class Statements:
             arrays = ", ".join(
                 f"${index}::{types.get(name, 'text').partition('(')[0]}[]" for index, name in enumerate(inputs, 1)
             )
+            values = {column: column if column in given else "NULL" for column in columns} | {"date_done": date_done}
             replaceable = "false" if only_new else _REPLACEABLE
             steps = {
                 "input AS MATERIALIZED": f"SELECT * FROM unnest({arrays}) AS input({', '.join(inputs)})",
                 "stored AS": f"""
                 INSERT INTO {tasks} AS t (id, task_id, {listed})
-                SELECT nextval({literal_sql(names.task_sequence)}), task_id,
-                       {", ".join(column if column in given else "NULL" for column in columns)} FROM input
+                SELECT nextval({literal_sql(names.task_sequence)}), task_id, {", ".join(values.values())} FROM input
                 ON CONFLICT (task_id) DO UPDATE SET ({listed}) = ROW({", ".join(f"excluded.{c}" for c in columns)})
                 WHERE {replaceable}
-                   OR (SELECT {_gone("t.date_done", expires)}
-                       FROM (SELECT 1) one {_expiry_of("t.task_id", "t.date_done", task_expiry)})
+                   OR (SELECT {kept.gone("t")} FROM (SELECT 1) one {kept.ours("t")})
                 RETURNING task_id, date_done AS done""",
-                "by_default AS": f"""
-                DELETE FROM {task_expiry} e USING input JOIN stored USING (task_id)
-                WHERE e.id = task_id {"" if plain else "AND seconds IS NULL"}""",
+                "by_default AS": kept.forget(
+                    "SELECT task_id FROM stored"
+                    if plain
+                    else "SELECT task_id FROM input JOIN stored USING (task_id) WHERE seconds IS NULL"
+                ),
             }
             if not plain:
                 steps["expiring AS"] = f"""
-                INSERT INTO {task_expiry} AS e (id, expires_at, date_done)
+                INSERT INTO {names.task_expiry} AS e (id, expires_at, date_done)
                 SELECT task_id, {instant_sql("seconds")}, done FROM input JOIN stored USING (task_id)
                 WHERE seconds IS NOT NULL
-                ON CONFLICT (id) DO UPDATE SET (expires_at, date_done) = ROW(excluded.expires_at, excluded.date_done)"""
-                # A group lives at least as long as its members. In order, or two batches could wait for each other.
-                steps["living_on AS"] = f"""
-                INSERT INTO {group_expiry} AS old (id, expires_at, date_done)
-                SELECT g.taskset_id,
-                       greatest(max({instant_sql("group_seconds")}), {_expires_at("g.date_done", expires)}), g.date_done
-                FROM input JOIN stored USING (task_id)
-                CROSS JOIN LATERAL (SELECT * FROM {groups} WHERE taskset_id = group_id LIMIT 1) g
-                {_expiry_of("g.taskset_id", "g.date_done", group_expiry)}
-                WHERE NOT {_gone("g.date_done", expires)}
-                GROUP BY g.taskset_id, g.date_done, e.expires_at ORDER BY g.taskset_id
-                ON CONFLICT (id) DO UPDATE SET date_done = excluded.date_done, expires_at =
-                    CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
-                         ELSE greatest(old.expires_at, excluded.expires_at) END"""
+                ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at, stored_at = NULL,
+                    date_done = excluded.date_done"""
+                # A group lives at least as long as its members.
+                steps["living_on AS"] = living_on("input JOIN stored USING (task_id)")
             return f"WITH {', '.join(f'{name} ({sql})' for name, sql in steps.items())} SELECT task_id FROM stored"
 
         #: By whether it stores only what is new.
         self.store: dict[bool, str] = {only_new: store(only_new, plain=False) for only_new in (False, True)}
         #: The same, for rows of which no more than the `PLAIN_COLUMNS` are given.
         self.store_plain: dict[bool, str] = {only_new: store(only_new, plain=True) for only_new in (False, True)}
-        #: What tells a row from any later one of its id: the transaction that wrote it.
-        self.versions: str = f"""
+        self.versions: str = versions_sql(tasks)
+        self.delete: str = delete_sql(tasks, kept.forget("SELECT task_id FROM deleted"))
+
+        self.fetch_group: str = f"""
+            SELECT g.result FROM (SELECT * FROM {groups} WHERE taskset_id = $1::varchar LIMIT 1) g
+            {kept_groups.ours("g")}
+            WHERE NOT {kept_groups.gone("g")}"""
+        self.store_group: str = f"""
+            WITH stored AS (
+                INSERT INTO {groups} AS g (id, taskset_id, result, date_done)
+                VALUES (nextval({literal_sql(names.group_sequence)}), $1::varchar, $2, {kept_groups.turned("now()")})
+                ON CONFLICT (taskset_id) DO UPDATE SET result = excluded.result, date_done = excluded.date_done
+                RETURNING date_done
+            ), by_default AS (
+                DELETE FROM {names.group_expiry} WHERE id = $1::varchar AND $3::float8 IS NULL
+            )
+            INSERT INTO {names.group_expiry} AS e (id, expires_at, date_done)
+            SELECT $1::varchar, {instant_sql("$3::float8")}, date_done FROM stored WHERE $3::float8 IS NOT NULL
+            ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at, stored_at = NULL,
+                date_done = excluded.date_done"""
+        self.delete_group: str = f"""
+            WITH gone AS (DELETE FROM {names.group_expiry} WHERE id = $1::varchar)
+            DELETE FROM {groups} WHERE taskset_id = $1::varchar"""
+
+        #: Each is repeated while it finds `CLEANUP_BATCH` rows; ``removed`` of them were results or groups.
+        self.cleanup: list[str] = [*kept.cleanup(), *kept_groups.cleanup()]
+
+
+def epoch_sql(moment: str) -> str:
+    """A moment as seconds since 1970: a number also if it is infinite, or in a year that Python has not."""
+    return f"extract(epoch FROM {moment})::float8"
+
+
+def versions_sql(tasks: str) -> str:
+    """Of each id of ``$1``, what tells its row from any later one: the transaction that wrote it."""
+    return f"""
             SELECT t.task_id, t.version FROM unnest($1::varchar[]) AS wanted(id)
             CROSS JOIN LATERAL (
                 SELECT task_id, xmin::text AS version FROM {tasks} WHERE task_id = wanted.id LIMIT 1
             ) t"""
-        self.delete: str = f"""
-            WITH deleted AS (
-                DELETE FROM {tasks} t WHERE t.ctid = ANY(ARRAY(
-                    SELECT found.ctid FROM unnest($1::varchar[], $2::text[]) AS wanted(id, version)
-                    CROSS JOIN LATERAL (
-                        SELECT x.ctid, x.xmin::text AS version FROM {tasks} x WHERE x.task_id = wanted.id LIMIT 1
-                    ) found
-                    WHERE found.version = wanted.version OR wanted.version = ''))
+
+
+def delete_sql(tasks: str, then: str) -> str:
+    """Deletes the rows of the ids ``$1`` that are of the versions ``$2``, locked in this order, and does ``then``."""
+    return f"""
+            WITH found AS MATERIALIZED (
+                SELECT t.part, t.place FROM unnest($1::varchar[], $2::text[]) AS wanted(id, version)
+                CROSS JOIN LATERAL (
+                    SELECT x.tableoid AS part, x.ctid AS place, x.xmin::text AS version
+                    FROM {tasks} x WHERE x.task_id = wanted.id LIMIT 1 FOR UPDATE
+                ) t
+                WHERE t.version = wanted.version OR wanted.version = ''
+            ), deleted AS (
+                DELETE FROM {tasks} t USING found WHERE t.ctid = found.place AND t.tableoid = found.part
                 RETURNING t.task_id
             )
-            DELETE FROM {task_expiry} e USING deleted WHERE e.id = deleted.task_id"""
-
-        self.fetch_group: str = f"""
-            SELECT g.result FROM {groups} g {_expiry_of("g.taskset_id", "g.date_done", group_expiry)}
-            WHERE g.taskset_id = $1 AND NOT {_gone("g.date_done", expires)}"""
-        self.store_group: str = f"""
-            WITH stored AS (
-                INSERT INTO {groups} AS g (id, taskset_id, result, date_done)
-                VALUES (nextval({literal_sql(names.group_sequence)}), $1::varchar, $2, now())
-                ON CONFLICT (taskset_id) DO UPDATE SET result = excluded.result, date_done = excluded.date_done
-                RETURNING date_done
-            ), by_default AS (
-                DELETE FROM {group_expiry} WHERE id = $1::varchar AND $3::float8 IS NULL
-            )
-            INSERT INTO {group_expiry} AS e (id, expires_at, date_done)
-            SELECT $1::varchar, {instant_sql("$3::float8")}, date_done FROM stored WHERE $3::float8 IS NOT NULL
-            ON CONFLICT (id) DO UPDATE SET (expires_at, date_done) = ROW(excluded.expires_at, excluded.date_done)"""
-        self.delete_group: str = f"""
-            WITH gone AS (DELETE FROM {group_expiry} WHERE id = $1::varchar)
-            DELETE FROM {groups} WHERE taskset_id = $1::varchar"""
-
-        #: Each is repeated while it finds `CLEANUP_BATCH` rows; ``removed`` of them were results or groups.
-        self.cleanup: list[str] = [
-            *_cleanup(tasks, "task_id", task_expiry, expires),
-            *_cleanup(groups, "taskset_id", group_expiry, expires),
-        ]
-
-
-def _expiry_of(key: str, date_done: str, expiry: str) -> str:
-    """Joins ``e``, the row of ours that says when that one expires."""
-    return f"LEFT JOIN LATERAL (SELECT * FROM {expiry} x WHERE {_belongs('x', key, date_done)} LIMIT 1) e ON true"
-
-
-def _belongs(alias: str, key: str, date_done: str) -> str:
-    return f"{alias}.id = {key} AND {alias}.date_done IS NOT DISTINCT FROM {date_done}"
-
-
-def _expires_at(date_done: str, expires: float) -> str:
-    """When a row expires, with its row ``e`` of ours; null, or never, if neither that nor a default says so."""
-    by_default = f"{date_done}::timestamptz + {expires!r} * interval '1 second'" if expires else "'infinity'"
-    return f"coalesce(e.expires_at, {by_default})"
-
-
-def _gone(date_done: str, expires: float) -> str:
-    return f"coalesce({_expires_at(date_done, expires)} <= now(), false)"
-
-
-def _cleanup(table: str, key: str, expiry: str, expires: float) -> Iterator[str]:
-    """What has expired by our table, rows of our table that belong to nothing, what has expired by default.
-
-    Rows that somebody is writing are passed over, and both tables are locked in the order in which a store does it.
-    """
-    belongs = _belongs("e", f"t.{key}", "t.date_done")
-    found_and_removed = "(SELECT count(*) FROM old)::int AS found, count(*)::int AS removed"
-    yield f"""
-        WITH old AS (
-            SELECT t.id, e.id AS key FROM {table} t JOIN {expiry} e ON {belongs}
-            WHERE e.expires_at <= now() LIMIT {CLEANUP_BATCH} FOR UPDATE SKIP LOCKED
-        ), forgotten AS (
-            DELETE FROM {expiry} WHERE id IN (SELECT key FROM old)
-        ), deleted AS (
-            DELETE FROM {table} WHERE id IN (SELECT id FROM old) RETURNING 1
-        )
-        SELECT {found_and_removed} FROM deleted"""
-    yield f"""
-        WITH old AS (
-            SELECT id FROM {expiry} e
-            WHERE expires_at <= now() AND NOT EXISTS (SELECT FROM {table} t WHERE {belongs})
-            LIMIT {CLEANUP_BATCH} FOR UPDATE SKIP LOCKED
-        ), forgotten AS (
-            DELETE FROM {expiry} WHERE id IN (SELECT id FROM old)
-        )
-        SELECT count(*)::int AS found, 0 AS removed FROM old"""
-    if expires:
-        # Written so that the index on date_done serves: no arithmetic on the column.
-        yield f"""
-        WITH old AS (
-            SELECT id, {key} AS key FROM {table} t
-            WHERE date_done <= (now() - {expires!r} * interval '1 second')::timestamp
-              AND NOT EXISTS (SELECT FROM {expiry} e WHERE {belongs})
-            LIMIT {CLEANUP_BATCH} FOR UPDATE SKIP LOCKED
-        ), forgotten AS (
-            DELETE FROM {expiry} WHERE id IN (SELECT key FROM old)
-        ), deleted AS (
-            DELETE FROM {table} WHERE id IN (SELECT id FROM old) RETURNING 1
-        )
-        SELECT {found_and_removed} FROM deleted"""
+            {then}"""

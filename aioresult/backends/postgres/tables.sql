@@ -1,6 +1,3 @@
--- One at a time, whoever runs this; so run it in one transaction, as psql -1 does.
-SELECT pg_advisory_xact_lock(hashtext('aioresult schema'));
-{create_schema}
 DO $aioresult$
 BEGIN
     IF to_regclass({tasks_literal}) IS NULL THEN
@@ -14,7 +11,6 @@ BEGIN
             traceback text,
             children bytea{extended}
         );
-        CREATE INDEX ON {tasks} (date_done);
     END IF;
     IF to_regclass({groups_literal}) IS NULL THEN
         CREATE SEQUENCE IF NOT EXISTS {group_sequence};
@@ -24,7 +20,6 @@ BEGIN
             result bytea,
             date_done timestamp
         );
-        CREATE INDEX ON {groups} (date_done);
     END IF;
 END
 $aioresult$;

@@ -1,0 +1,31 @@
+-- The indexes that reading and cleanup need. A large table gets none here, because building one keeps every writer
+-- waiting: see the end.
+DO $aioresult$
+DECLARE
+    wanted record;
+    command text;
+BEGIN
+    FOR wanted IN
+        SELECT relation::regclass AS relation, field, predicate FROM (VALUES {indexes}) AS w(relation, field, predicate)
+    LOOP
+        IF EXISTS (
+            SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+            WHERE i.indrelid = wanted.relation AND i.indisvalid AND a.attname = wanted.field
+              AND (i.indpred IS NULL) = (wanted.predicate = '')
+        ) THEN
+            CONTINUE;
+        END IF;
+        command := format('ON %s (%I)%s', wanted.relation, wanted.field, wanted.predicate);
+        IF (SELECT coalesce(sum(pg_relation_size(relid)), 0) + pg_relation_size(wanted.relation)
+            FROM pg_partition_tree(wanted.relation)) > {large_table} THEN
+            RAISE WARNING 'a large table lacks an index; run: CREATE INDEX CONCURRENTLY %', command;
+        ELSIF (SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = wanted.relation) THEN
+            EXECUTE 'CREATE INDEX ' || command;
+        END IF;
+    END LOOP;
+END
+$aioresult$;
+-- On a table of Celery's that is large and has no index on date_done, run this by itself, outside any transaction.
+-- Without it everything works, but cleanup reads the whole table.
+--   CREATE INDEX CONCURRENTLY ON {tasks} (date_done);
+--   CREATE INDEX CONCURRENTLY ON {groups} (date_done);

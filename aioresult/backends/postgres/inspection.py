@@ -1,0 +1,85 @@
+"""What a database has: whether anything is missing that the backend needs, and what its tables are like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ...exceptions import ImproperlyConfigured
+from .schema import Tables, digest, functions
+
+__all__ = ["Found", "look"]
+
+_INSPECT: Final = """
+    SELECT ARRAY(SELECT to_regclass(name)::oid::int8 FROM unnest($1::text[]) WITH ORDINALITY AS r(name, place)
+                 ORDER BY place) AS relations,
+           ARRAY(SELECT coalesce(obj_description(to_regproc(name), 'pg_proc'), '')
+                 FROM unnest($2::text[]) WITH ORDINALITY AS f(name, place) ORDER BY place) AS functions,
+           ARRAY(SELECT attname::text FROM pg_attribute
+                 WHERE attrelid = to_regclass($1[1]) AND attnum > 0 AND NOT attisdropped) AS columns,
+           (SELECT count(*)::int8 FROM pg_attribute
+            WHERE attrelid IN (to_regclass($1[3]), to_regclass($1[4])) AND attname = 'stored_at') AS dated,
+           EXISTS(SELECT FROM pg_trigger WHERE tgrelid = to_regclass($1[1]) AND tgname = 'aioresult_notify'
+                  AND tgenabled <> 'D') AS notifies,
+           (SELECT tgargs FROM pg_trigger WHERE tgrelid = to_regclass($1[1]) AND tgname = 'aioresult_stored'
+            AND tgenabled <> 'D') AS zone,
+           (SELECT tgargs FROM pg_trigger WHERE tgrelid = to_regclass($1[2]) AND tgname = 'aioresult_stored'
+            AND tgenabled <> 'D') AS group_zone,
+           current_setting('server_encoding') AS encoding,
+           1.5::float8 AS a_float8, true AS a_bool, '\\x61'::bytea AS a_bytea"""
+
+#: What a connection makes of the constants in the query above, if it has no codecs of its own for these types.
+_AS_USUAL: Final = {"a_float8": 1.5, "a_bool": True, "a_bytea": b"a"}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What there is of the tables with these names."""
+
+    names: Tables
+    #: The number of the table of results in the database, ``None`` if there is no such table.
+    tasks: int | None
+    #: The same for the table of groups.
+    groups: int | None
+    #: The columns of the results.
+    columns: frozenset[str]
+    #: Whether a trigger tells of every store.
+    notifies: bool
+    #: Whether all is there that storing needs, too.
+    complete: bool
+    #: Whether the functions are those of this version.
+    current: bool
+    #: The time zones in which the results and the groups keep their dates.
+    zones: tuple[str, str]
+    #: The encoding of the database, as PostgreSQL calls it.
+    encoding: str
+
+
+async def look(connection: Any, names: Tables, where: str) -> Found:
+    """See what there is. Raises `ImproperlyConfigured` for a connection that makes something else of the basic types.
+
+    ``where`` names the database in the error.
+    """
+    relations = (names.tasks, names.groups, names.task_expiry, names.group_expiry, names.chords, names.chord_parts)
+    wanted = functions(names)
+    row = await connection.fetchrow(_INSPECT, relations, list(wanted))
+    for name, value in _AS_USUAL.items():
+        if row[name] != value or type(row[name]) is not type(value):
+            raise ImproperlyConfigured(
+                f"a connection to {where} has a codec of its own for the type {name.removeprefix('a_')}, and makes "
+                f"{row[name]!r} of {value!r}; give aioresult connections without it"
+            )
+    tasks, groups, *_ = row["relations"]
+    zones = tuple((row[name] or b"UTC\x00").rstrip(b"\x00").decode() for name in ("zone", "group_zone"))
+    has_zones = row["zone"] is not None and row["group_zone"] is not None
+    return Found(
+        names,
+        tasks,
+        groups,
+        frozenset(row["columns"]),
+        row["notifies"],
+        None not in row["relations"] and "" not in row["functions"] and row["dated"] == 2 and has_zones,
+        row["functions"] == [digest(function) for function in wanted.values()],
+        (zones[0], zones[1]),
+        row["encoding"],
+    )

@@ -1,0 +1,109 @@
+"""Celery's columns ↔ `TaskMeta`."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from ...exceptions import DecodeError
+from ...meta import TaskMeta
+from ...serialization import Codec
+
+__all__ = ["MAX_NOTE_LENGTH", "CeleryRows", "moment", "text_writer"]
+
+#: As Celery's tables are made.
+MAX_NOTE_LENGTH: Final = 155
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+#: No two time zones are closer to each other than this, and no clock should be wrong by as much: in seconds.
+_A_ZONE: Final = 14 * 60
+
+
+class CeleryRows:
+    """The rows of Celery's table: ``optional`` names the columns that not every such table has.
+
+    ``encoding`` is that of the database, as PostgreSQL calls it.
+    """
+
+    def __init__(self, codec: Codec, optional: Sequence[str], encoding: str) -> None:
+        self._codec = codec
+        self._optional = optional
+        self._write = text_writer(encoding)
+
+    def encode(self, meta: TaskMeta) -> tuple[Any, ...]:
+        """The columns of the result, from ``status`` on; no more than `PLAIN_COLUMNS` if the others are null."""
+        done = None if meta.date_done is None else (meta.date_done - _EPOCH) // _MICROSECOND
+        plain = (meta.status, self._codec.dumps_result(meta), done)
+        if meta.traceback is None and not meta.children and not meta.extra:
+            return plain
+        others = (self.text(meta.traceback), *(self._encode(column, meta) for column in self._optional))
+        return plain if others.count(None) == len(others) else (*plain, *others)
+
+    def _encode(self, column: str, meta: TaskMeta) -> Any:
+        if column == "children":
+            children = meta.children
+            return self._codec.dumps(children, f"the children of task {meta.task_id}") if children else None
+        extra = meta.extra or {}
+        if column == "stamps":
+            if not (headers := extra.get("stamped_headers")):
+                return None
+            stamps = {name: extra[name] for name in headers if name in extra}
+            return self._codec.dumps({"stamped_headers": headers, "stamps": stamps}, "the stamps")
+        if column in ("args", "kwargs"):
+            return self._codec.dumps(extra[column], column) if column in extra else None
+        value = extra.get(column)
+        return value if column == "retries" else self.text(value, MAX_NOTE_LENGTH)
+
+    def text(self, value: object, limit: int | None = None) -> str | None:
+        """``value``, a note beside the result that must not cost it, as a column of text takes it."""
+        return None if value is None else self._write(str(value)).replace("\x00", "\\x00")[:limit]
+
+    def decode(self, task_id: str, row: Mapping[str, Any]) -> TaskMeta:
+        """The meta in a row of `Statements.fetch`. Raises as `Codec.decode`."""
+        fields = dict(row)
+        for name in ("result", "children", "args", "kwargs"):
+            if (data := fields.get(name)) is not None:
+                fields[name] = self._codec.loads(data, f"the {name} of task {task_id}")
+        if stamps := fields.pop("stamps", None):
+            fields.update(_stamps(self._codec.loads(stamps, f"the stamps of task {task_id}")))
+        done, stored_at = fields.pop("date_done"), fields.pop("stored_at")
+        if stored_at is not None and not abs(stored_at - done) < _A_ZONE:  # stored in a session of another time zone
+            done = stored_at
+        fields["date_done"] = moment(task_id, done)
+        optional = {name: value for name, value in fields.items() if value is not None}
+        return self._codec.build(task_id, {"status": None, "result": None, **optional})
+
+    def group(self, group_id: str, row: Mapping[str, Any]) -> bytes | None:
+        """What the serializer wrote of a group."""
+        data: bytes | None = row["result"]
+        return data
+
+
+def moment(task_id: str, seconds: float | None) -> datetime | None:
+    """The moment so many seconds after 1970, in UTC. Raises `DecodeError` where Python has no place for it."""
+    if seconds is None:
+        return None
+    try:
+        return _EPOCH + timedelta(microseconds=round(seconds * 1e6))
+    except (OverflowError, ValueError) as exc:
+        raise DecodeError(f"the date_done of task {task_id} cannot be read: {exc}") from exc
+
+
+def text_writer(encoding: str) -> Callable[[str], str]:
+    """A function that makes of any text one that a database of this encoding can hold, with escapes in it."""
+    try:
+        python = codecs.lookup(encoding).name
+    except LookupError:
+        python = "ascii"  # the part that all of PostgreSQL's encodings have in common
+    return lambda text: text.encode(python, "backslashreplace").decode(python)
+
+
+def _stamps(packed: Any) -> dict[str, Any]:
+    """Celery's ``stamps`` column as the fields that its other backends store."""
+    if not isinstance(packed, dict):
+        return {}
+    stamps = packed.get("stamps")
+    return {"stamped_headers": packed.get("stamped_headers"), **(stamps if isinstance(stamps, dict) else {})}
