@@ -239,7 +239,9 @@ class Backend(WorkerSide):
         if payload is None:
             return None
         with reading(f"group {group_id}"):
-            result = result_from_tuple(self._decode_group(group_id, payload), self)
+            members = self._decode_group(group_id, payload)
+            # Up to 5.6, Celery's database backend pickled the group itself.
+            result = result_from_tuple(members.as_tuple() if isinstance(members, SupportsAsTuple) else members, self)
         if not isinstance(result, GroupResult):
             raise DecodeError(f"what is stored as group {group_id} is a single result")
         return result

@@ -373,7 +373,7 @@ class PostgresBackend(Backend):
         if pool is None:
             connection = await self._connections.new(self._listen_dsn)
         else:
-            connection = await self._acquire_for_listening(pool)
+            connection = await self._connections.acquire(pool)
         give_back = None if pool is None else pool.release
         listener = Listener(connection, self.heartbeat, self._notified, self._listener_lost, give_back)
         try:
@@ -396,13 +396,6 @@ class PostgresBackend(Backend):
             )
         self._has_listened = True
         return listener
-
-    async def _acquire_for_listening(self, pool: asyncpg.Pool[Any]) -> Any:
-        try:
-            return await self._connections.acquire(pool)
-        except BackendConnectionError as exc:
-            # Handlers that wait for results while each holds a connection would wait for each other for ever.
-            raise BackendRefusedError(f"{exc}, and waiting needs one to listen on: pass listen_dsn=") from exc
 
     async def _notify(self, channel: str) -> None:
         """Send the listener what proves that it hears us; and see which number the table has where we are now."""

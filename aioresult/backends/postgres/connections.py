@@ -75,6 +75,8 @@ class Connections:
         self._attempt: asyncio.Future[None] | None = None
         self._made: WeakSet[asyncpg.Connection[Any]] = WeakSet()
         self._planning: Mapping[str, str] = _PLANNING
+        #: How many operations run.
+        self._in_use = 0
 
     @property
     def pooled(self) -> bool:
@@ -108,6 +110,7 @@ class Connections:
     def abandon(self) -> None:
         """Forget every connection, without the event loop: it has ended, or is the parent process's."""
         self._pool = self._attempt = None
+        self._in_use = 0
         for connection in tuple(self._made):
             transport = getattr(connection, "_transport", None)
             if isinstance(transport, asyncio.BaseTransport):
@@ -175,13 +178,19 @@ class Connections:
     @asynccontextmanager
     async def _acquired(self, pool: asyncpg.Pool[Any]) -> AsyncIterator[Any]:
         connection = await self.acquire(pool)
+        self._in_use += 1
         try:
             yield connection
         finally:
+            self._in_use -= 1
             await pool.release(connection)
 
     async def acquire(self, pool: asyncpg.Pool[Any]) -> Any:
-        """A connection of the pool, to be released. Raises `BackendRefusedError` if the caller's pool is closed."""
+        """A connection of the pool, to be released.
+
+        Raises `BackendRefusedError` if the caller's pool is closed, or if the caller has all of its connections: a
+        handler that waits for a result while it holds one may be what keeps them.
+        """
         try:
             return await pool.acquire(timeout=2 * self._heartbeat)
         except asyncpg.InterfaceError as exc:
@@ -189,11 +198,12 @@ class Connections:
                 raise BackendRefusedError(f"the pool given for {self._where} is closed") from exc
             raise
         except TimeoutError as exc:
-            if pool.get_size() < pool.get_max_size() or pool.get_idle_size():
-                raise  # it was the server that did not answer
-            raise BackendConnectionError(
-                f"none of the {pool.get_max_size()} connections of the pool for {self._where} has become free within "
-                f"{2 * self._heartbeat:g} s"
+            full = pool.get_size() >= pool.get_max_size() and not pool.get_idle_size()
+            if pool is not self.given or self._in_use or not full:
+                raise  # it may be the server that does not answer
+            raise BackendRefusedError(
+                f"none of the {pool.get_max_size()} connections of the pool given for {self._where} has become free "
+                f"within {2 * self._heartbeat:g} s: make it larger, or hold no connection while waiting for a result"
             ) from exc
 
     async def query(self, sql: str, *args: Any, otherwise: type[BackendError] = BackendError) -> Any:

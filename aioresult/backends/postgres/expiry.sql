@@ -19,9 +19,10 @@ BEGIN
     IF NOT EXISTS (
         SELECT FROM pg_trigger WHERE tgname = 'aioresult_stored' AND tgrelid = {table_literal}::regclass
     ) THEN
-        -- A comparison, because PostgreSQL cannot subtract from a date that is infinite.
+        -- A comparison, because PostgreSQL cannot subtract from a date that is infinite. No other column is named here:
+        -- one that a trigger's definition names cannot be altered.
         EXECUTE format('CREATE TRIGGER aioresult_stored AFTER INSERT OR UPDATE OF date_done ON %s FOR EACH ROW '
-            'WHEN (NEW.{key} IS NOT NULL AND NEW.date_done AT TIME ZONE %L NOT BETWEEN '
+            'WHEN (NEW.date_done AT TIME ZONE %L NOT BETWEEN '
             'clock_timestamp() - interval ''1 second'' AND clock_timestamp() + interval ''1 second'') '
             'EXECUTE FUNCTION %s(%L)', {table_literal}, zone, {stored_literal}, zone);
     END IF;

@@ -4,7 +4,8 @@
 CREATE OR REPLACE FUNCTION {stored}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $aioresult$
 BEGIN
-    INSERT INTO {expiry} AS e (id, stored_at, date_done) VALUES (NEW.{key}, clock_timestamp(), NEW.date_done)
+    INSERT INTO {expiry} AS e (id, stored_at, date_done)
+    SELECT NEW.{key}, clock_timestamp(), NEW.date_done WHERE octet_length(NEW.{key}) < 2000 -- no id is longer, or null
     ON CONFLICT (id) DO UPDATE SET expires_at = NULL, stored_at = excluded.stored_at, date_done = excluded.date_done
     WHERE e.date_done IS DISTINCT FROM excluded.date_done; -- otherwise the store itself has said when it expires
     RETURN NULL;
