@@ -206,9 +206,7 @@ async def test_a_saved_group_lives_as_long_as_its_chord(postgres_url: str, admin
         assert ready.results == ["p", ["q", "r"]]
 
 
-async def test_a_registration_for_ever_leaves_nothing_behind(
-    postgres_url: str, admin: asyncpg.Connection[Any]
-) -> None:
+async def test_a_registration_for_ever_leaves_nothing_behind(postgres_url: str, admin: asyncpg.Connection[Any]) -> None:
     """Its row says infinity, and Celery, which deletes the result, does not know of it."""
     async with PostgresBackend(postgres_url, expires=100) as backend:
         await backend.mark_as_done("a", 1, expires=0)
@@ -251,7 +249,7 @@ async def test_results_of_a_session_in_another_time_zone(
             "INSERT INTO celery_tasksetmeta VALUES (nextval('taskset_id_sequence'), 'g', $1, now())",
             b"[]",
         )
-        await celery.execute("UPDATE celery_tasksetmeta SET result = '[[\"g\", null], [[[\"a\", null], null]]]'")
+        await celery.execute('UPDATE celery_tasksetmeta SET result = \'[["g", null], [[["a", null], null]]]\'')
         assert await backend.cleanup() == 0
         assert await backend.restore_group("g") is not None
 
@@ -294,11 +292,11 @@ async def test_our_own_sessions_may_have_any_time_zone(postgres_url: str) -> Non
             assert [meta.result for meta in await backend.get_many(["a", "b"])] == [1, 2]
 
 
-async def test_a_celery_worker_whose_libpq_has_a_time_zone(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_celery_worker_whose_libpq_has_a_time_zone(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGTZ", "America/New_York")
-    app = Celery("shop", backend="db+" + postgres_url.replace("postgresql:", "postgresql+psycopg:"), set_as_current=False)
+    app = Celery(
+        "shop", backend="db+" + postgres_url.replace("postgresql:", "postgresql+psycopg:"), set_as_current=False
+    )
     app.conf.result_expires = 3600
     async with aioresult.celery.backend_from_app(app, create=True) as backend:
         await asyncio.to_thread(app.backend.store_result, "a", 7, "SUCCESS")
@@ -330,7 +328,11 @@ async def test_a_worker_whose_clock_is_wrong_stores_what_readers_see(
 # -- tables as they come --------------------------------------------------------------------------------------------
 
 #: Which columns the tables of these versions of Celery lack.
-LACKING = {"5.3 plain": ["children", *EXTENDED_COLUMNS], "5.5 extended": ["children", "stamps"], "5.7 plain": [*EXTENDED_COLUMNS]}
+LACKING = {
+    "5.3 plain": ["children", *EXTENDED_COLUMNS],
+    "5.5 extended": ["children", "stamps"],
+    "5.7 plain": [*EXTENDED_COLUMNS],
+}
 
 
 @pytest.mark.parametrize("version", LACKING)
@@ -366,7 +368,8 @@ async def test_groups_that_older_versions_pickled(postgres_url: str, admin: asyn
         app = Celery("shop", backend="cache+memory://", set_as_current=False)
         group = CeleryGroupResult("g", [CeleryAsyncResult("a", app=app), CeleryAsyncResult("b", app=app)], app=app)
         await admin.execute(
-            "INSERT INTO celery_tasksetmeta VALUES (nextval('taskset_id_sequence'), 'g', $1, now())", pickle.dumps(group)
+            "INSERT INTO celery_tasksetmeta VALUES (nextval('taskset_id_sequence'), 'g', $1, now())",
+            pickle.dumps(group),
         )
         restored = await backend.restore_group("g")
         assert restored is not None
@@ -474,9 +477,7 @@ async def database(admin: asyncpg.Connection[Any], url: str, encoding: str) -> A
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "WIN1252", "EUC_JP", "SQL_ASCII"])
-async def test_a_database_that_is_not_utf8(
-    postgres_url: str, admin: asyncpg.Connection[Any], encoding: str
-) -> None:
+async def test_a_database_that_is_not_utf8(postgres_url: str, admin: asyncpg.Connection[Any], encoding: str) -> None:
     async with database(admin, postgres_url, encoding) as url, PostgresBackend(url) as backend:
         ids = ["a", "b", "c"]
         waiters = [asyncio.ensure_future(backend.wait_for(task_id)) for task_id in ids]
@@ -509,13 +510,15 @@ async def test_a_schema_of_the_roles_own_is_enough(postgres_url: str, admin: asy
         await admin.execute("DROP OWNED BY shop; DROP ROLE shop")
 
 
-async def test_nothing_is_asked_for_where_nothing_is_missing(
-    postgres_url: str, admin: asyncpg.Connection[Any]
-) -> None:
+async def test_nothing_is_asked_for_where_nothing_is_missing(postgres_url: str, admin: asyncpg.Connection[Any]) -> None:
     """Neither rights, nor locks: a transaction that has every table locked is in nobody's way."""
     await PostgresBackend(postgres_url).create_schema()
-    await admin.execute("CREATE ROLE guest LOGIN; GRANT USAGE ON SCHEMA public TO guest; GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO guest")
-    await admin.execute("GRANT DELETE ON celery_taskmeta_expiry TO guest; GRANT USAGE ON SEQUENCE task_id_sequence TO guest")
+    await admin.execute(
+        "CREATE ROLE guest LOGIN; GRANT USAGE ON SCHEMA public TO guest; GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO guest"
+    )
+    await admin.execute(
+        "GRANT DELETE ON celery_taskmeta_expiry TO guest; GRANT USAGE ON SEQUENCE task_id_sequence TO guest"
+    )
     url = postgres_url.replace("postgres@", "guest@")
     try:
         async with admin.transaction():
@@ -533,7 +536,9 @@ async def test_a_celery_role_without_rights_on_our_tables_stores_all_the_same(
     """Also with a date_done that has to be noted beside the result; and it cannot use our function for anything else."""
     await PostgresBackend(postgres_url).create_schema()
     await admin.execute("CREATE ROLE worker LOGIN; GRANT SELECT, INSERT, UPDATE ON celery_taskmeta TO worker")
-    await admin.execute("GRANT USAGE ON SEQUENCE task_id_sequence TO worker; GRANT USAGE, CREATE ON SCHEMA public TO worker")
+    await admin.execute(
+        "GRANT USAGE ON SEQUENCE task_id_sequence TO worker; GRANT USAGE, CREATE ON SCHEMA public TO worker"
+    )
     try:
         async with session(postgres_url.replace("postgres@", "worker@"), timezone="Asia/Tokyo") as celery:
             await store_as_celery(celery, "a")
@@ -583,7 +588,9 @@ async def test_batches_of_every_kind_do_not_wait_for_each_other(
                         for index, task_id in enumerate(ids)
                         for call in (
                             backend.mark_as_pending(task_id) if index % 3 else backend.mark_as_started(task_id),
-                            backend.mark_as_started(task_id, pid=index) if index % 2 else backend.mark_as_pending(task_id),
+                            backend.mark_as_started(task_id, pid=index)
+                            if index % 2
+                            else backend.mark_as_pending(task_id),
                             backend.mark_as_done(task_id, 1, request=request, expires=50 if index % 5 else None),
                             *([backend.forget(task_id)] if index % 7 == 0 else []),
                         )

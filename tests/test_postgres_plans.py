@@ -43,7 +43,9 @@ def statements(backend: PostgresBackend) -> Iterator[tuple[str, str]]:
         for name, sql in vars(holder).items():
             if name in ("columns", "living_on", "_steps"):  # no statements, or one whose work is done in a function
                 continue
-            for key, each in sql.items() if isinstance(sql, dict) else enumerate([sql] if isinstance(sql, str) else sql):
+            for key, each in (
+                sql.items() if isinstance(sql, dict) else enumerate([sql] if isinstance(sql, str) else sql)
+            ):
                 yield f"{name} {key}", each
 
 
@@ -52,7 +54,8 @@ def arguments(sql: str) -> str:
     count = max((int(number) for number in re.findall(r"\$(\d+)", sql)), default=0)
     arrays = set(re.findall(r"\$(\d+)::\w+\[\]", sql))
     given = ", ".join(
-        "'{}'" if str(index) in arrays else "NULL" if f"${index}::float8" in sql else "'1'" for index in range(1, count + 1)
+        "'{}'" if str(index) in arrays else "NULL" if f"${index}::float8" in sql else "'1'"
+        for index in range(1, count + 1)
     )
     return f"({given})" if count else ""
 
