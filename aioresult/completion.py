@@ -7,125 +7,114 @@ backend, but none per result.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, Protocol, Self, TypeVar
+from itertools import chain
+from typing import Any, Generic, Self, TypeVar
 
 from .exceptions import AioResultError, UsageError
+from .handle import Leaf, ResultStore, is_over
 from .hub import chunked
-from .meta import ResultTuple, SupportsAsTuple, TaskMeta
+from .lineage import Ancestor, Lineage
+from .meta import TaskMeta
 from .seconds import Timeout, checked_timeout
 from .states import IGNORED, PENDING
 from .tasks import EMPTY, StandingTask
-from .waiter import LAST_LOOK, Outcome, Waiter, timed_out
+from .waiter import LAST_LOOK, Outcome, timed_out
 
-__all__ = ["Completions", "Leaf", "ResultStore", "look_up"]
+__all__ = ["Completions"]
 
 #: So many are left to the hub, which gathers them with those of other joins.
 _FEW = 100
-
-
-class ResultStore(Protocol):
-    """What result handles need of a backend (`aioresult.backends.base.Backend` is one)."""
-
-    #: How many ids go into one round trip.
-    fetch_chunk: int
-
-    @property
-    def store_id(self) -> Hashable:
-        """Equal for objects that keep their results in the same place."""
-
-    def check(self) -> None: ...
-    def result(self, task_id: str) -> Any: ...
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
-    def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
-    async def look_up(self, task_ids: Iterable[str]) -> list[Outcome]: ...
-    async def get_task_meta(self, task_id: str) -> TaskMeta: ...
-    async def wait_for(self, task_id: str, timeout: Timeout = None) -> TaskMeta: ...
-    async def exists(self, task_id: str) -> bool: ...
-    async def forget_many(self, task_ids: Iterable[str]) -> None: ...
-    async def save_group(self, group_id: str, group: SupportsAsTuple | ResultTuple) -> None: ...
-    async def restore_group(self, group_id: str) -> Any: ...
-    async def delete_group(self, group_id: str) -> None: ...
-
-
-class Leaf(Protocol):
-    """A handle on one task: `aioresult.result.AsyncResult`."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def store(self) -> ResultStore | None:
-        """Where it is kept; ``None`` if its meta is all there ever was."""
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """The last news of it."""
-
-    def learn(self, outcome: Outcome) -> None:
-        """Note the news."""
-
 
 L = TypeVar("L", bound=Leaf)
 
 
 class _Inbox(Generic[L]):
-    """The waiter at one store: sorts what arrives to the handles on that id."""
+    """The waiter at one store: sorts what arrives to the handles on that id, members and their ancestors."""
 
     def __init__(self, owner: Completions[L]) -> None:
         self._owner = owner
-        self.pending: dict[str, list[L]] = {}
+        self.pending: dict[str, list[L | Ancestor[L]]] = {}
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
-        for leaf in self.pending.get(task_id, ()):
-            leaf.learn(outcome)
+        for each in self.pending.get(task_id, ()):
+            each.learn(outcome)
         if isinstance(outcome, Exception) or outcome.ready:
             self._owner.finish(self.pending.pop(task_id, ()), outcome)
+
+    def leaves(self) -> Iterator[L]:
+        """The members that are waited for."""
+        return (each for waiting in self.pending.values() for each in waiting if not isinstance(each, Ancestor))
 
 
 class Completions(Generic[L]):
     """An async iterator of what has finished since its last step, in order, as a list of ``(leaf, outcome)``.
 
-    Every outcome is a ready meta, or why there will be none.
+    Every outcome is a ready meta, or why there will be none. It is a leaf's own, or that of an ancestor which failed:
+    then the leaf never runs, or failed for that very reason. Before a failure is handed over, what stands above the
+    leaf is looked up once, so that which failure it is does not depend on when the caller asks.
 
     Use it in ``with``, which ends the subscriptions that are left. ``timeout`` is in seconds from now: after it, the
     next step that would have to wait raises `aioresult.TimeoutError`. With 0 what is stored is looked up once. A result
     that is stored beats a deadline that has passed: after less than a second, what is missing is looked up once more.
 
-    Of many, what is over already is found by looking, a chunk at a time, and never meets the hub.
+    Of many, what is over already is found by looking, a chunk at a time, and never meets the hub. Then the ancestors of
+    what is left are followed.
     """
 
-    def __init__(self, leaves: Iterable[L], timeout: Timeout = None) -> None:
+    def __init__(self, lineage: Lineage[L], timeout: Timeout = None) -> None:
         self._timeout = checked_timeout(timeout)
         self._once = self._timeout is not None and self._timeout <= 0
         self._expired = False
+        self._lineage = lineage
         self._looks: list[StandingTask] = []
         #: Why looking once has failed.
         self._error: Exception | None = None
         self._finished: list[tuple[L, Outcome]] = []
+        #: Leaves that failed, each with its failure as far as that is known; see `_settle`.
+        self._doubtful: list[tuple[L, TaskMeta]] = []
+        self._settler: StandingTask | None = None
+        self._followed: set[Ancestor[L]] = set()
         self._inboxes: dict[ResultStore, _Inbox[L]] = {}
         self._wake: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._unfinished = 0
-        for leaf in leaves:
+        for leaf in lineage.leaves:
             known, store = leaf.outcome, leaf.store
             if isinstance(known, TaskMeta) and (known.ready or known.status == IGNORED or store is None):
-                self._finished.append((leaf, known))
+                if known.propagates and self._is_doubtful(leaf):
+                    self._unfinished += 1
+                    self._doubtful.append((leaf, known))
+                else:
+                    self._finished.append((leaf, known))
             elif store is None:
                 error = UsageError(f"{leaf!r} has no backend")
                 leaf.learn(error)
                 self._finished.append((leaf, error))
             else:
                 self._unfinished += 1
-                if (inbox := self._inboxes.get(store)) is None:
-                    inbox = self._inboxes[store] = _Inbox(self)
-                inbox.pending.setdefault(leaf.id, []).append(leaf)
+                self._inbox(store).pending.setdefault(leaf.id, []).append(leaf)
+        if self._inboxes:
+            self._meet_ancestors()
+
+    def _inbox(self, store: ResultStore) -> _Inbox[L]:
+        if (inbox := self._inboxes.get(store)) is None:
+            inbox = self._inboxes[store] = _Inbox(self)
+        return inbox
+
+    def _meet_ancestors(self) -> None:
+        for ancestor in self._lineage.ancestors.values():
+            if (failure := ancestor.failure) is not None:
+                self._fell(ancestor, failure)
+            elif ancestor.handle.store is not None and not is_over(ancestor.handle):
+                self._inbox(ancestor.handle.store)
 
     def __enter__(self) -> Self:
         for store in self._inboxes:
             store.check()
-        if not self._inboxes:
+        if not self._unfinished:
             return self
         if self._once:
             self._begin(self._look_once)
@@ -133,14 +122,20 @@ class Completions(Generic[L]):
         if self._timeout is not None:
             expire = self._expire if self._timeout >= LAST_LOOK else partial(self._begin, self._look_at_the_end)
             self._timer = asyncio.get_running_loop().call_later(self._timeout, expire, context=EMPTY)
+        self._start_to_settle()
+        few: list[_Inbox[L]] = []
         for store, inbox in self._inboxes.items():
             if len(inbox.pending) > _FEW:
-                self._begin(partial(self._look_and_watch, store, inbox))
+                self._begin(partial(self._look_through, store, inbox))
             else:
                 self._watch(store, inbox, tuple(inbox.pending), look=True)
+                few.append(inbox)
+        self._follow(few)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._settler is not None:
+            self._settler.cancel()
         for look in self._looks:
             look.cancel()
         if self._timer is not None:
@@ -154,8 +149,11 @@ class Completions(Generic[L]):
         self._looks.append(task)
         task.start()
 
+    # -- looking ----------------------------------------------------------------------------------------------------
+
     async def _look_once(self) -> None:
         try:
+            await self._settle()
             await self._look_all()
         except Exception as exc:
             self._error = exc
@@ -168,21 +166,30 @@ class Completions(Generic[L]):
         self._expire()
 
     async def _look_all(self) -> None:
-        for store, inbox in self._inboxes.items():
-            for task_ids in chunked(inbox.pending, store.fetch_chunk):
-                await self._look_up(store, inbox, task_ids)
+        inboxes = tuple(self._inboxes.values())
+        if sum(len(inbox.pending) for inbox in inboxes) <= _FEW:
+            self._add_ancestors(inboxes)
+        for store, inbox in tuple(self._inboxes.items()):
+            await self._look_up(store, inbox, inbox.pending)
+        for store, task_ids in self._add_ancestors(inboxes).items():  # of a few, there are none left
+            await self._look_up(store, self._inboxes[store], task_ids)
 
-    async def _look_and_watch(self, store: ResultStore, inbox: _Inbox[L]) -> None:
-        for task_ids in chunked(inbox.pending, store.fetch_chunk):
+    async def _look_through(self, store: ResultStore, inbox: _Inbox[L]) -> None:
+        await self._look_and_watch(store, inbox, inbox.pending)
+        self._follow([inbox])
+
+    async def _look_and_watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
+        for some in chunked(task_ids, store.fetch_chunk):
             # Whoever watches is told of what goes wrong if it is for good, and else waits until it has passed.
             with suppress(Exception):
-                await self._look_up(store, inbox, task_ids)
-            self._watch(store, inbox, [task_id for task_id in task_ids if task_id in inbox.pending], look=False)
+                await self._look_up(store, inbox, some)
+            self._watch(store, inbox, [task_id for task_id in some if task_id in inbox.pending], look=False)
 
-    async def _look_up(self, store: ResultStore, inbox: _Inbox[L], task_ids: Sequence[str]) -> None:
-        for task_id, outcome in zip(task_ids, await store.look_up(task_ids), strict=True):
-            if isinstance(outcome, Exception) or outcome.status != PENDING:
-                inbox.receive(task_id, outcome)
+    async def _look_up(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
+        for some in chunked(task_ids, store.fetch_chunk):
+            for task_id, outcome in zip(some, await store.look_up(some), strict=True):
+                if isinstance(outcome, Exception) or outcome.status != PENDING:
+                    inbox.receive(task_id, outcome)
 
     def _watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str], look: bool) -> None:
         for task_id in task_ids:
@@ -190,6 +197,97 @@ class Completions(Generic[L]):
                 store.watch(task_id, inbox, look)
             except AioResultError as exc:  # it was closed meanwhile, or the id is none
                 inbox.receive(task_id, exc)
+
+    # -- ancestors --------------------------------------------------------------------------------------------------
+
+    def _follow(self, inboxes: Sequence[_Inbox[L]]) -> None:
+        """Watch what stands above the leaves that are waited for there."""
+        for store, task_ids in self._add_ancestors(inboxes).items():
+            inbox = self._inboxes[store]
+            if len(task_ids) > _FEW:
+                self._begin(partial(self._look_and_watch, store, inbox, task_ids))
+            else:
+                self._watch(store, inbox, task_ids, look=True)
+
+    def _add_ancestors(self, inboxes: Sequence[_Inbox[L]]) -> dict[ResultStore, list[str]]:
+        """Wait for what stands above those leaves, too. Returns the ids that nothing was waiting for."""
+        fresh: dict[ResultStore, list[str]] = {}
+        if not self._lineage.ancestors:
+            return fresh
+        for ancestor in self._lineage.above(leaf for inbox in inboxes for leaf in inbox.leaves()):
+            handle = ancestor.handle
+            if ancestor in self._followed or handle.store is None or handle.ignored or is_over(handle):
+                continue
+            self._followed.add(ancestor)
+            waiting = self._inbox(handle.store).pending.setdefault(handle.id, [])
+            if not waiting:
+                fresh.setdefault(handle.store, []).append(handle.id)
+            waiting.append(ancestor)
+        return fresh
+
+    def _fell(self, ancestor: Ancestor[L], failure: TaskMeta) -> None:
+        """An ancestor failed: the leaves below it that are not over never will be."""
+        for leaf in self._lineage.below(ancestor):
+            inbox = None if leaf.store is None else self._inboxes.get(leaf.store)
+            waiting = () if inbox is None else inbox.pending.get(leaf.id, ())
+            others = [each for each in waiting if each is not leaf]
+            if leaf.store is None or inbox is None or len(others) == len(waiting):
+                continue
+            self._doubtful += [(leaf, failure)] * (len(waiting) - len(others))
+            if others:
+                inbox.pending[leaf.id] = others
+            else:
+                del inbox.pending[leaf.id]
+                leaf.store.unwatch(leaf.id, inbox)
+
+    def _is_doubtful(self, leaf: L) -> bool:
+        """Whether a failure of the leaf may be another's."""
+        return not is_over(leaf) or (leaf.verdict is None and self._lineage.has_parents(leaf))
+
+    def _start_to_settle(self) -> None:
+        if self._doubtful and self._settler is None and not self._once:
+            self._settler = StandingTask(self._settle, "aioresult-settle", lambda: True)
+            self._settler.start()
+
+    async def _settle(self) -> None:
+        """Look up what stands above the leaves that failed, and hand them over.
+
+        A leaf that failed with an ancestor, and not by itself, is looked up as well: a success always counts. What
+        cannot be had within a second is taken as not known.
+        """
+        while self._doubtful:
+            some = [leaf for leaf, _ in self._doubtful[:_FEW]]
+            with suppress(Exception):
+                async with asyncio.timeout(LAST_LOOK):
+                    await self._look_above(some)
+            self._conclude(len(some))
+        self._settler = None
+
+    async def _look_above(self, leaves: Sequence[L]) -> None:
+        unknown: dict[ResultStore, dict[str, list[L]]] = {}
+        for handle in chain(leaves, (ancestor.handle for ancestor in self._lineage.above(leaves))):
+            if handle.store is not None and not handle.ignored and not is_over(handle):
+                unknown.setdefault(handle.store, {}).setdefault(handle.id, []).append(handle)
+        for store, handles in unknown.items():
+            with suppress(Exception):
+                for task_id, outcome in zip(handles, await store.look_up(handles), strict=True):
+                    for handle in handles[task_id]:
+                        handle.learn(outcome)
+
+    def _conclude(self, count: int) -> None:
+        """Hand over the first of the doubtful leaves, with what is known of their ancestors."""
+        some = self._doubtful[:count]
+        del self._doubtful[:count]
+        for (leaf, failure), cause in zip(some, self._lineage.causes([leaf for leaf, _ in some]), strict=True):
+            outcome = leaf.meta
+            if outcome is None or not outcome.ready or outcome.propagates:
+                outcome = leaf.verdict or cause or failure
+                leaf.settle(outcome)
+            self._unfinished -= 1
+            self._finished.append((leaf, outcome))
+        self._rouse()
+
+    # -- the iterator -----------------------------------------------------------------------------------------------
 
     def __aiter__(self) -> Self:
         return self
@@ -207,15 +305,24 @@ class Completions(Generic[L]):
         finished, self._finished = self._finished, []
         return finished
 
-    def finish(self, leaves: Iterable[L], outcome: Outcome) -> None:
+    def finish(self, handles: Iterable[L | Ancestor[L]], outcome: Outcome) -> None:
         """Called by an inbox: these are over."""
-        for leaf in leaves:
-            self._unfinished -= 1
-            self._finished.append((leaf, outcome))
+        failure = outcome if self._lineage.ancestors and isinstance(outcome, TaskMeta) and outcome.propagates else None
+        for each in handles:
+            if isinstance(each, Ancestor):
+                if failure is not None and each.failure is not None:
+                    self._fell(each, failure)
+            elif failure is not None and self._is_doubtful(each):
+                self._doubtful.append((each, failure))
+            else:
+                self._unfinished -= 1
+                self._finished.append((each, outcome))
+        self._start_to_settle()
         self._rouse()
 
     def _expire(self) -> None:
         self._expired = True
+        self._conclude(len(self._doubtful))
         self._rouse()
 
     def _rouse(self) -> None:
@@ -223,24 +330,6 @@ class Completions(Generic[L]):
             self._wake.set_result(None)
 
     def _describe(self) -> str:
-        first = next(task_id for inbox in self._inboxes.values() for task_id in inbox.pending)
+        first = next(leaf.id for inbox in self._inboxes.values() for leaf in inbox.leaves())
         others = self._unfinished - 1
         return f"task {first}" + (f", with {others:,} more," if others else "")
-
-
-async def look_up(leaves: Iterable[Leaf]) -> None:
-    """Have every leaf that is not known to be ready learn what is stored of it now, in one go per store.
-
-    Raises what cannot be read, as `aioresult.backends.base.Backend.get_task_meta` does.
-    """
-    by_store: dict[ResultStore, list[Leaf]] = {}
-    for leaf in leaves:
-        known = leaf.outcome
-        if leaf.store is not None and not (isinstance(known, TaskMeta) and known.ready):
-            by_store.setdefault(leaf.store, []).append(leaf)
-    for store, unknown in by_store.items():
-        outcomes = await store.look_up([leaf.id for leaf in unknown])
-        for leaf, outcome in zip(unknown, outcomes, strict=True):
-            leaf.learn(outcome)
-            if isinstance(outcome, Exception):
-                raise outcome

@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 from .meta import TaskMeta
 from .result import AsyncResult
-from .seconds import Timeout
+from .seconds import Timeout, checked_timeout
 from .states import SUCCESS
 from .tree import raise_or_return
 
@@ -29,11 +29,12 @@ class EagerResult(AsyncResult[T]):
 
     async def get(self, timeout: Timeout = None, propagate: bool = True, follow_parents: bool = True) -> T:
         """The value, or the exception raised; never waits."""
-        return cast("T", raise_or_return(self._outcome) if propagate else self.value())
+        checked_timeout(timeout)
+        return cast("T", raise_or_return(self.outcome) if propagate else self.value())
 
     async def fetch(self) -> TaskMeta:
         """What it was made with."""
-        return cast("TaskMeta", self._outcome)
+        return cast("TaskMeta", self.meta)
 
     async def ready(self) -> bool:
         """True."""

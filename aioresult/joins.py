@@ -9,8 +9,9 @@ from typing import Any
 
 from .completion import Completions
 from .exceptions import TimeoutError, UsageError
+from .lineage import Lineage
 from .result import AsyncResult, ResultBase, ResultSet
-from .seconds import Timeout
+from .seconds import Timeout, checked_timeout
 
 __all__ = ["as_completed", "gather", "wait"]
 
@@ -29,31 +30,36 @@ async def wait(
 ) -> tuple[set[ResultBase], set[ResultBase]]:
     """``(done, pending)``, as `asyncio.wait`: neither a failed task nor the end of ``timeout`` seconds raises.
 
-    ``return_when`` is one of asyncio's three constants. A group is done when all of it is.
+    ``return_when`` is one of asyncio's three constants. A group is done when all of it is. A result that waits for a
+    parent that failed is done, and has failed. Handles that are equal are all waited for, so that each knows its
+    result; but a set can hold only one of them, which is done as soon as any is.
     """
     if return_when not in (ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION):
         raise UsageError(f"return_when must be one of asyncio's three constants, not {return_when!r}")
-    pending = set(_checked(results))
-    missing: dict[ResultBase, int] = {}
-    # By identity: equal handles are waited for together, and each is told.
-    leaves: dict[int, AsyncResult[Any]] = {}
+    timeout = checked_timeout(timeout)
+    checked = _checked(results)
+    pending = set(checked)
+    lineage = Lineage[AsyncResult[Any]]()
+    # By identity: of handles that are equal, each is told. A handle may be in several groups, or twice in one.
     owners: dict[int, list[ResultBase]] = {}
-    for result in pending:
-        members = {id(leaf): leaf for leaf in result.leaves()}  # a handle may be in several groups, or twice in one
-        missing[result] = len(members)
-        leaves |= members
+    missing: dict[int, int] = {}
+    done: set[ResultBase] = set()
+    for result in {id(result): result for result in checked}.values():
+        members = {id(leaf) for leaf in lineage.add([result])}
+        missing[id(result)] = len(members)
+        if not members:
+            done.add(result)
         for key in members:
             owners.setdefault(key, []).append(result)
-    done = {result for result, count in missing.items() if not count}
     if done and return_when == FIRST_COMPLETED:
         return done, pending - done
     enough = False
-    with suppress(TimeoutError), Completions(leaves.values(), timeout) as completions:
+    with suppress(TimeoutError), Completions(lineage, timeout) as completions:
         async for finished in completions:
             for leaf, outcome in finished:
-                for result in owners[id(leaf)]:
-                    missing[result] -= 1
-                    if not missing[result]:
+                for result in owners.pop(id(leaf), ()):
+                    missing[id(result)] -= 1
+                    if not missing[id(result)]:
                         done.add(result)
                 failed = isinstance(outcome, Exception) or outcome.propagates
                 enough |= bool(done) if return_when == FIRST_COMPLETED else failed and return_when == FIRST_EXCEPTION
@@ -64,7 +70,7 @@ async def wait(
 
 def as_completed(results: Iterable[ResultBase], timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
     """The single results in the order in which they finish; see `ResultSet.as_completed`."""
-    return ResultSet(_checked(results)).as_completed(timeout)
+    return ResultSet(_checked(results)).as_completed(checked_timeout(timeout))
 
 
 def _checked(results: Iterable[ResultBase]) -> list[ResultBase]:

@@ -10,13 +10,15 @@ from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from typing import Any, Generic, Self, TypeVar, cast
 from uuid import UUID, uuid4
 
-from .completion import Completions, ResultStore, look_up
+from .completion import Completions
 from .exceptions import CyclicResultError, DecodeError, UsageError
+from .handle import ResultStore, look_up
 from .hub import chunked
+from .lineage import Lineage
 from .meta import ResultTuple, TaskMeta
-from .seconds import Timeout
-from .states import FAILURE, IGNORED, SUCCESS
-from .tasks import twin
+from .news import News, value_of
+from .seconds import Timeout, checked_timeout
+from .states import FAILURE, SUCCESS
 from .tree import ResultBase, check_nesting, checked_id, parents_of, raise_or_return, same_store, unpack
 from .waiter import Outcome
 
@@ -31,15 +33,14 @@ _MAX_NODES = 1_000_000
 _FORGOTTEN_TOGETHER = 2_000
 
 
-class AsyncResult(ResultBase, Generic[T]):
+class AsyncResult(News, Generic[T]):
     """A handle on the result of one task. ``await`` it for the value, or for the exception that the task raised.
 
     Two handles are equal if they are of the same id in the same store; a handle also equals its id. Once ready, the
     meta is remembered, and nothing is asked of the server again.
     """
 
-    __slots__ = ("__weakref__", "_backend", "_outcome", "id", "ignored", "parent")
-    id: str
+    __slots__ = ("__weakref__", "_backend", "parent")
 
     def __init__(
         self,
@@ -49,12 +50,9 @@ class AsyncResult(ResultBase, Generic[T]):
         *,
         ignored: bool = False,
     ) -> None:
-        self.id = checked_id(id)
+        super().__init__(checked_id(id), ignored)
         self._backend = backend
         self.parent: ResultBase | None = parent
-        #: The task stores no result (Celery: ``ignore_result``): awaiting gives ``None`` at once.
-        self.ignored: bool = ignored
-        self._outcome: Outcome | None = None
 
     @property
     def backend(self) -> ResultStore:
@@ -71,32 +69,35 @@ class AsyncResult(ResultBase, Generic[T]):
 
         :param timeout: seconds; ``None`` waits for ever, 0 looks once. The task itself goes on.
         :param propagate: raise the task's exception; otherwise return it.
-        :param follow_parents: also raise as soon as a parent in the chain fails, for then this task never runs.
+        :param follow_parents: a parent that failed or was revoked ends the wait, for then this task never runs: its
+            exception takes the place of this task's. It does so also if this task has failed itself, as the callback
+            of a chord does. If several parents failed, it is the one that failed first. A success is never affected.
         :raises TimeoutError: the time is up.
         :raises Exception: what the task raised, of its own class where that is imported here, else a `RemoteError`;
             the worker's traceback is its ``__cause__``. Each call raises an instance of its own.
         :raises TaskRevokedError: the task was revoked.
         :raises BackendError, SerializationError: the result could not be had or read.
         """
+        timeout = checked_timeout(timeout)
         if self.ignored:
             return cast("T", None)
-        if not self._known():
-            if follow_parents and propagate and self.parent is not None:
-                await self._wait_withparents_of(timeout)
-            else:
-                self._outcome = await self.backend.wait_for(self.id, timeout)
-        return cast("T", self.value() if not propagate else raise_or_return(self._outcome))
+        if follow_parents and (self.parent is not None or self.verdict is not None):
+            outcome = await self._followed(timeout)
+        elif self._known():
+            outcome = self._own()
+        else:
+            outcome = await self.backend.wait_for(self.id, timeout)
+            self.learn(outcome)
+        return cast("T", raise_or_return(outcome) if propagate else value_of(outcome))
 
-    async def _wait_withparents_of(self, timeout: Timeout) -> None:
-        ancestors = (leaf for parent in parents_of(self) for leaf in parent.leaves())
-        family: list[AsyncResult[Any]] = [self, *ancestors]
-        with Completions(family, timeout) as completions:
-            async for finished in completions:
-                for leaf, outcome in finished:
-                    if leaf is self:
-                        return
-                    if isinstance(outcome, TaskMeta):  # a parent that cannot be read has not failed
-                        raise_or_return(outcome)
+    async def _followed(self, timeout: Timeout) -> Outcome | None:
+        """The outcome once it is known, or that of a parent that failed."""
+        meta, outcome = self.meta, self.outcome
+        if meta is None or not meta.ready or (meta.propagates and self.verdict is None):
+            with Completions(Lineage[AsyncResult[Any]]([self]), timeout) as completions:
+                async for finished in completions:
+                    ((_, outcome),) = finished
+        return outcome
 
     # -- what `Completions` needs -----------------------------------------------------------------------------------
 
@@ -105,28 +106,7 @@ class AsyncResult(ResultBase, Generic[T]):
         """Where to wait for it; ``None`` if there is nothing to wait for."""
         return self._backend
 
-    @property
-    def outcome(self) -> Outcome | None:
-        """The last news: a meta, or why it could not be had. Of an ignored result there is no more than its state."""
-        return TaskMeta(self.id, IGNORED) if self.ignored and not self._known() else self._outcome
-
-    def learn(self, outcome: Outcome) -> None:
-        """Note the news; for those who wait for many results at once.
-
-        What a read brings may be older than what a message has brought meanwhile: nothing comes after the end.
-        """
-        if self._outcome is None or not self._known():
-            self._outcome = outcome
-
     # -- looking, without waiting -----------------------------------------------------------------------------------
-
-    @property
-    def meta(self) -> TaskMeta | None:
-        """The meta as last seen. No I/O: ``None`` until something looked."""
-        return self._outcome if isinstance(self._outcome, TaskMeta) else None
-
-    def _known(self) -> bool:
-        return isinstance(self._outcome, TaskMeta) and self._outcome.ready
 
     async def fetch(self) -> TaskMeta:
         """Read what is stored now. Raises as `aioresult.backends.base.Backend.get_task_meta`."""
@@ -173,11 +153,6 @@ class AsyncResult(ResultBase, Generic[T]):
     def leaves(self) -> Iterator[AsyncResult[Any]]:
         yield self
 
-    def value(self) -> Any:
-        if isinstance(self._outcome, Exception):
-            raise twin(self._outcome)
-        return None if self._outcome is None else self._outcome.afresh().result
-
     def as_list(self) -> list[str]:
         """The ids of this result and of its parents, the last one first."""
         return [self.id, *(parent.id for parent in parents_of(self) if parent.id is not None)]
@@ -223,7 +198,7 @@ class ResultSet(ResultBase):
         :raises TimeoutError: the time is up. For the rest see `AsyncResult.get`.
         """
         members = self._frozen()
-        with Completions(members.leaves(), timeout) as completions:
+        with Completions(Lineage[AsyncResult[Any]]([members]), timeout) as completions:
             async for finished in completions:
                 for _, outcome in finished:
                     if propagate or isinstance(outcome, Exception):
@@ -233,9 +208,11 @@ class ResultSet(ResultBase):
     def _frozen(self, nesting: int = 0) -> ResultSet:
         """The members as they are now: what is added to a set during a wait belongs to the next one."""
         check_nesting(nesting)
-        return ResultSet(
+        frozen = ResultSet(
             member._frozen(nesting + 1) if isinstance(member, ResultSet) else member for member in self.results
         )
+        frozen.parent = self.parent
+        return frozen
 
     async def join(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
         """The same as `get`; Celery has both names."""
@@ -249,7 +226,7 @@ class ResultSet(ResultBase):
 
         :raises TimeoutError: ``timeout`` seconds after the first step, if results are missing then.
         """
-        with Completions(self.leaves(), timeout) as completions:
+        with Completions(Lineage[AsyncResult[Any]]([self]), timeout) as completions:
             async for finished in completions:
                 for leaf, _ in finished:
                     yield leaf
@@ -292,6 +269,9 @@ class ResultSet(ResultBase):
     async def forget(self) -> None:
         """Remove the members' stored results, and those of their parents, in few round trips."""
         await _forget(self.leaves())
+
+    def _members(self) -> Iterable[ResultBase] | None:
+        return self.results
 
     def leaves(self) -> Iterator[AsyncResult[Any]]:
         path = [iter(self.results)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from typing import Any
 from uuid import UUID
 
-from .completion import ResultStore
 from .exceptions import CyclicResultError, DecodeError, IncompleteStream, RemoteError, UsageError
+from .handle import ResultStore
 from .meta import ResultTuple
 from .seconds import Timeout
 from .tasks import twin
@@ -74,6 +74,10 @@ class ResultBase(ABC):
         for node in reversed(list(parents_of(self))):
             above = (node.id, above), node._members_as_tuples(nesting)
         return (self.id, above), self._members_as_tuples(nesting)
+
+    def _members(self) -> Iterable[ResultBase] | None:
+        """The members of a group; ``None`` of what is none."""
+        return None
 
     def _members_as_tuples(self, nesting: int) -> list[ResultTuple] | None:
         return None

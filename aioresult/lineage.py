@@ -1,0 +1,204 @@
+"""`Lineage`: what stands above the results of a join, their parents and those of the groups that enclose them.
+
+A task whose parent failed or was revoked never runs. So a join has to know, when a result fails, which results wait
+for it; and which failure comes first, when several have failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Generic, TypeVar, cast
+
+from .handle import Leaf
+from .meta import TaskMeta
+from .tree import ResultBase, check_nesting, parents_of
+
+__all__ = ["Ancestor", "Lineage"]
+
+L = TypeVar("L", bound=Leaf)
+
+_LAST = datetime.max.replace(tzinfo=UTC)
+
+
+class Ancestor(Generic[L]):
+    """A result that others wait for. Equal handles share one."""
+
+    __slots__ = ("above", "handle", "opens")
+
+    def __init__(self, handle: L) -> None:
+        self.handle = handle
+        #: Its own parents, the topmost first. A dict for its order, as below.
+        self.above: dict[_Gate[L], None] = {}
+        #: The parents that it is, or is part of.
+        self.opens: dict[_Gate[L], None] = {}
+
+    def learn(self, outcome: TaskMeta | Exception) -> None:
+        self.handle.learn(outcome)
+
+    @property
+    def failure(self) -> TaskMeta | None:
+        """Its meta, if it is known to have failed. A result that cannot be read has not failed."""
+        known = None if self.handle.ignored else self.handle.outcome
+        return known if isinstance(known, TaskMeta) and known.propagates else None
+
+
+class _Gate(Generic[L]):
+    """A parent, single or a group: it opens for those below it once all of it has succeeded."""
+
+    __slots__ = ("below", "of", "shut")
+
+    def __init__(self) -> None:
+        self.of: dict[Ancestor[L], None] = {}
+        self.below: list[L | Ancestor[L]] = []
+        #: Whether those below have been told already that a part of it failed.
+        self.shut = False
+
+
+class Lineage(Generic[L]):
+    """The `leaves` of some results, in order, and the `ancestors` of those leaves.
+
+    A leaf without parents costs nothing here; any other handle is met once, and an ancestor is known once, however many
+    leaves it has below it. Raises `CyclicResultError` if a result is its own parent.
+    """
+
+    def __init__(self, results: Iterable[ResultBase] = ()) -> None:
+        self.leaves: list[L] = []
+        self.ancestors: dict[L, Ancestor[L]] = {}
+        #: The parents of each leaf that has any, by its identity: handles that are equal may have different parents.
+        self._above: dict[int, tuple[_Gate[L], ...]] = {}
+        self._gates: dict[object, _Gate[L]] = {}
+        #: The parents that were met, by identity, and those of them that were not looked into.
+        self._met: dict[int, ResultBase] = {}
+        self._fresh: list[tuple[_Gate[L], ResultBase]] = []
+        self._lines: dict[tuple[_Gate[L], ...], list[Ancestor[L]]] = {}
+        self.add(results)
+
+    def add(self, results: Iterable[ResultBase]) -> list[L]:
+        """Take results in, and return their leaves."""
+        before = len(self.leaves)
+        self._descend(results, (), self._add_leaf, 0)
+        while self._fresh:
+            gate, parent = self._fresh.pop()
+
+            def add_ancestor(leaf: L, above: tuple[_Gate[L], ...], gate: _Gate[L] = gate) -> None:
+                self._add_ancestor(leaf, above, gate)
+
+            self._descend((parent,), (), add_ancestor, 0)
+        return self.leaves[before:]
+
+    def _descend(
+        self,
+        results: Iterable[ResultBase],
+        above: tuple[_Gate[L], ...],
+        take: Callable[[L, tuple[_Gate[L], ...]], None],
+        nesting: int,
+    ) -> None:
+        check_nesting(nesting)
+        for result in results:
+            here = above if result.parent is None else (*above, self._gate_above(result))
+            members = result._members()
+            if members is not None:
+                self._descend(members, here, take, nesting + 1)
+            else:
+                for leaf in result.leaves():
+                    take(leaf, here)
+
+    def _add_leaf(self, leaf: L, above: tuple[_Gate[L], ...]) -> None:
+        self.leaves.append(leaf)
+        if above:
+            known = self._above.get(id(leaf), ())
+            self._above[id(leaf)] = known + tuple(gate for gate in above if gate not in known)
+            for gate in above:
+                gate.below.append(leaf)
+
+    def _add_ancestor(self, leaf: L, above: tuple[_Gate[L], ...], gate: _Gate[L]) -> None:
+        ancestor = self.ancestors.get(leaf)
+        if ancestor is None:
+            ancestor = self.ancestors[leaf] = Ancestor(leaf)
+        ancestor.opens[gate] = None
+        gate.of[ancestor] = None
+        for upper in above:
+            if upper not in ancestor.above:
+                ancestor.above[upper] = None
+                upper.below.append(ancestor)
+
+    def _gate_above(self, result: ResultBase) -> _Gate[L]:
+        for parent in parents_of(result):
+            if id(parent) in self._met:
+                break
+            self._met[id(parent)] = parent
+            self._fresh.append((self._gate(parent), parent))
+        return self._gate(cast("ResultBase", result.parent))
+
+    def _gate(self, parent: ResultBase) -> _Gate[L]:
+        # Members that come out of a store have a copy of their parent each: equal ones count as one.
+        key: object = id(parent) if parent.id is None else parent
+        gate = self._gates.get(key)
+        if gate is None:
+            gate = self._gates[key] = _Gate()
+        return gate
+
+    def has_parents(self, leaf: L) -> bool:
+        """Whether anything stands above the leaf."""
+        return id(leaf) in self._above
+
+    def above(self, leaves: Iterable[L]) -> Iterable[Ancestor[L]]:
+        """What stands above any of these leaves, each once."""
+        if not self._above:
+            return ()
+        lines = dict.fromkeys(self._above[id(leaf)] for leaf in leaves if id(leaf) in self._above)
+        return dict.fromkeys(ancestor for gates in lines for ancestor in self._line(gates))
+
+    def below(self, ancestor: Ancestor[L]) -> Iterator[L]:
+        """The leaves that wait for ``ancestor``, each at least once; none that any call has given before."""
+        stack: list[L | Ancestor[L]] = [ancestor]
+        while stack:
+            each = stack.pop()
+            if not isinstance(each, Ancestor):
+                yield each
+                continue
+            for gate in each.opens:
+                if not gate.shut:
+                    gate.shut = True
+                    stack += gate.below
+
+    def causes(self, leaves: Iterable[L]) -> Iterator[TaskMeta | None]:
+        """Of each leaf, the failure among its ancestors of which a waiter was told first, as far as they are known.
+
+        That is the earliest by `TaskMeta.date_done`. Among equals, and where dates are missing, it is the first in the
+        order in which Celery looks: from the top of a chain, and along a group.
+        """
+        found: dict[tuple[_Gate[L], ...], TaskMeta | None] = {(): None}
+        for leaf in leaves:
+            gates = self._above.get(id(leaf), ())
+            if gates not in found:
+                failures = (ancestor.failure for ancestor in self._line(gates))
+                found[gates] = min((each for each in failures if each is not None), key=_moment, default=None)
+            yield found[gates]
+
+    def _line(self, gates: tuple[_Gate[L], ...]) -> list[Ancestor[L]]:
+        """All that stands above, in Celery's order."""
+        if (known := self._lines.get(gates)) is not None:
+            return known
+        line: dict[Ancestor[L], None] = {}
+        entered: set[Ancestor[L]] = set()
+        stack = _reversed(gates)
+        while stack:
+            ancestor = stack[-1]
+            if ancestor in entered:
+                line.setdefault(stack.pop())
+            else:
+                entered.add(ancestor)
+                stack += (each for each in _reversed(ancestor.above) if each not in entered)
+        self._lines[gates] = list(line)
+        return self._lines[gates]
+
+
+def _reversed(gates: Iterable[_Gate[L]]) -> list[Ancestor[L]]:
+    return [ancestor for gate in gates for ancestor in gate.of][::-1]
+
+
+def _moment(failure: TaskMeta) -> datetime:
+    done = failure.date_done or _LAST
+    return done if done.tzinfo is not None else done.replace(tzinfo=UTC)
