@@ -19,7 +19,7 @@ from .hub import chunked
 from .lineage import Ancestor, Lineage
 from .meta import TaskMeta
 from .seconds import Timeout, checked_timeout
-from .states import IGNORED, PENDING
+from .states import IGNORED, PENDING, SUCCESS
 from .tasks import EMPTY, StandingTask
 from .waiter import LAST_LOOK, Outcome, timed_out
 
@@ -84,7 +84,7 @@ class Completions(Generic[L]):
         for leaf in lineage.leaves:
             known, store = leaf.outcome, leaf.store
             if isinstance(known, TaskMeta) and (known.ready or known.status == IGNORED or store is None):
-                if known.propagates and self._is_doubtful(leaf):
+                if known.status != SUCCESS and known.propagates and self._is_doubtful(leaf):
                     self._unfinished += 1
                     self._doubtful.append((leaf, known))
                 else:

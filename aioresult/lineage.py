@@ -97,8 +97,9 @@ class Lineage(Generic[L]):
         check_nesting(nesting)
         for result in results:
             here = above if result.parent is None else (*above, self._gate_above(result))
-            members = result._members()
-            if members is not None:
+            if result._single:
+                take(cast("L", result), here)
+            elif (members := result._members()) is not None:
                 self._descend(members, here, take, nesting + 1)
             else:
                 for leaf in result.leaves():

@@ -54,8 +54,6 @@ class News(ResultBase):
 
         If a wait found that a parent had failed, that is the parent's meta, until this task itself succeeds.
         """
-        if self._outcome is None:
-            return TaskMeta(self.id, IGNORED) if self.ignored else None
         if isinstance(self._outcome, _Settled):
             return self._outcome.verdict
         return TaskMeta(self.id, IGNORED) if self.ignored and not self._known() else self._outcome

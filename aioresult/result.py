@@ -41,6 +41,7 @@ class AsyncResult(News, Generic[T]):
     """
 
     __slots__ = ("__weakref__", "_backend", "parent")
+    _single = True
 
     def __init__(
         self,
@@ -82,12 +83,13 @@ class AsyncResult(News, Generic[T]):
         if self.ignored:
             return cast("T", None)
         if follow_parents and (self.parent is not None or self.verdict is not None):
-            outcome = await self._followed(timeout)
-        elif self._known():
-            outcome = self._own()
-        else:
-            outcome = await self.backend.wait_for(self.id, timeout)
-            self.learn(outcome)
+            return self._tell(await self._followed(timeout), propagate)
+        if not self._known():
+            self.learn(await self.backend.wait_for(self.id, timeout))
+        return self._tell(self._own(), propagate)
+
+    @staticmethod
+    def _tell(outcome: Outcome | None, propagate: bool) -> T:
         return cast("T", raise_or_return(outcome) if propagate else value_of(outcome))
 
     async def _followed(self, timeout: Timeout) -> Outcome | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 from .exceptions import CyclicResultError, DecodeError, IncompleteStream, RemoteError, UsageError
@@ -32,6 +32,8 @@ class ResultBase(ABC):
     """What a single result and a group of them have in common."""
 
     __slots__ = ()
+    #: Whether it is its own only leaf. Large joins ask this of every member.
+    _single: ClassVar[bool] = False
 
     id: str | None
     #: The result that this one follows in a chain.

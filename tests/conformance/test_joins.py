@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,19 +13,25 @@ from aioresult import (
     ALL_COMPLETED,
     FIRST_COMPLETED,
     FIRST_EXCEPTION,
+    AsyncResult,
     Backend,
     BackendClosedError,
     BackendConnectionError,
     BackendError,
+    EagerResult,
+    GroupResult,
     ResultBase,
+    ResultSet,
     TaskMeta,
+    TaskRevokedError,
     TimeoutError,
     UsageError,
     as_completed,
     gather,
     wait,
 )
-from aioresult.states import STARTED, SUCCESS
+from aioresult.lineage import Lineage
+from aioresult.states import FAILURE, STARTED, SUCCESS
 
 from ..harness import Gate, Harness, MemoryHarness, count_calls, intercept
 
@@ -373,3 +380,235 @@ async def test_a_read_that_comes_late_does_not_undo_the_end(harness: Harness) ->
     result.learn(TaskMeta("t", STARTED, {"pid": 1}))
     assert result.meta is not None
     assert result.meta.status == SUCCESS
+
+
+# -- parents ----------------------------------------------------------------------------------------------------------
+
+
+def shapes(backend: Backend) -> dict[str, ResultSet]:
+    """Groups that wait for the task ``load``, each in a way of its own."""
+    load = backend.result("load")
+    nested = GroupResult("nested", [backend.group(["a"]), backend.result("b")], load, backend)
+    middle = backend.result("middle", load)
+    return {
+        "the group's parent": GroupResult("g", map(backend.result, "ab"), load, backend),
+        "a member's parents": backend.group([backend.result("a"), backend.result("b", middle)]),
+        "a nested group's parent": backend.group([backend.result("c"), nested]),
+        "a group as parent": GroupResult("g", [backend.result("a")], backend.group(["c", load]), backend),
+        "a member of a parent has a parent": backend.group([backend.result("a", backend.group(["c", middle]))]),
+        "a set without an id": ResultSet([backend.result("b", ResultSet([ResultSet([load])]))]),
+    }
+
+
+SHAPES = [
+    "the group's parent",
+    "a member's parents",
+    "a nested group's parent",
+    "a group as parent",
+    "a member of a parent has a parent",
+    "a set without an id",
+]
+
+
+async def first(results: ResultSet) -> Any:
+    return await (await anext(results.as_completed()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("revoked", [False, True], ids=["failed", "revoked"])
+async def test_every_join_is_told_that_a_parent_failed(harness: Harness, shape: str, revoked: bool) -> None:
+    worker, web = await harness.pair()
+    results = [shapes(web)[shape] for _ in range(4)]
+    # A set has no id, and can be in no other set.
+    waited: set[ResultBase] = {results[2]} if isinstance(results[2], GroupResult) else set(results[2])
+    if isinstance(results[0], GroupResult):
+        await results[0].save()
+        restored = await GroupResult.restore(results[0].id, web)
+        assert restored is not None
+        results.append(restored)
+    joins = [first(results[0]), gather(results[1]), wait(waited, return_when=FIRST_EXCEPTION)]
+    joins += [result.get() for result in results[3:]]
+    waiting = [asyncio.create_task(join) for join in joins]
+    lineage = Lineage[AsyncResult[Any]]([results[0]])
+    await harness.subscribed(len({*lineage.leaves, *lineage.ancestors}))
+    if revoked:
+        await worker.mark_as_revoked("load", "no such file")
+    else:
+        await worker.mark_as_failure("load", ValueError("no such file"))
+    waiting += [asyncio.create_task(join) for join in (first(shapes(web)[shape]), gather(shapes(web)[shape]))]
+    expected = TaskRevokedError if revoked else ValueError
+    for task in waiting:
+        if task is waiting[2]:
+            done, pending = await task
+            assert done | pending == waited
+        else:
+            with pytest.raises(expected, match="no such file"):
+                await task
+    with pytest.raises(expected, match="no such file"):
+        await shapes(web)[shape].get(timeout=0)
+    await harness.subscribed(0)
+
+
+async def test_a_result_below_a_failure_is_done_and_its_siblings_are_not(harness: Harness) -> None:
+    worker, web = await harness.pair()
+    load = web.result("load")
+    above = GroupResult("g", [web.result("a"), web.result("b")], load)
+    below, free = web.result("c", web.result("middle", load)), web.result("free")
+    await worker.mark_as_done("b", "b")
+    await worker.mark_as_failure("load", ValueError("no such file"))
+    assert await wait([above, below, free], return_when=FIRST_EXCEPTION) in (
+        ({above}, {below, free}),
+        ({below}, {above, free}),
+        ({above, below}, {free}),
+    )
+    assert await wait([above, below, free], timeout=0) == ({above, below}, {free})
+    a, b = await gather(*above, return_exceptions=True)
+    assert (type(a), b) == (ValueError, "b")
+    waiting = asyncio.create_task(gather(above, below, free, return_exceptions=True))
+    await harness.subscribed(1)
+    await worker.mark_as_done("free", 1)
+    (a, b), c, one = await waiting
+    assert (type(a), b, type(c), one) == (ValueError, "b", ValueError, 1)
+    assert a is not c  # each raises one of its own
+    assert await below.state() == "PENDING"
+    yielded = {each.id: each async for each in above.as_completed()}
+    assert await yielded["b"] == "b"
+    with pytest.raises(ValueError, match="no such file"):
+        await yielded["a"]  # though the handle alone has no parent
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["one handle", "a copy each"])
+async def test_a_parent_of_many_is_watched_once(harness: Harness, copies: bool) -> None:
+    backend = harness.make()
+    calls = count_calls(backend)
+    await harness.open(backend)
+    load = backend.result("load")
+    members = [backend.result(task_id, backend.result("load") if copies else load) for task_id in MANY]
+    group = GroupResult("g", members, load, backend)
+    waiting = asyncio.create_task(group.get(propagate=False))
+    await harness.subscribed(len(MANY) + 1)
+    assert len(Lineage[AsyncResult[Any]]([group]).ancestors) == 1
+    calls.clear()
+    await backend.mark_as_failure("load", KeyError("load"))
+    assert {type(value) for value in await waiting} == {KeyError}
+    assert calls["_fetch"] <= 2 * len(MANY) // 100 + 2  # the look at those below, before they are given up
+    await harness.subscribed(0)
+    assert len(backend._hub) == 0
+
+
+async def test_parents_of_what_has_succeeded_are_not_read(harness: Harness) -> None:
+    backend = harness.make()
+    read: list[str] = []
+
+    async def fetch(original: Any, ids: Any, *args: Any) -> Any:
+        read.extend(ids)
+        return await original(ids, *args)
+
+    intercept(backend, "_fetch", fetch)
+    await harness.open(backend)
+    await asyncio.gather(*(backend.mark_as_done(task_id, task_id) for task_id in MANY[1:]))
+    group = backend.group(backend.result(task_id, backend.result(f"above {task_id}")) for task_id in MANY)
+    waiting = asyncio.create_task(group.get())
+    await harness.subscribed(2)
+    assert {task_id for task_id in read if task_id not in MANY} == {"above t0"}
+    await backend.mark_as_done("t0", "t0")
+    assert await waiting == MANY
+    await harness.subscribed(0)
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+async def test_of_many_that_failed_with_a_parent_each_has_its_failure(harness: Harness, when: str) -> None:
+    """Half of them say so themselves, as Celery's links of a chain do."""
+    worker, web = await harness.pair()
+    group = web.group(web.result(task_id, web.result("middle", web.result("load"))) for task_id in MANY)
+    if when == "during":
+        waiting = asyncio.create_task(group.get(propagate=False))
+        await harness.subscribed(len(MANY) + 2)
+    await worker.mark_as_failure("load", KeyError("load"))
+    await asyncio.gather(*(worker.mark_as_failure(task_id, ValueError(task_id)) for task_id in MANY[::2]))
+    if when == "before":
+        waiting = asyncio.create_task(group.get(propagate=False))
+    assert {type(value) for value in await waiting} == {KeyError}
+    assert {type(value) for value in await group.get(timeout=0, propagate=False)} == {KeyError}
+    await harness.subscribed(0)
+
+
+async def test_of_parents_that_failed_at_once_it_is_the_topmost(harness: Harness) -> None:
+    """The order in which Celery looks."""
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def failed(task_id: str, date: datetime | None) -> EagerResult[Any]:
+        result = EagerResult[Any](task_id, KeyError(task_id), FAILURE)
+        result._outcome = TaskMeta(task_id, FAILURE, KeyError(task_id), date_done=date)
+        return result
+
+    web = await harness.connect()
+    later = moment + timedelta(seconds=1)
+    for dates, cause in (
+        ({"p": moment, "q": moment, "r": later}, "q"),
+        ({"p": later, "q": later, "r": moment}, "r"),
+        ({"p": None, "q": None, "r": later}, "r"),
+        ({"p": None, "q": None, "r": None}, "q"),
+        ({"p": moment.replace(tzinfo=None), "q": None, "r": later}, "p"),
+    ):
+        parents = {name: failed(name, date) for name, date in dates.items()}
+        middle = web.group([web.result("m"), parents["p"], parents["r"]])
+        middle.parent = parents["q"]
+        with pytest.raises(KeyError, match=cause):
+            await web.result("t", middle)
+        with pytest.raises(KeyError, match=cause):
+            await web.group([web.result("t", middle)])
+
+
+async def test_ends_of_joins_leave_no_watch_of_a_parent(harness: Harness) -> None:
+    web = await harness.connect()
+    for shape in shapes(web).values():
+        cancelled = asyncio.create_task(shape.get())
+        lineage = Lineage[AsyncResult[Any]]([shape])
+        await harness.subscribed(len({*lineage.leaves, *lineage.ancestors}))
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        await harness.subscribed(0)
+        for timeout in (0, 0.001):
+            with pytest.raises(TimeoutError, match=r"task [abc]"):  # never of a parent
+                await shape.get(timeout)
+        await harness.subscribed(0)
+        assert len(web._hub) == 0
+    closed = await harness.connect()
+    waiting = asyncio.create_task(shapes(closed)["the group's parent"].get())
+    await harness.subscribed(3)
+    await closed.aclose()
+    with pytest.raises(BackendClosedError):
+        await waiting
+    await harness.subscribed(0)
+
+
+async def test_a_parent_in_another_store_is_followed(stores: Stores) -> None:
+    group = GroupResult("g", [stores["a"], stores["b"]], stores["x1"])
+    waiting = asyncio.create_task(group.get())
+    await stores.subscribed(2, 1)
+    await stores.failed("x1")
+    with pytest.raises(KeyError, match="x1"):
+        await waiting
+    await stores.subscribed(0, 0)
+
+
+async def test_handles_that_are_equal_are_each_told(stores: Stores) -> None:
+    one, other = stores["a"], stores["a"]
+    await stores.done("a")
+    assert await wait([one, other, one]) == ({one}, set())
+    assert (one.value(), other.value()) == ("of a", "of a")
+
+
+async def test_a_long_chain_of_large_groups_is_followed_in_linear_time(harness: Harness) -> None:
+    backend = await harness.connect()
+    above: ResultBase = backend.result("load")
+    for stage in range(20):
+        above = GroupResult(f"g{stage}", [backend.result(f"{stage} {n}", above) for n in range(50)], above, backend)
+    lineage = Lineage[AsyncResult[Any]]([above])
+    assert (len(lineage.leaves), len(lineage.ancestors)) == (50, 951)
+    (first_leaf, *_) = lineage.leaves
+    assert [each.handle.id for each in lineage.above([first_leaf])][:2] == ["load", "0 0"]
+    (load, *_) = lineage.above([first_leaf])
+    assert set(lineage.below(load)) == set(lineage.leaves)
+    assert list(lineage.below(load)) == []

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from aioresult import (
+    FIRST_COMPLETED,
     AsyncResult,
     Backend,
+    BackendConnectionError,
     BackendNotOpenError,
     CyclicResultError,
     DecodeError,
@@ -20,6 +22,7 @@ from aioresult import (
     RemoteError,
     ResultBase,
     ResultSet,
+    TaskMeta,
     TaskRequest,
     TaskRevokedError,
     TimeoutError,
@@ -27,11 +30,12 @@ from aioresult import (
     as_completed,
     gather,
     result_from_tuple,
+    wait,
 )
 from aioresult.exceptions import RemoteTraceback
 from aioresult.states import FAILURE, PENDING, RETRY, REVOKED, STARTED, SUCCESS
 
-from ..harness import Harness, count_calls
+from ..harness import Harness, count_calls, intercept
 
 # -- awaiting -------------------------------------------------------------------------------------------------------
 
@@ -231,14 +235,166 @@ async def test_a_group_among_the_parents_ends_the_wait_too(harness: Harness) -> 
         await waiting
 
 
-@pytest.mark.parametrize("options", [{"follow_parents": False}, {"propagate": False}])
-async def test_a_parent_that_fails_may_be_passed_over(harness: Harness, options: dict[str, bool]) -> None:
+async def test_a_parent_that_fails_may_be_passed_over(harness: Harness) -> None:
     worker, web = await harness.pair()
     await worker.mark_as_failure("a", KeyError("lost"))
-    waiting = asyncio.create_task(chain(web, "a", "b").get(**options))
+    handle = chain(web, "a", "b")
+    for propagate in (True, False):
+        with pytest.raises(TimeoutError):
+            await handle.get(timeout=0, propagate=propagate, follow_parents=False)
+    with pytest.raises(KeyError, match="lost"):
+        await handle
+    waiting = asyncio.create_task(handle.get(follow_parents=False))
     await harness.subscribed(1)
     await worker.mark_as_done("b", 1)
     assert await waiting == 1
+    assert await handle == 1
+
+
+async def test_without_propagation_the_exception_of_a_parent_is_the_value(harness: Harness) -> None:
+    worker, web = await harness.pair()
+    handle = chain(web, "a", "b")
+    waiting = asyncio.create_task(handle.get(propagate=False))
+    await harness.subscribed(2)
+    await worker.mark_as_failure("a", KeyError("lost"))
+    value: Any = await waiting
+    assert isinstance(value, KeyError)
+    assert isinstance(handle.value(), KeyError)
+    assert (await handle.state(), handle.meta) == (PENDING, TaskMeta.pending("b"))  # what is stored of it is nothing
+    await harness.subscribed(0)
+
+
+@pytest.mark.parametrize("how", ["get", "gather", "as_completed", "state"])
+async def test_a_result_that_comes_after_all_takes_precedence(harness: Harness, how: str) -> None:
+    """The chain was run again."""
+    worker, web = await harness.pair()
+    await worker.mark_as_failure("a", KeyError("lost"))
+    handle = chain(web, "a", "b")
+    for _ in range(2):
+        with pytest.raises(KeyError, match="lost"):
+            await handle
+    await worker.mark_as_done("b", 1)
+    match how:
+        case "get":
+            assert await handle == 1
+        case "gather":
+            assert await gather(handle) == [1]
+        case "as_completed":
+            assert [await each async for each in as_completed([handle])] == [1]
+        case "state":
+            assert await handle.state() == SUCCESS
+    assert (handle.value(), await handle.get(timeout=0)) == (1, 1)
+    assert await chain(web, "a", "b").get() == 1
+
+
+class Mine(Exception):
+    pass
+
+
+async def fail_chord(worker: Backend) -> None:
+    """What a chord leaves behind of which two parts failed, the last one first."""
+    await worker.mark_as_done("h1", 1)
+    await worker.mark_as_failure("h3", Mine("h3"))
+    await worker.mark_as_failure("h2", KeyError("h2"))
+    await worker.mark_as_failure("body", RuntimeError("a part failed"))
+
+
+def body_of(backend: Backend) -> AsyncResult[Any]:
+    return backend.result("body", GroupResult("header", map(backend.result, ["h1", "h2", "h3"])))
+
+
+@pytest.mark.parametrize("timeout", [None, 60, 0.5, 0])
+async def test_what_a_failed_result_raises_does_not_depend_on_when_one_looks(
+    harness: Harness, timeout: float | None
+) -> None:
+    worker, web = await harness.pair()
+    early = body_of(web)
+    waiting = asyncio.create_task(early.get())
+    await harness.subscribed(4)
+    await fail_chord(worker)
+    fetched = body_of(web)
+    assert await fetched.state() == FAILURE  # it knows of itself, and not yet of the parts
+    with pytest.raises(Mine, match="h3"):
+        await waiting
+    group = web.group([body_of(web)])
+    late = body_of(web)
+    for get in (late.get, fetched.get, early.get, group.get, late.get, group.get):
+        with pytest.raises(Mine, match="h3"):
+            await get(timeout)
+    with pytest.raises(RuntimeError):
+        await late.get(follow_parents=False)
+    with pytest.raises(RuntimeError):
+        await web.result("body")  # which has no parent to look at
+    await harness.subscribed(0)
+
+
+async def test_a_failure_whose_parents_were_looked_at_is_remembered(harness: Harness) -> None:
+    backend = harness.make()
+    calls = count_calls(backend)
+    await harness.open(backend)
+    await backend.mark_as_failure("b", KeyError("b"))
+    known = backend.result("b")
+    assert await known.state() == FAILURE
+    known.parent = backend.result("a")
+    with pytest.raises(KeyError, match="b"):
+        await known
+    assert calls["_fetch"] == 2  # of the state, and of the parent
+    await backend.mark_as_failure("a", Mine("a"))  # too late for these handles
+    calls.clear()
+    with pytest.raises(KeyError, match="b"):
+        await known
+    assert not calls
+
+
+async def test_a_failure_is_told_though_its_parents_cannot_be_read(harness: Harness) -> None:
+    web = harness.make(retry_for=0.0)
+    away = False
+
+    async def fetch(original: Any, *args: Any) -> Any:
+        if away:
+            raise BackendConnectionError("away")
+        return await original(*args)
+
+    intercept(web, "_fetch", fetch)
+    await harness.open(web)
+    await web.mark_as_failure("b", KeyError("b"))
+    handle = chain(web, "a", "b")
+    assert await handle.failed()
+    await web.mark_as_failure("a", Mine("a"))
+    away = True
+    for _ in range(2):
+        with pytest.raises(KeyError, match="b"):
+            await handle
+        away = False  # what was told once stays
+
+
+async def test_an_ignored_parent_never_fails_but_those_above_it_do(harness: Harness) -> None:
+    worker, web = await harness.pair()
+    ignored = AsyncResult[Any]("b", web, web.result("a"), ignored=True)
+    await worker.mark_as_failure("b", KeyError("b"))
+    assert await ignored.failed()
+    waiting = asyncio.create_task(web.result("c", ignored).get())
+    await harness.subscribed(2)
+    await worker.mark_as_failure("a", Mine("a"))
+    with pytest.raises(Mine):
+        await waiting
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), "-1", True])
+async def test_a_wrong_timeout_is_refused_whatever_is_known(harness: Harness, wrong: Any) -> None:
+    backend = await harness.connect()
+    await backend.mark_as_done("t", 1)
+    known = backend.result("t")
+    assert await known == 1
+    ignored = AsyncResult[Any]("i", backend, ignored=True)
+    for result in (known, ignored, EagerResult[int]("e", 1), ResultSet([known]), ResultSet()):
+        with pytest.raises(UsageError, match="timeout must be"):
+            await result.get(timeout=wrong)
+    for results in ([known], [], [ResultSet()]):
+        with pytest.raises(UsageError, match="timeout must be"):
+            await wait([GroupResult("g", results)], wrong, FIRST_COMPLETED)
+        with pytest.raises(UsageError, match="timeout must be"):
+            as_completed(results, wrong)
 
 
 async def test_a_child_that_is_done_has_no_need_of_its_parents(harness: Harness) -> None:
