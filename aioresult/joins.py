@@ -20,7 +20,7 @@ async def gather(*results: ResultBase, return_exceptions: bool = False) -> list[
     """The values of all results, in the order given; a group gives a list of its own.
 
     Raises the exception of the first task that fails, as soon as it does; with ``return_exceptions`` waits for all and
-    puts exceptions in their places.
+    puts exceptions in their places. A parent that failed ends the wait, too; see `ResultSet.get`.
     """
     return await ResultSet(_checked(results)).get(propagate=not return_exceptions)
 

@@ -196,7 +196,8 @@ class ResultSet(ResultBase):
 
         :param timeout: seconds for all of them together; ``None`` waits for ever, 0 looks once.
         :param propagate: raise the exception of the first member that fails, as soon as it does; otherwise wait for
-            all and return exceptions in their places.
+            all and return exceptions in their places. A member that waits for a parent which failed, its own or that of
+            a group around it, is over with the parent's exception; see ``follow_parents`` of `AsyncResult.get`.
         :raises TimeoutError: the time is up. For the rest see `AsyncResult.get`.
         """
         members = self._frozen()
@@ -223,7 +224,8 @@ class ResultSet(ResultBase):
     async def as_completed(self, timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
         """The single results in the order in which they finish, each one ready: awaiting it does no I/O.
 
-        The failed ones are handed over like the others; awaiting one raises. Leaving the loop early ends the
+        The failed ones are handed over like the others; awaiting one raises. So are those that wait for a parent which
+        failed: awaiting one reads once more whether it succeeded after all, and raises the parent's exception. Leaving the loop early ends the
         subscriptions when the iterator is closed: wrap it in `contextlib.aclosing` to have that happen at once.
 
         :raises TimeoutError: ``timeout`` seconds after the first step, if results are missing then.

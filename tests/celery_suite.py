@@ -291,6 +291,23 @@ class Interoperability:
         assert isinstance(result.parent, GroupResult)
         assert await result.parent == [2, 4, 6]
 
+    async def test_what_a_failed_chord_raises_does_not_depend_on_when_one_looks(
+        self, worker: Worker, backend: Backend
+    ) -> None:
+        sent = chord([worker.signature("add", 1, 1), worker.signature("fail", "custom")], worker.signature("total"))()
+        while_it_runs = result_from_celery(sent, backend)
+        theirs, ours = await both(sent, while_it_runs)
+        assert isinstance(theirs, celery_app.CardDeclined)
+        assert isinstance(ours, celery_app.CardDeclined)
+        await reaches(backend.result(sent.id), states.FAILURE)
+        for result in (while_it_runs, result_from_celery(sent, backend)):
+            with pytest.raises(celery_app.CardDeclined):
+                await result.get(GUARD)
+            with pytest.raises(celery_app.CardDeclined):
+                await aioresult.gather(result)
+        with pytest.raises(aioresult.ChordError):
+            await backend.result(sent.id)  # a handle without a parent has nothing to look at
+
     async def test_group_saved_by_celery(self, worker: Worker, backend: Backend) -> None:
         sent = group(worker.signature("add", n, n) for n in (1, 2)).apply_async()
         sent.save()
