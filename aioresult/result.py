@@ -225,8 +225,10 @@ class ResultSet(ResultBase):
         """The single results in the order in which they finish, each one ready: awaiting it does no I/O.
 
         The failed ones are handed over like the others; awaiting one raises. So are those that wait for a parent which
-        failed: awaiting one reads once more whether it succeeded after all, and raises the parent's exception. Leaving the loop early ends the
-        subscriptions when the iterator is closed: wrap it in `contextlib.aclosing` to have that happen at once.
+        failed: awaiting one reads once more whether it succeeded after all, and raises the parent's exception.
+
+        Leaving the loop early ends the subscriptions when the iterator is closed: wrap it in `contextlib.aclosing` to
+        have that happen at once.
 
         :raises TimeoutError: ``timeout`` seconds after the first step, if results are missing then.
         """
