@@ -9,69 +9,62 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections.abc import Iterable, Mapping
-from datetime import timedelta
 from typing import Any, cast
-from urllib.parse import parse_qsl, urlencode
 
 from celery import Celery, maybe_signature
 from celery.exceptions import ChordError as CeleryChordError
 from celery.result import EagerResult as CeleryEagerResult
 from celery.result import ResultBase as CeleryResultBase
 from celery.result import ResultSet as CeleryResultSet
+from celery.utils.imports import load_extension_class_names
 
 from .backends.base import Backend
-from .backends.keyvalue import KeyValueStoreBackend
 from .chord import ReadyChord
 from .eager import EagerResult
 from .exceptions import ImproperlyConfigured, UsageError
-from .registry import by_url, connect
+from .registry import BACKEND_ALIASES, connect
 from .result import AsyncResult, GroupResult, ResultBase, ResultSet
+from .settings import backend_options, backend_url, stand_in
 
 __all__ = ["backend_from_app", "dispatch", "result_from_celery"]
-
-#: Celery allows content types where it allows names.
-_CONTENT_TYPES = {
-    "application/json": "json",
-    "application/x-python-serialize": "pickle",
-    "application/x-msgpack": "msgpack",
-}
-_SERIALIZERS = frozenset(_CONTENT_TYPES.values())
 
 
 def backend_from_app(app: Celery, **options: Any) -> Backend:
     """A backend, not yet open, that reads and writes what the app's own result backend does.
 
-    Taken over are ``result_backend``, ``result_expires``, ``result_serializer``, ``result_accept_content`` (or
-    ``accept_content``), ``result_extended``; for Redis ``result_compression``, ``result_failure_expires``,
-    ``redis_backend_use_ssl`` and the ``global_keyprefix`` among the transport options, for PostgreSQL
-    ``database_table_schemas`` and ``database_table_names``. ``options`` are those of `aioresult.connect` and take
-    precedence.
+    docs/celery.md lists what becomes of each setting of Celery's: it is taken over, has no meaning here, or is refused.
+    ``options`` are those of `aioresult.connect` and take precedence; ``connect_options`` for Redis do so one by one.
 
-    :raises ImproperlyConfigured: the app has no result backend, or one that this library has not.
+    If this library lacks the app's ``result_serializer``, the backend reads what is stored with another, and whatever
+    stores raises `ImproperlyConfigured`.
+
+    :raises ImproperlyConfigured: the app has no result backend, or one that this library has not, or a setting that
+        cannot be taken over; names it, and what to do.
     """
-    conf = app.conf
-    url = app.backend_cls or conf.result_backend
-    if not isinstance(url, str) or url.startswith("disabled"):
+    name = app.backend_cls or app.conf.result_backend
+    if not isinstance(name, str) or name.startswith("disabled"):
         raise ImproperlyConfigured(f"the Celery app {app.main!r} has no result backend; set result_backend to a URL")
-    expires, accept = conf.result_expires, conf.result_accept_content
-    taken: dict[str, Any] = {
-        "expires": expires.total_seconds() if isinstance(expires, timedelta) else expires,
-        "serializer": conf.result_serializer,
-        "accept": _known(conf.accept_content if accept is None else accept),
-        "extended": bool(conf.result_extended),
-    }
-    url = _with_tls(url, conf.redis_backend_use_ssl)
-    backend_class, _ = by_url(url)
-    if issubclass(backend_class, KeyValueStoreBackend):
-        taken["compression"] = conf.result_compression  # these two Celery ignores in a database
-        taken["failure_expires"] = conf.get("result_failure_expires")  # since 5.7
-        if prefix := (conf.result_backend_transport_options or {}).get("global_keyprefix"):
-            taken["global_keyprefix"] = prefix
-    else:
-        taken.update(_tables(conf.database_table_schemas or {}, conf.database_table_names or {}))
-    return connect(url, **{**taken, **options})
+    _refuse_replaced(app, name)
+    url, taken = backend_options(app.conf, backend_url(app.conf, name), options)
+    missing = None if "serializer" in options else stand_in(taken)
+    backend = connect(url, **taken)
+    if missing is not None:
+        backend.codec.write_nothing(
+            f"result_serializer={missing!r} is none that aioresult has, so this backend only reads; "
+            f"to store, pass serializer= to backend_from_app, and let the app accept that content"
+        )
+    return backend
+
+
+def _refuse_replaced(app: Celery, name: str) -> None:
+    """Raise if the app, or a package that is installed, has put a class of its own under a name that is also ours."""
+    alias = name.partition("://")[0].partition("+")[0]
+    replaced = {**app.loader.override_backends, **dict(load_extension_class_names("celery.result_backends"))}
+    if alias in BACKEND_ALIASES and alias in replaced:
+        raise ImproperlyConfigured(
+            f"result_backend {alias!r} of the Celery app {app.main!r} is {replaced[alias]!r}, not Celery's own; if it "
+            f"keeps results as Celery's does, make the backend with aioresult.connect(url)"
+        )
 
 
 def result_from_celery(result: Any, backend: Backend) -> ResultBase:
@@ -122,29 +115,3 @@ def _publish(ready: ReadyChord, app: Celery) -> None:
         raise CeleryChordError(str(ready.error)) from ready.error.__cause__
     except CeleryChordError as exc:
         app.backend.chord_error_from_stack(callback, exc)
-
-
-def _tables(schemas: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    """Celery's settings for the names of its tables, as options of the PostgreSQL backend."""
-    if len({schemas.get("task"), schemas.get("group")}) > 1:
-        raise ImproperlyConfigured("database_table_schemas names two schemas; both tables must be in one")
-    found = {"schema": schemas.get("task"), "table": names.get("task"), "group_table": names.get("group")}
-    return {option: name for option, name in found.items() if name is not None}
-
-
-def _known(accept: Iterable[str]) -> list[str]:
-    """The names of those of Celery's serializers that this library has; a result in another raises when it is read."""
-    names = (_CONTENT_TYPES.get(name, name) for name in accept)
-    return [name for name in names if name in _SERIALIZERS]
-
-
-def _with_tls(url: str, settings: Mapping[str, Any] | None) -> str:
-    """``redis_backend_use_ssl``, which Celery has beside the URL, as a part of it. The URL's own query goes before."""
-    scheme, _, rest = url.partition("://")
-    if not settings or scheme not in ("redis", "rediss"):
-        return url
-    base, _, query = rest.partition("?")
-    tls = {name: value for name, value in settings.items() if value is not None}
-    if isinstance(requirement := tls.get("ssl_cert_reqs"), int):
-        tls["ssl_cert_reqs"] = ssl.VerifyMode(requirement).name
-    return f"rediss://{base}?{urlencode({**tls, **dict(parse_qsl(query))})}"

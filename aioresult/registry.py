@@ -51,14 +51,28 @@ _CELERY_ONLY: Final = frozenset(
         "s3",
         "gs",
         "memcache",
+        "memcached",
+        "dummy",
+        "django-db",
+        "django-cache",
         "pymemcache",
         "pylibmc",
         "db",
         "database",
         "sqlite",
         "mysql",
+        "mariadb",
+        "mssql",
+        "oracle",
     ]
 )
+#: … and what to do instead.
+_INSTEAD: Final = {
+    "django-db": "if that database is PostgreSQL, pass its own URL with table='django_celery_results_taskresult'",
+    "sentinel": "pass the URL of the master, or of a proxy that follows it",
+    "cluster": "pass the URL of a Redis that is not part of a cluster",  # nor has Celery one for that
+}
+_NOT_HERE: Final = _CELERY_ONLY | _INSTEAD.keys()
 
 
 def by_name(name: str) -> type[Backend]:
@@ -107,8 +121,10 @@ def by_url(url: str) -> tuple[type[Backend], str]:
     if ":" in prefix or "." in prefix:
         return by_name(prefix), f"{last}://{rest}"
     words = scheme.split("+")
-    if len(words) > 1 and words[0] in ("cache", "db"):  # Celery's name for the family of backends
+    if len(words) > 1 and words[0] in ("cache", "db", "database"):  # Celery's name for the family of backends
         words = words[1:]
+    if words[0] in BACKEND_ALIASES and not _NOT_HERE.isdisjoint(words):  # as in redis+sentinel://
+        raise ImproperlyConfigured(_unknown(scheme, sorted({*BACKEND_ALIASES, *_announced()})))
     return by_name(words[0]), f"{'+'.join(words)}://{rest}"
 
 
@@ -160,8 +176,10 @@ def _announced() -> dict[str, str]:
 def _unknown(name: str, known: list[str]) -> str:
     shown = hide_password(name)
     message = f"unknown result backend {shown!r}; known here are {', '.join(known)}"
-    if name.partition("+")[0] in _CELERY_ONLY:
-        return f"{message}. Celery has a backend of that name; aioresult has none"
+    if found := _NOT_HERE.intersection(name.split("+")):
+        instead = "".join(f"; {_INSTEAD[word]}" for word in sorted(found & _INSTEAD.keys()))
+        whose = "Celery has a backend of that name; " if found & _CELERY_ONLY else ""
+        return f"{message}. {whose}aioresult has none{instead}"
     return (
         f"{message}; another package can add one by an entry point in the group {ENTRY_POINTS!r}, "
         f"and a class of your own is named as 'package.module:Class'"

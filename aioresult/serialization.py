@@ -301,7 +301,17 @@ class Codec:
         #: Whether all that it writes is JSON, whose head tells a success (`SUCCESS_HEAD`).
         self.plain: bool = serializer == "json" and self.compression is None
         self._dumps = _SERIALIZERS[serializer][0]
-        self._dumps_meta = _dump_json if serializer == "json" else partial(_dump_fields, self._dumps)
+        self._dumps_meta: Callable[[TaskMeta], bytes] = (
+            _dump_json if serializer == "json" else partial(_dump_fields, self._dumps)
+        )
+
+    def write_nothing(self, reason: str) -> None:
+        """From now on only read: whatever is to be written raises `ImproperlyConfigured` with ``reason``."""
+
+        def refuse(_: object) -> bytes:
+            raise ImproperlyConfigured(reason)
+
+        self._dumps = self._dumps_meta = refuse
 
     def dumps(self, value: Any, what: str) -> bytes:
         """``value`` as bytes, compressed if this codec compresses. ``what`` names it in the `EncodeError`."""

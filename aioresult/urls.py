@@ -9,7 +9,7 @@ __all__ = ["hide_password"]
 #: From the first colon after the user's name to the *last* ``@``: an unescaped ``/`` or ``@`` in a name or a password
 #: must not leave any of it standing. One slash will do: an error may show a URL that is mistyped.
 _USERINFO = re.compile(r"(?<=:/)([^:]*):.*@", re.DOTALL)
-_QUERY = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*")
+_QUERY = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|scram)[^=&]*=)[^&]*")
 
 
 def hide_password(url: str) -> str:

@@ -34,8 +34,9 @@ from ...tasks import StandingTask, spawn
 from ..base import Backend, BackendOptions, Record
 from ..core import logger
 from .chords import ChordTable
-from .connections import Connections, plain_dsn
+from .connections import Connections
 from .django import GROUP_TABLE, MAX_ID_LENGTH, TABLE, DjangoRows, DjangoStatements
+from .dsn import parse_dsn
 from .inspection import Found, look
 from .listener import Listener, close_connection
 from .rows import CeleryRows
@@ -86,9 +87,9 @@ class PostgresBackend(Backend):
         **options: Unpack[BackendOptions],
     ) -> None:
         super().__init__(url, **options)
-        self._listen_dsn = None if listen_dsn is None else plain_dsn(listen_dsn)
+        self._listen_dsn = None if listen_dsn is None else parse_dsn(listen_dsn)
         self._connections = Connections(
-            plain_dsn(url), self.as_uri(), self.heartbeat, connect_options or {}, pool, connect
+            parse_dsn(url), self.as_uri(), self.heartbeat, connect_options or {}, pool, connect
         )
         celerys = Tables(
             schema,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -21,10 +20,10 @@ from ...exceptions import (
     UsageError,
 )
 from ...sockets import silence
-from ...urls import hide_password
+from .dsn import Dsn
 from .listener import bounded
 
-__all__ = ["Connections", "plain_dsn"]
+__all__ = ["Connections"]
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
@@ -57,7 +56,7 @@ class Connections:
 
     def __init__(
         self,
-        dsn: str,
+        dsn: Dsn,
         where: str,
         heartbeat: float,
         options: Mapping[str, Any],
@@ -68,7 +67,7 @@ class Connections:
         self._dsn = dsn
         self._where = where
         self._heartbeat = heartbeat
-        self._options = {"timeout": 2 * heartbeat, **options}
+        self._options = options
         self._connect = connect
         self._pool: asyncpg.Pool[Any] | None = None
         #: Settled when the attempt to connect that is under way has ended: with an exception if it failed.
@@ -116,16 +115,17 @@ class Connections:
             if isinstance(transport, asyncio.BaseTransport):
                 silence(transport)
 
-    async def new(self, dsn: str | None = None) -> asyncpg.Connection[Any]:
+    async def new(self, dsn: Dsn | None = None) -> asyncpg.Connection[Any]:
         """A connection to ``dsn``, without one to where the caller's factory or the URL leads."""
         if dsn is None and self._connect is not None:
             made = await self._connect()
             self._made.add(made)
             return made
-        settings = {**self._planning, **self._options.get("server_settings", {})}
+        text, arguments = (dsn or self._dsn).with_options(self._options)
+        settings = {**self._planning, **arguments.get("server_settings", {})}
         try:
             connection: asyncpg.Connection[Any] = await asyncpg.connect(
-                dsn or self._dsn, **{**self._options, "server_settings": settings}
+                text, **{"timeout": 2 * self._heartbeat, **arguments, "server_settings": settings}
             )
         except asyncpg.ProtocolViolationError:
             if not self._planning:
@@ -234,21 +234,6 @@ class Connections:
         if code.startswith(_WHOLE_BATCH):
             error.of_server = True
         return error
-
-
-def plain_dsn(url: str) -> str:
-    """``url`` with a scheme that asyncpg knows.
-
-    An ``@``, ``/``, ``?`` or ``#`` of a password that stands for itself would be taken for the end of it, and the rest
-    for a host or database, to be shown in errors.
-    """
-    scheme, _, rest = url.partition("://")
-    authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    if rest.count("@") > 1 or "@" in rest[len(authority) :]:
-        raise ImproperlyConfigured(
-            f"{hide_password(url)}: @, /, ? and # must be percent-encoded in a name, a password or an option"
-        )
-    return f"{scheme.partition('+')[0]}://{rest}"
 
 
 async def _reset(connection: Any) -> None:

@@ -12,10 +12,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Unpack
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import hiredis
-from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+from redis.asyncio.connection import AbstractConnection
 
 from ...chord import ChordOp, ChordState, ChordStep
 from ...exceptions import (
@@ -24,7 +23,6 @@ from ...exceptions import (
     BackendGetMetaError,
     BackendRefusedError,
     BackendStoreError,
-    ImproperlyConfigured,
     SerializationError,
 )
 from ...tasks import SingleFlight
@@ -32,6 +30,7 @@ from ..base import BackendOptions, Record
 from ..keyvalue import KeyValueStoreBackend, Op, Write
 from .connection import Command, RedisConnection, translate
 from .scripts import CHORD, EXTEND, FORGET, PUT, REGISTER, SCRIPTS
+from .url import connection_options, leads_elsewhere, resolved_url
 
 __all__ = ["RedisBackend"]
 
@@ -47,7 +46,14 @@ class RedisBackend(KeyValueStoreBackend):
 
     Redis 6.2 or later, or Valkey. What redis-py takes as a connection option may stand in the query:
     ``?protocol=2``, ``?client_name=web``, ``?socket_connect_timeout=3``, ``?ssl_ca_certs=/etc/ca.pem``. Certificates
-    are verified unless ``?ssl_cert_reqs=none`` says otherwise.
+    are verified unless ``?ssl_cert_reqs=none`` says otherwise. ``?credential_provider=package.module.Class`` names a
+    `redis.CredentialProvider` to ask for the user name and the password.
+
+    Further option:
+
+    - ``connect_options``: arguments for redis-py's asyncio connection, as objects instead of text: ``password``,
+      ``credential_provider``, ``ssl_ca_data``, ``socket_connect_timeout`` (seconds), ``host``, ``port``, ``db``, … They
+      take precedence over the URL. The scheme of the URL alone decides whether the connection uses TLS.
     """
 
     # Small batches, many at once: a connection that is pipelined needs not wait for one to send the next, and whoever
@@ -56,9 +62,19 @@ class RedisBackend(KeyValueStoreBackend):
     store_parallel = 20
     chunk_bytes = 2**20
 
-    def __init__(self, url: str = "redis://", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
+    def __init__(
+        self,
+        url: str = "redis://",
+        *,
+        global_keyprefix: str = "",
+        connect_options: Mapping[str, Any] | None = None,
+        **options: Unpack[BackendOptions],
+    ) -> None:
+        given = connect_options or {}
+        self._connection_class, self._connection_options = connection_options(url, given)
+        if leads_elsewhere(given):
+            url = resolved_url(self._connection_class, self._connection_options)
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
-        self._connection_class, self._connection_options = _connection_options(url, self.as_uri())
         self._commands: RedisConnection | None = None
         self._listener: RedisConnection | None = None
         self._connected: SingleFlight[RedisConnection] = SingleFlight(self._connect)
@@ -357,28 +373,3 @@ def _milliseconds(seconds: float) -> int:
 
 def _code(reply: hiredis.ReplyError) -> str:
     return str(reply).partition(" ")[0]
-
-
-def _connection_options(url: str, shown: str) -> tuple[type[AbstractConnection], dict[str, Any]]:
-    """The class and the arguments of redis-py's connection for ``url``, Celery's spellings included."""
-    try:
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query))
-        scheme = parts.scheme.rpartition("+")[2]
-        if requirement := query.get("ssl_cert_reqs"):
-            query["ssl_cert_reqs"] = requirement.lower().removeprefix("cert_")
-        if "virtual_host" in query:  # Celery's name for the database number, where the path is a socket's
-            query["db"] = query.pop("virtual_host").strip("/")
-        scheme = "unix" if scheme == "socket" else scheme
-        options: dict[str, Any] = dict(parse_url(parts._replace(scheme=scheme, query=urlencode(query)).geturl()))
-        connection_class = options.pop("connection_class", Connection)
-        if scheme in ("redis", "rediss") and (database := unquote(parts.path).strip("/")):
-            options["db"] = int(database)  # redis-py passes over what is no number
-        for name in ("protocol", "db"):
-            if name in options:
-                options[name] = int(options[name])
-        connection_class(**options)
-    except (TypeError, ValueError, BackendRefusedError) as exc:
-        reason = str(exc) if "password" not in str(exc) else type(exc).__name__
-        raise ImproperlyConfigured(f"{shown} is not a URL for the Redis backend: {reason}") from None
-    return connection_class, options

@@ -1,0 +1,130 @@
+"""From a URL, and options beside it, to the arguments of redis-py's connection; Celery's spellings included.
+
+Celery's reading of the same URLs is in ``celery/backends/redis.py`` (5.7): ``RedisBackend._params_from_url``.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import ssl
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+from redis import CredentialProvider
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
+from redis.exceptions import RedisError
+
+from ...exceptions import ImproperlyConfigured
+from ...urls import hide_password
+
+__all__ = ["connection_options", "leads_elsewhere", "resolved_url", "url_options"]
+
+#: Arguments that only redis-py's blocking TLS connection has. Switched off, they say nothing.
+_OCSP: Final = ("ssl_validate_ocsp", "ssl_validate_ocsp_stapled", "ssl_ocsp_context", "ssl_ocsp_expected_cert")
+_FALSE: Final = frozenset({"", "0", "f", "false", "n", "no"})
+#: Arguments that say which server and which database.
+_PLACE: Final = frozenset({"host", "port", "path", "db"})
+
+
+def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[AbstractConnection], dict[str, Any]]:
+    """The class and the arguments of redis-py's connection for ``url``; those ``given`` take precedence.
+
+    :raises ImproperlyConfigured: redis-py would not take them; says which.
+    """
+    try:
+        options = {**url_options(url), **given}
+        connection_class: type[AbstractConnection] = options.pop("connection_class", Connection)
+        if provider := options.get("credential_provider"):
+            options["credential_provider"] = _provider(provider)
+            if options.get("username") or options.get("password"):
+                raise ValueError("a credential provider takes the place of the user name and the password; drop either")
+        _checked_tls(options)
+        for name in ("protocol", "db"):
+            if name in options:
+                options[name] = int(options[name])
+        connection_class(**options)
+    except ImproperlyConfigured:
+        raise
+    except (TypeError, ValueError, RedisError) as exc:
+        reason = str(exc) if "password" not in str(exc) or "provider" in str(exc) else type(exc).__name__
+        rest = url.partition("://")[2]
+        if "@" in rest[len(re.split("[/?#]", rest, maxsplit=1)[0]) :]:  # then redis-py may quote a part of the password
+            reason = "/, ? and # must be percent-encoded in a name or a password"
+        raise ImproperlyConfigured(
+            f"{hide_password(url)} is not a URL for the Redis backend"
+            f"{', with the connect_options given' if given else ''}: {reason}"
+        ) from None
+    return connection_class, options
+
+
+def url_options(url: str) -> dict[str, Any]:
+    """The arguments that ``url`` itself gives, ``connection_class`` among them where it is not the plain one.
+
+    :raises ValueError: it is malformed.
+    """
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    scheme = parts.scheme.rpartition("+")[2]
+    scheme = "unix" if scheme == "socket" else scheme
+    virtual_host = query.pop("virtual_host", None)
+    if virtual_host is not None and scheme == "unix":  # over TCP Celery takes the number from the path alone
+        query["db"] = virtual_host.strip("/")
+    query.pop("max_connections", None)  # of a pool
+    options: dict[str, Any] = dict(parse_url(parts._replace(scheme=scheme, query=urlencode(query)).geturl()))
+    if scheme in ("redis", "rediss") and "db" not in query and (database := unquote(parts.path).strip("/")):
+        options["db"] = int(database)  # redis-py passes over what is no number
+    if "credential_provider" in options:
+        options.pop("username", None)
+        options.pop("password", None)
+    return options
+
+
+def resolved_url(connection_class: type[AbstractConnection], options: Mapping[str, Any]) -> str:
+    """A URL for the server and the database that ``options`` lead to, without credentials: for errors and equality."""
+    database = options.get("db", 0)
+    if issubclass(connection_class, UnixDomainSocketConnection):
+        return f"unix://{options.get('path', '')}?db={database}"
+    scheme = "rediss" if issubclass(connection_class, SSLConnection) else "redis"
+    host = options.get("host", "localhost")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{options.get('port', 6379)}/{database}"
+
+
+def leads_elsewhere(given: Mapping[str, Any]) -> bool:
+    """Whether options beside a URL change the server or the database that it names."""
+    return not _PLACE.isdisjoint(given)
+
+
+def _provider(given: Any) -> CredentialProvider:
+    """A credential provider from an instance, a class, or the path of one: ``package.module.Class``."""
+    if isinstance(given, str):
+        try:
+            given = pkgutil.resolve_name(given)
+        except (ImportError, AttributeError, ValueError) as exc:
+            raise ImproperlyConfigured(f"credential_provider {given!r} cannot be imported: {exc}") from exc
+    provider = given() if isinstance(given, type) else given
+    if not isinstance(provider, CredentialProvider):
+        raise ImproperlyConfigured(
+            f"credential_provider must be a redis.CredentialProvider, its class, or the path of one, not {given!r}"
+        )
+    return provider
+
+
+def _checked_tls(options: dict[str, Any]) -> None:
+    """Put the TLS arguments into the form that redis-py's asyncio connection takes, or raise `ValueError`."""
+    requirement = options.get("ssl_cert_reqs")
+    if isinstance(requirement, str):
+        options["ssl_cert_reqs"] = requirement.lower().removeprefix("cert_")
+    elif isinstance(requirement, int):
+        options["ssl_cert_reqs"] = ssl.VerifyMode(requirement)
+    for name in _OCSP:
+        value = options.pop(name, None)
+        if value.lower() not in _FALSE if isinstance(value, str) else value:
+            raise ValueError(f"{name} is of redis-py's blocking connection; its asyncio connection has no OCSP")

@@ -1,0 +1,203 @@
+"""The settings of a Celery app, as the URL and the options of a backend that reads and writes what the app's own does.
+
+docs/celery.md lists every setting of Celery's for result backends, and what becomes of it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any, Final, Protocol
+
+from .backends.keyvalue import KeyValueStoreBackend
+from .exceptions import ImproperlyConfigured
+from .registry import by_url
+
+__all__ = ["Settings", "backend_options", "backend_url", "stand_in"]
+
+#: Celery allows content types where it allows names.
+_CONTENT_TYPES: Final = {
+    "application/json": "json",
+    "application/x-python-serialize": "pickle",
+    "application/x-msgpack": "msgpack",
+}
+#: Those that this library has.
+_SERIALIZERS: Final = frozenset(_CONTENT_TYPES.values())
+
+#: Setting → the argument of redis-py's connection that it gives if the URL does not.
+_OF_REDIS: Final = {
+    "redis_host": "host",
+    "redis_port": "port",
+    "redis_username": "username",
+    "redis_password": "password",
+    "redis_client_name": "client_name",
+    "redis_socket_connect_timeout": "socket_connect_timeout",
+    "redis_socket_keepalive": "socket_keepalive",
+    "redis_backend_credential_provider": "credential_provider",
+}
+#: Those that a unix socket has no use for.
+_OF_TCP: Final = frozenset({"host", "port", "socket_connect_timeout", "socket_keepalive"})
+
+
+class Settings(Protocol):
+    """What is asked of ``app.conf``."""
+
+    def get(self, name: str, default: Any = None, /) -> Any: ...
+
+
+def backend_url(conf: Settings, name: str) -> str:
+    """The URL of the result backend that an app calls ``name``: a URL, or an alias of Celery's."""
+    if name in ("db", "database"):
+        url = conf.get("database_url")
+        if not isinstance(url, str) or "://" not in url:
+            raise ImproperlyConfigured(f"result_backend={name!r} needs database_url to be a URL")
+        return f"db+{url}"
+    return name
+
+
+def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """``url`` with what belongs into it, and the options for `aioresult.connect`; those ``given`` take precedence.
+
+    :raises ImproperlyConfigured: a setting cannot be taken over; names it, and what to do.
+    """
+    backend_class, _ = by_url(url)
+    modules = {each.__module__ for each in backend_class.__mro__}
+    key_value = issubclass(backend_class, KeyValueStoreBackend)
+    accept = conf.get("result_accept_content")
+    taken: dict[str, Any] = {
+        "expires": _seconds(conf, "result_expires", key_value),
+        "serializer": conf.get("result_serializer"),
+        "accept": _known(conf.get("accept_content") if accept is None else accept),
+        "extended": bool(conf.get("result_extended")),
+    }
+    if key_value:  # these Celery ignores in a database
+        taken["compression"] = conf.get("result_compression")
+        taken["failure_expires"] = _seconds(conf, "result_failure_expires", key_value)  # since 5.7
+        if prefix := (conf.get("result_backend_transport_options") or {}).get("global_keyprefix"):
+            taken["global_keyprefix"] = prefix
+    if "aioresult.backends.redis.backend" in modules:
+        url, connecting = _redis(conf, url)
+        if connecting or "connect_options" in given:
+            taken["connect_options"] = {**connecting, **(given.get("connect_options") or {})}
+            given = {name: value for name, value in given.items() if name != "connect_options"}
+    elif "aioresult.backends.postgres.backend" in modules:
+        url = _postgres(conf, url, given)
+        taken |= _tables(conf.get("database_table_schemas") or {}, conf.get("database_table_names") or {})
+    return url, {**taken, **given}
+
+
+def stand_in(options: dict[str, Any]) -> str | None:
+    """Put one that this library has in place of a serializer that it has not, so that a reader can do without.
+
+    Returns the name of the serializer that is missing, or ``None``.
+    """
+    name, accept = options["serializer"], options["accept"]
+    options["accept"] = accept = [accept] if isinstance(accept, str) else list(accept)
+    if name in _SERIALIZERS or not accept:
+        return None
+    options["serializer"] = "json" if "json" in accept else accept[0]
+    return str(name)
+
+
+def _seconds(conf: Settings, setting: str, whole: bool) -> float | None:
+    """A duration in seconds, ``None`` where there is none; ``whole`` if Celery cuts it to whole seconds."""
+    value = conf.get(setting)
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    try:
+        return None if value is None else int(value) if whole else float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ImproperlyConfigured(f"{setting} must be a number of seconds or a timedelta, not {value!r}") from None
+
+
+def _known(accept: Iterable[str]) -> list[str]:
+    """The names of those of Celery's serializers that this library has; a result in another raises when it is read."""
+    names = (_CONTENT_TYPES.get(name, name) for name in accept)
+    return [name for name in names if name in _SERIALIZERS]
+
+
+# -- Redis ----------------------------------------------------------------------------------------------------------
+
+
+def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
+    """The URL, with the scheme for TLS if the settings ask for it, and the arguments that the URL itself lacks.
+
+    As in ``celery/backends/redis.py`` (5.7), ``RedisBackend.__init__``, of which every setting is in docs/celery.md.
+    """
+    from .backends.redis.url import url_options  # needs redis-py, which `by_url` has imported already
+
+    named_only = "://" not in url
+    scheme, _, rest = (f"{url}://" if named_only else url).partition("://")
+    prefix, plus, last = scheme.rpartition("+")
+    socket = last in ("socket", "unix")
+    wanted = {argument: conf.get(setting) for setting, argument in _OF_REDIS.items()}
+    wanted = {name: value for name, value in wanted.items() if value and not (socket and name in _OF_TCP)}
+    if named_only or socket:  # otherwise Celery takes the number from the path of the URL alone, and 0 without a path
+        wanted["db"] = conf.get("redis_db") or 0
+    wanted = _typed(wanted)
+    if tls := conf.get("redis_backend_use_ssl"):
+        if socket:
+            raise ImproperlyConfigured("redis_backend_use_ssl is set, and there is no TLS on a unix socket; remove it")
+        last = "rediss"
+        if isinstance(tls, Mapping):
+            wanted |= {name: value for name, value in tls.items() if value is not None}
+    url = f"{prefix}{plus}{last}://{rest}"
+    try:
+        present = url_options(by_url(url)[1])
+    except ValueError:
+        return url, {}  # the backend itself says what is wrong with it
+    if "credential_provider" in {**wanted, **present}:
+        wanted = {name: value for name, value in wanted.items() if name not in ("username", "password")}
+    return url, {name: value for name, value in wanted.items() if name not in present}
+
+
+def _typed(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as numbers: a setting may come as text, from the environment."""
+    for setting, name, number in (
+        ("redis_port", "port", int),
+        ("redis_db", "db", int),
+        ("redis_socket_connect_timeout", "socket_connect_timeout", float),
+    ):
+        if name in wanted:
+            try:
+                wanted[name] = number(wanted[name])
+            except (TypeError, ValueError):
+                raise ImproperlyConfigured(f"{setting} must be a number, not {wanted[name]!r}") from None
+    return wanted
+
+
+# -- PostgreSQL -----------------------------------------------------------------------------------------------------
+
+
+def _postgres(conf: Settings, url: str, given: Mapping[str, Any]) -> str:
+    """The URL with the ``connect_args`` of the app's engine.
+
+    An app may also connect by code of its own. That is refused, unless the caller says how to connect here.
+    """
+    from .backends.postgres.dsn import with_connect_args
+
+    engine = conf.get("database_engine_options") or {}
+    code = [f"database_engine_options[{name!r}]" for name in ("creator", "pool") if engine.get(name) is not None]
+    if "schema_translate_map" in (engine.get("execution_options") or {}):
+        code.append("database_engine_options['execution_options']['schema_translate_map']")
+    if conf.get("database_engine_callback") is not None:  # since 5.7
+        code.append("database_engine_callback")
+    if code and not given.keys() & {"connect", "pool", "connect_options"}:
+        raise ImproperlyConfigured(
+            f"{' and '.join(code)} cannot be taken over, and may change where the app connects, or as which user; pass "
+            f"connect= or pool= to do the same here, or connect_options={{}} if the URL alone will do"
+        )
+    if given.keys() & {"connect", "pool"}:
+        return url  # and where it leads does not matter
+    return with_connect_args(url, engine.get("connect_args") or {})
+
+
+def _tables(schemas: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """Celery's settings for the names of its tables, as options of the PostgreSQL backend."""
+    if len({schemas.get("task"), schemas.get("group")}) > 1:
+        raise ImproperlyConfigured(
+            "database_table_schemas names two schemas; both tables must be in one: move one of them with ALTER TABLE … "
+            "SET SCHEMA, and name the same schema for 'task' and 'group'"
+        )
+    found = {"schema": schemas.get("task"), "table": names.get("task"), "group_table": names.get("group")}
+    return {option: name for option, name in found.items() if name is not None}
