@@ -105,9 +105,9 @@ def by_name(name: str) -> type[Backend]:
 def by_url(url: str) -> tuple[type[Backend], str]:
     """The backend class for ``url``, and the URL that it takes.
 
-    Beside ``scheme://…`` this knows Celery's ``cache+memory://``, ``redis+socket://…`` and ``db+postgresql+driver://…``;
-    for any class
-    ``package.module:Class+scheme://…``; without ``://`` the whole is a name for `by_name`.
+    Beside ``scheme://…`` this knows Celery's ``cache+memory://``, ``redis+socket://…`` and ``db+postgresql+driver://…``
+    (``database+…``, too); for any class ``package.module:Class+scheme://…``; without ``://`` the whole is a name for
+    `by_name`.
     """
     if not isinstance(url, str):
         raise ImproperlyConfigured(f"the URL of a backend must be a str, not {type(url).__qualname__}")

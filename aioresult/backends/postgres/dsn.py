@@ -135,7 +135,7 @@ def parse_dsn(url: str) -> Dsn:
     """
     base, _, query = plain_dsn(url).partition("?")
     try:
-        options = _joined(parse_qsl(query, strict_parsing=True) if query else ())
+        options = _joined(_pairs(query))
         kept, arguments = _translated(options, base)
     except ValueError as exc:
         raise ImproperlyConfigured(f"{hide_password(url)}: {exc}") from None
@@ -173,6 +173,13 @@ def plain_dsn(url: str) -> str:
             f"{hide_password(url)}: @, /, ? and # must be percent-encoded in a name, a password or an option"
         )
     return f"{scheme.partition('+')[0]}://{rest}"
+
+
+def _pairs(query: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(query, strict_parsing=True) if query else []
+    except ValueError:
+        raise ValueError("an option needs a name and a value: ?name=value") from None  # not quoting it
 
 
 def _joined(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
