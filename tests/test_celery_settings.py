@@ -399,6 +399,13 @@ def test_a_name_of_ours_for_which_the_app_has_a_class_of_its_own_is_refused() ->
         backend_from_app(app)
 
 
+def test_a_class_of_the_apps_own_is_refused() -> None:
+    app = make_app(None, None)
+    app.backend_cls = RedisBackend
+    with pytest.raises(ImproperlyConfigured, match="a result backend class of its own, RedisBackend"):
+        backend_from_app(app)
+
+
 @pytest.fixture
 async def user(own_redis: RedisServer, redis_client: Client) -> AsyncIterator[RedisServer]:
     """A server to which only ``shopper`` with a password is let in."""

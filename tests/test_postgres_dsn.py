@@ -30,6 +30,14 @@ def settings(**given: str) -> dict[str, Any]:
     return {"server_settings": given}
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where libpq looks for certificates of the user's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("PGSSLROOTCERT", raising=False)
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("query", "text", "arguments"),
     [
@@ -58,6 +66,8 @@ def settings(**given: str) -> dict[str, Any]:
         ("keepalives=1&keepalives_idle=30&tcp_user_timeout=1000&gssencmode=prefer", BASE, {}),
         ("client_encoding=UTF8&sslcompression=0&channel_binding=prefer&prepare_threshold=5", BASE, {}),
         ("sslmode=require&channel_binding=require", f"{BASE}?sslmode=verify-full", {"ssl": True}),
+        ("sslmode=verify-full&channel_binding=require", f"{BASE}?sslmode=verify-full", {}),
+        ("sslmode=verify-ca&channel_binding=require", f"{BASE}?sslmode=verify-full", {}),
         ("channel_binding=require&sslrootcert=%2Fca", f"{BASE}?sslrootcert=%2Fca&sslmode=verify-full", {}),
     ],
 )
@@ -67,6 +77,13 @@ def test_an_option_is_translated_left_to_asyncpg_or_passed_over(
     for scheme in ("postgresql", "db+postgresql+psycopg"):
         url = f"{BASE}?{query}".replace("postgresql", scheme, 1)
         assert parse_dsn(url.removeprefix("db+")) == Dsn(text, arguments)
+
+
+def test_channel_binding_keeps_to_the_authorities_that_libpq_would_find(home: Path) -> None:
+    (home / ".postgresql").mkdir()
+    (home / ".postgresql" / "root.crt").touch()
+    url = f"{BASE}?sslmode=require&channel_binding=require"
+    assert parse_dsn(url) == Dsn(f"{BASE}?sslmode=verify-full", {})
 
 
 def test_several_hosts_stay_as_they_are() -> None:
@@ -89,6 +106,7 @@ def test_several_hosts_stay_as_they_are() -> None:
         ("sslmode=no", "sslmode must be one of allow, disable"),
         ("sslmode=disable&channel_binding=require", "channel_binding=require needs TLS"),
         ("sslrootcert=system&sslcert=c", "sslcert needs an sslrootcert that is a file"),
+        ("sslmode=require&channel_binding=require&sslcrl=c", "sslcrl needs an sslrootcert that is a file"),
         ("connect_timeout=soon", "connect_timeout must be a number of seconds"),
         ("port=x", "port= must be a number"),
         ("host=a,,b", "an empty host"),

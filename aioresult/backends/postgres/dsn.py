@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
@@ -129,7 +130,7 @@ def parse_dsn(url: str) -> Dsn:
 
     ``channel_binding=require`` is there to shut out a man in the middle. asyncpg has no channel binding, so it is taken
     as a demand for what shuts him out as well: the server's certificate and host name are verified, against
-    ``sslrootcert`` or else the certificate authorities of the system.
+    ``sslrootcert`` (or libpq's ``~/.postgresql/root.crt``), otherwise the certificate authorities of the system.
 
     :raises ImproperlyConfigured: an option is unknown, or asks for what asyncpg cannot do; names the option.
     """
@@ -247,12 +248,20 @@ def _translate_tls(options: dict[str, str], arguments: dict[str, Any]) -> None:
         if mode in ("disable", "allow"):
             raise ValueError(f"channel_binding=require needs TLS, and sslmode={mode} does without")
         options["sslmode"] = "verify-full"
-        system = system or not (options.keys() & {"sslrootcert", "sslcert"} or os.environ.get("PGSSLROOTCERT"))
+        system = system or not (mode.startswith("verify-") or _has_root(options))
     if system:
-        if "sslcert" in options:
-            raise ValueError("sslcert needs an sslrootcert that is a file: asyncpg does not take it with the system's")
+        if unused := sorted(options.keys() & {"sslcert", "sslcrl"}):
+            raise ValueError(
+                f"{unused[0]} needs an sslrootcert that is a file: asyncpg does not take it with the system's"
+            )
         options.pop("sslrootcert", None)
         arguments["ssl"] = True  # asyncpg's own way to verify all, by the system's authorities
+
+
+def _has_root(options: Mapping[str, str]) -> bool:
+    """Whether asyncpg would find certificate authorities of the user's own."""
+    given = options.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+    return bool(given) or Path("~/.postgresql/root.crt").expanduser().exists()
 
 
 def _seconds(text: str) -> float:
