@@ -44,8 +44,8 @@ def backend_from_app(app: Celery, **options: Any) -> Backend:
     name = app.backend_cls or app.conf.result_backend
     if isinstance(name, type):
         raise ImproperlyConfigured(
-            f"the Celery app {app.main!r} has a result backend class of its own, {name.__qualname__}; if it keeps results "
-            f"as Celery's do, make the backend with aioresult.connect(url)"
+            f"the Celery app {app.main!r} has a result backend class of its own, {name.__qualname__}; if it keeps "
+            f"results as Celery's do, make the backend with aioresult.connect(url)"
         )
     if not isinstance(name, str) or name.startswith("disabled"):
         raise ImproperlyConfigured(f"the Celery app {app.main!r} has no result backend; set result_backend to a URL")
