@@ -1,4 +1,4 @@
-"""The tables of django-celery-results: what Django's Celery workers store is awaited, and the workers stay as they are."""
+"""The tables of django-celery-results: what Django's Celery workers store is awaited, with nothing changed for them."""
 
 from __future__ import annotations
 
