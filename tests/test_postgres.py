@@ -35,6 +35,7 @@ from aioresult import (
     UsageError,
 )
 from aioresult.backends.postgres import PostgresBackend, schema_sql
+from aioresult.backends.postgres.listener import Listener
 from aioresult.backends.postgres.schema import EXTENDED_COLUMNS
 
 from .harness import until
@@ -1186,6 +1187,20 @@ async def test_a_pooler_that_takes_the_listener_away_is_found_by_the_first_wait(
             await backend.wait_for("a")
         await backend.mark_as_done("a", 1)
         assert await backend.result("a") == 1
+
+
+async def test_a_pooler_that_let_the_proof_pass_by_luck_is_found_by_the_next_heartbeat(
+    pooler: TransactionPooler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def by_luck(self: Listener, notify: Any) -> bool:
+        monkeypatch.undo()
+        await self._ping()
+        return True
+
+    monkeypatch.setattr(Listener, "hears", by_luck)
+    async with through(pooler.port, heartbeat=0.1, **NO_STATEMENTS) as backend:
+        with pytest.raises(BackendRefusedError, match="transaction mode"):
+            await backend.wait_for("a")
 
 
 async def test_everything_works_through_a_pooler_beside_a_direct_listener(
