@@ -15,7 +15,7 @@ import asyncio
 import enum
 import logging
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -28,13 +28,14 @@ from .exceptions import (
     ChordError,
     DecodeError,
 )
-from .failure import dump_exception, load_exception, safe_repr
+from .failure import dump_exception, load_exception
+from .lookout import ChordWaiter, Lookouts, part_failed, result_id_of
 from .meta import TaskMeta
 from .result import GroupResult, ResultBase, ResultSet
 from .seconds import Timeout, checked_timeout
 from .serialization import Codec, reading
 from .states import EXCEPTION_STATES, PROPAGATE_STATES, SUCCESS
-from .tasks import StandingTask, uncancelled
+from .tasks import TURN, StandingTask, uncancelled
 from .waiter import LAST_LOOK, SingleWaiter, Waiter, timed_out
 
 __all__ = [
@@ -97,13 +98,17 @@ class ChordStep:
     token: str = ""
     #: Seconds that a claim lasts.
     lease: float = 0.0
-    #: Seconds that all of it lives, counted from the last CREATE, SIZE, PART or claim; 0 for ever.
+    #: Seconds that all of it lives at least, counted from the last CREATE, SIZE, PART or claim; 0 for ever.
     expires: float = 0.0
+    #: The same for the saved group of that id, if there is one: without it, nested groups would lose their shape.
+    group_expires: float = 0.0
     #: Which run a CREATE begins: the same one does not begin again what has finished since.
     run: str = ""
     size: int | None = None
     #: Kept until the chord is finished; the first one counts.
     body: bytes | None = None
+    #: The id of the body's result, for those who wait beside Celery; the first one counts.
+    body_id: str = ""
     task_id: str = ""
     #: Where in the list of results; ``None`` for after those that have an index, in order of arrival.
     index: int | None = None
@@ -133,6 +138,10 @@ class ChordState:
     lease_left: float | None = None
     #: The parts in order, for `ChordOp.PARTS`.
     parts: tuple[bytes, ...] = ()
+    #: Whether it was created here, so that it is never finished without news.
+    ours: bool = field(default=False, compare=False)
+    #: The step's `body_id`, for READ of a chord that is not `ours`.
+    body_id: str = field(default="", compare=False)
 
     @property
     def complete(self) -> bool:
@@ -153,13 +162,18 @@ class ChordStore(Protocol):
 
     codec: Codec
     expires: float
+    chord_expires: float
     chord_lease: float
+    heartbeat: float
+    chords_beside: bool
 
     async def chord_step(self, step: ChordStep) -> ChordState: ...
     async def chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]: ...
     async def active_chords(self) -> Sequence[str]: ...
     async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None: ...
     def watch_topic(self, topic: str, waiter: Waiter) -> None: ...
+    def look_again(self, topic: str) -> None: ...
+    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     async def restore_group(self, group_id: str) -> GroupResult | None: ...
 
@@ -169,6 +183,13 @@ class Chords:
 
     def __init__(self, store: ChordStore) -> None:
         self._store = store
+        self._lookouts = Lookouts(store, CHORD_TOPIC, self._find_failure)
+
+    @property
+    def group_expires(self) -> float:
+        """Seconds that the saved group of a chord is kept, for it has readers of its own; as in Celery."""
+        kept = self._store.chord_expires, self._store.expires
+        return max(kept) if all(kept) else 0.0
 
     async def create(self, group_id: str, size: int | None, body: Any) -> Chord:
         """See `aioresult.backends.base.Backend.create_chord`."""
@@ -203,6 +224,7 @@ class Chords:
             part=codec.dumps([number, task_id, state, value], what),
             failed=state in PROPAGATE_STATES,
             body=self._pack_body(group_id, body),
+            body_id=result_id_of(body) if self._store.chords_beside else "",
         )
         ready, _ = await self._claim_with(step, lease)
         return ready
@@ -224,19 +246,24 @@ class Chords:
         return ReadyChord(self, group_id, body, results, error, token, lease), state
 
     async def _step(self, step: ChordStep) -> ChordState:
-        return await self._store.chord_step(replace(step, expires=self._store.expires))
+        expires, group_expires = self._store.chord_expires, self.group_expires
+        return await self._store.chord_step(replace(step, expires=expires, group_expires=group_expires))
 
     async def _results(self, group_id: str) -> tuple[list[Any], ChordError | None]:
         """The values of all parts that have come, exceptions in place, and why the chord failed if it did."""
         state = await self._step(ChordStep(ChordOp.PARTS, group_id))
         parts = [self._unpack(group_id, part) for part in state.parts]
         group = await self._store.restore_group(group_id)
-        if not parts and state.size != 0:
-            # Celery finished it and removed its parts; the results themselves are where they always are.
-            if group is None or not await group.ready():
-                raise BackendGetMetaError(
-                    f"the parts of chord {group_id} are gone: they have expired, or Celery has dispatched its callback"
-                )
+        gone = not parts and state.size != 0
+        # Celery may have finished it and removed its parts; the results themselves are where they always are.
+        asked = gone or (not state.complete and self._is_beside(state))
+        from_results = asked and group is not None and await group.ready()
+        if gone and not from_results:
+            raise BackendGetMetaError(
+                f"the parts of chord {group_id} are gone: Celery has dispatched its callback, or they have expired; "
+                f"await the group itself (result_from_celery(chord_result, backend).parent) or the body's result"
+            )
+        if group is not None and from_results:
             values = group.value()
             metas = [leaf.meta for leaf in group.leaves() if leaf.meta is not None]
             parts = [(meta.task_id, meta.status, meta.result) for meta in metas]
@@ -249,9 +276,7 @@ class Chords:
             parts = [self._unpack(group_id, state.failure)]
         for task_id, status, value in parts:
             if status in PROPAGATE_STATES:
-                error = ChordError(f"part {task_id} of chord {group_id} failed: {safe_repr(value)}")
-                error.__cause__ = value
-                return values, error
+                return values, part_failed(group_id, task_id, value)
         return values, None
 
     def _unpack(self, group_id: str, part: bytes) -> tuple[str, str, Any]:
@@ -269,24 +294,69 @@ class Chords:
 
     async def wait(self, group_id: str, timeout: Timeout, propagate: bool) -> list[Any]:
         """See `Chord.get`."""
-
-        def enough(meta: TaskMeta) -> bool:
-            return meta.ready or (propagate and meta.result.failure is not None)
-
         what, seconds = f"chord {group_id}", checked_timeout(timeout)
         if seconds is not None and seconds <= 0:
-            if not enough(chord_meta(await self.read(group_id))):
+            if not await self._is_over(group_id, propagate):
                 raise timed_out(what, seconds)
         else:
             patient = seconds is None or seconds >= LAST_LOOK
-            waiter = SingleWaiter(what, seconds, enough)
-            found = await self._store.wait_for_topic(CHORD_TOPIC + group_id, waiter, patient)
-            if seconds is not None and (found is None or not enough(found)):
+            waiter = ChordWaiter(what, seconds, propagate, partial(self._lookouts.saw, group_id))
+            try:
+                found = await self._store.wait_for_topic(CHORD_TOPIC + group_id, waiter, patient)
+            finally:
+                self._lookouts.leave(group_id, waiter)
+            if seconds is not None and not waiter.over and (found is None or not waiter.satisfied(found)):
                 raise timed_out(what, seconds)
         results, error = await self._results(group_id)
         if error is not None and propagate:
             raise error
         return results
+
+    def _is_beside(self, state: ChordState) -> bool:
+        return self._store.chords_beside and not state.ours
+
+    async def _is_over(self, group_id: str, propagate: bool) -> bool:
+        """Whether there is nothing to wait for. Raises what Celery's part failed with."""
+        state = await self.read(group_id)
+        if state.complete or (propagate and state.failure is not None):
+            return True
+        if not self._is_beside(state):
+            return False
+        if propagate and state.count and (error := await self._find_failure(group_id, set())) is not None:
+            raise error
+        group = await self._store.restore_group(group_id)
+        return group is not None and await group.ready()
+
+    async def _find_failure(self, group_id: str, seen: set[int]) -> ChordError | None:
+        """Why the chord fails, by a part that is not in ``seen``; they are added to it."""
+        state = await self._step(ChordStep(ChordOp.PARTS, group_id))
+        now = asyncio.get_running_loop().time
+        pause_at = now() + TURN
+        for part in state.parts:
+            if (mark := hash(part)) in seen:
+                continue
+            seen.add(mark)
+            try:
+                task_id, status, value = self._unpack(group_id, part)
+            except DecodeError:  # which is told in the end, when all the parts are read
+                continue
+            if status in PROPAGATE_STATES:
+                return part_failed(group_id, task_id, value)
+            if now() >= pause_at:
+                await asyncio.sleep(0)
+                pause_at = now() + TURN
+        return None
+
+    async def progress(self, group_id: str) -> ChordProgress:
+        """See `Chord.progress`."""
+        state = await self.read(group_id)
+        if state.size is None and not state.count and self._is_beside(state):
+            # Celery may have finished it, and removed all that tells how many parts there were.
+            group = await self._store.restore_group(group_id)
+            if group is not None and (state.done or await group.ready()):
+                size = sum(1 for _ in group.leaves())
+                return ChordProgress(size, size)
+        return ChordProgress(state.count, state.size)
 
     async def read(self, group_id: str) -> ChordState:
         """The state now."""
@@ -318,19 +388,23 @@ class Chord:
         return self.get().__await__()
 
     async def get(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
-        """The results of the header, in order, once all parts have come: pushed, whoever dispatches the callback.
+        """The results of the header, in order, once all parts have come: pushed, unless Celery brings the last one.
+
+        What Celery's worker brings to a chord of Celery's is noticed when the result of the body arrives, if a part
+        came from this library; otherwise within ``heartbeat`` seconds.
 
         :param timeout: seconds; ``None`` waits for ever, 0 looks once.
         :param propagate: raise as soon as a part fails; otherwise wait for all, with exceptions in their places.
         :raises ChordError: a part failed; ``__cause__`` is its exception.
+        :raises BackendGetMetaError: Celery has dispatched the callback and removed the parts, and the group was not
+            saved. Await the group itself, as ``result_from_celery(chord_result, backend).parent``, or the body.
         :raises TimeoutError: the time is up.
         """
         return await self._chords.wait(self.id, timeout, propagate)
 
     async def progress(self) -> ChordProgress:
         """How many parts have come, and how many there are."""
-        state = await self._chords.read(self.id)
-        return ChordProgress(state.count, state.size)
+        return await self._chords.progress(self.id)
 
     async def claim(self) -> ReadyChord | None:
         """The chord to dispatch, if it is complete, not dispatched, and nobody else's; else ``None``."""

@@ -117,7 +117,7 @@ class _Dispatcher:
                 self._set_aside(group_id, state)
             elif state.done or state == ChordState():
                 # It has expired, or was finished: a step that claims nothing takes it off the list.
-                over.append(ChordStep(ChordOp.CLAIM, group_id, expires=self._store.expires))
+                over.append(ChordStep(ChordOp.CLAIM, group_id, expires=self._store.chord_expires))
             elif state.complete:
                 likeness = replace(state, lease_left=None)
                 if group_id in self._aside:

@@ -40,6 +40,7 @@ ORDER = [
     "result",
     "eager",
     "joins",
+    "lookout",
     "chord",
     "dispatch",
     "backends",

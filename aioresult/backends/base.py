@@ -56,6 +56,8 @@ class Backend(WorkerSide):
     - ``recheck``: seconds after which whatever is still waited for is read again, in batches; 0, the default, never.
       Needed only where a message may vanish and leave the connection whole: see docs/guarantees.md.
     - ``chord_lease``: seconds that a claim to dispatch a chord's callback lasts without a sign of life.
+    - ``chord_expires``: seconds that what belongs to a chord is kept, counted from its last part; 0 for ever, ``None``,
+      the default, for as long as results.
     - ``max_pending_bytes``: bytes of stores that may be queued or on their way; a further store waits until there are
       fewer (default 64 MiB).
     - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`; called by `mark_as_done`
@@ -272,7 +274,7 @@ class Backend(WorkerSide):
             group_id = self._valid_id(group)
         else:
             group_id = self._valid_id(str(getattr(group, "id", "") or ""))
-            await self.save_group(group_id, group)
+            await self.save_group(group_id, group, self._chords.group_expires)
             if size is None:
                 members = group if isinstance(group, GroupResult) else result_from_tuple(as_tuple(group), self)
                 size = sum(1 for _ in members.leaves())
@@ -350,6 +352,11 @@ class Backend(WorkerSide):
         """As `watch`, of what is no task; for `aioresult.chord`."""
         self.check()
         self._hub.watch(topic, waiter)
+
+    def look_again(self, topic: str) -> None:
+        """Have what is waited for under ``topic`` read once more, with all that is due; for `aioresult.chord`."""
+        if self._loop is not None:
+            self._hub.news(topic)
 
     # -- handles: no I/O --------------------------------------------------------------------------------------------
 

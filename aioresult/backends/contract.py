@@ -34,6 +34,7 @@ class CoreOptions(TypedDict, total=False):
     heartbeat: float
     recheck: float
     chord_lease: float
+    chord_expires: Seconds | None
     max_pending_bytes: int
 
 
@@ -83,6 +84,8 @@ class BackendContract(ABC):
     store_parallel = 2
     #: How many bytes of values go into one store, fetch or call of steps, unless a single value is larger.
     chunk_bytes = 16 * 2**20
+    #: Whether others than this library may finish a chord that it did not create, and say nothing of it.
+    chords_beside = False
 
     def __init__(
         self,
@@ -99,12 +102,16 @@ class BackendContract(ABC):
         heartbeat: float = 5.0,
         recheck: float = 0.0,
         chord_lease: float = 30.0,
+        chord_expires: Seconds | None = None,
         max_pending_bytes: int = 64 * 2**20,
     ) -> None:
         self._url = url
         self.expires: float = checked_seconds("expires", expires or 0.0)
         self.failure_expires: float = (
             self.expires if failure_expires is None else checked_seconds("failure_expires", failure_expires)
+        )
+        self.chord_expires: float = (
+            self.expires if chord_expires is None else checked_seconds("chord_expires", chord_expires)
         )
         self.extended = extended
         self.retry_for: float = checked_seconds("retry_for", retry_for)

@@ -343,7 +343,7 @@ class BackendCore(BackendContract):
         states = await self._persistence.collect(self._chord_steps, steps) if steps else ()
         for topic, state in zip(chords, states, strict=True):
             if isinstance(state, ChordState):
-                found[topic] = chord_meta(state), (state.count, state.size, state.done, state.failure)
+                found[topic] = chord_meta(state), (state.count, state.size, state.done, state.failure, state.body_id)
             else:
                 found[topic] = _as_error(state), None
         # What completed before somebody listened is found by going through all that are active.

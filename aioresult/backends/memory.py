@@ -34,7 +34,7 @@ class _Chord:
         self.done = False
         self.token = ""  # of the last claim
         self.claimed_until = 0.0
-        self.expires_at = math.inf
+        self.expires_at = -math.inf
 
     def take(self, step: ChordStep) -> tuple[ChordState, bool]:
         """The state after the step, and whether there is news for those who wait."""
@@ -67,7 +67,8 @@ class _Chord:
                     else:
                         self.token = ""
             if adding or claimed:
-                self.expires_at = now + step.expires if step.expires else math.inf
+                # Only ever later: another backend may keep its chords for longer.
+                self.expires_at = max(self.expires_at, now + step.expires if step.expires else math.inf)
         looking = op in (ChordOp.READ, ChordOp.PARTS)
         state = ChordState(
             len(self.parts),
@@ -267,11 +268,15 @@ class MemoryBackend(KeyValueStoreBackend):
         key = self._group_key(step.group_id)
         chord = self.store.chords.get(key)
         anew = chord is not None and chord.done and step.op is ChordOp.CREATE and chord.run != step.run
+        adding = step.op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART)
         if chord is None or anew or chord.expires_at <= monotonic():
             chord = _Chord()
-            if step.op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART):
+            if adding:
                 self.store.chords[key] = chord
+        was_done = chord.done
         state, news = chord.take(step)
+        if not was_done and (adding or state.claimed):
+            self.store.extend(key, step.group_expires)  # the saved group: nested groups keep their shape
         if news:
             self._publish(key, b"")
             if state.complete and not state.done:

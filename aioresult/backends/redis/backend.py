@@ -49,11 +49,13 @@ class RedisBackend(KeyValueStoreBackend):
     are verified unless ``?ssl_cert_reqs=none`` says otherwise. ``?credential_provider=package.module.Class`` names a
     `redis.CredentialProvider` to ask for the user name and the password.
 
-    Further option:
+    Further options:
 
     - ``connect_options``: arguments for redis-py's asyncio connection, as objects instead of text: ``password``,
       ``credential_provider``, ``ssl_ca_data``, ``socket_connect_timeout`` (seconds), ``host``, ``port``, ``db``, … They
       take precedence over the URL. The scheme of the URL alone decides whether the connection uses TLS.
+    - ``chord_ordered``: Celery's ``result_chord_ordered``. With ``False`` the parts of a chord are kept in the order in
+      which they come. Celery's workers need the same setting.
     """
 
     # Small batches, many at once: a connection that is pipelined needs not wait for one to send the next, and whoever
@@ -62,12 +64,16 @@ class RedisBackend(KeyValueStoreBackend):
     store_parallel = 20
     chunk_bytes = 2**20
 
+    # Celery's workers may bring the last part of a chord, and its script publishes nothing on the group's key.
+    chords_beside = True
+
     def __init__(
         self,
         url: str = "redis://",
         *,
         global_keyprefix: str = "",
         connect_options: Mapping[str, Any] | None = None,
+        chord_ordered: bool = True,
         **options: Unpack[BackendOptions],
     ) -> None:
         given = connect_options or {}
@@ -75,6 +81,7 @@ class RedisBackend(KeyValueStoreBackend):
         if leads_elsewhere(given):
             url = resolved_url(self._connection_class, self._connection_options)
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
+        self._chord_ordered = bool(chord_ordered)
         self._commands: RedisConnection | None = None
         self._listener: RedisConnection | None = None
         self._connected: SingleFlight[RedisConnection] = SingleFlight(self._connect)
@@ -261,17 +268,18 @@ class RedisBackend(KeyValueStoreBackend):
         keys = [key, *(f"{key}.{suffix}" for suffix in "jstdcar")]
         size = "" if step.size is None else step.size
         index = "+inf" if step.index is None else step.index
-        terms = (step.token, _milliseconds(step.lease), _milliseconds(step.expires), size, step.body or b"", step.run)
-        part = (step.task_id, index, step.part, int(step.failed))
+        times = (_milliseconds(step.lease), _milliseconds(step.expires), _milliseconds(step.group_expires))
+        terms = (step.token, *times, size, step.body or b"", step.body_id, step.run)
+        part = (step.task_id, index, step.part, int(step.failed), int(self._chord_ordered))
         return ("EVALSHA", CHORD, len(keys), *keys, step.op.value, step.group_id, self._ready_channel, *terms, *part)
 
     async def _chord_outcome(self, step: ChordStep, reply: Any) -> ChordState | BaseException:
         if isinstance(reply, hiredis.ReplyError):
             return self._refusal(reply, BackendStoreError, f"count for chord {step.group_id}")
-        count, size, claimed, done, body, failure, left, is_list = reply
+        count, size, claimed, done, body, failure, left, is_list, where, ours, body_id = reply
         parts: tuple[bytes, ...] = ()
-        if step.op is ChordOp.PARTS:
-            parts = await self._chord_parts(self._group_key(step.group_id) + (".r" if done else ".j"), bool(is_list))
+        if step.op is ChordOp.PARTS and where:
+            parts = await self._chord_parts(self._group_key(step.group_id) + where.decode(), bool(is_list))
             if len(parts) < count:  # it was finished meanwhile, and they are under the other key
                 return (await self._chord_steps([step]))[0]
         return ChordState(
@@ -283,6 +291,8 @@ class RedisBackend(KeyValueStoreBackend):
             failure,
             left / 1000 if left >= 0 else None,
             parts,
+            bool(ours),
+            (body_id or b"").decode("utf-8", "surrogateescape"),
         )
 
     async def _chord_parts(self, key: str, is_list: bool) -> tuple[bytes, ...]:
