@@ -145,6 +145,8 @@ class TaskRequest:
     group: str | None = None
     group_index: int | None = None
     chord: Any = None
+    #: The signatures that come after the task, as in Celery: they fail with it.
+    chain: Sequence[Any] | None = None
     parent_id: str | None = None
     children: Sequence[SupportsAsTuple | ResultTuple] = ()
     queue: str | None = None

@@ -64,6 +64,7 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
     modules = {each.__module__ for each in backend_class.__mro__}
     key_value = issubclass(backend_class, KeyValueStoreBackend)
     accept = conf.get("result_accept_content")
+    transport = conf.get("result_backend_transport_options") or {}
     taken: dict[str, Any] = {
         "expires": _seconds(conf, "result_expires", key_value),
         "serializer": conf.get("result_serializer"),
@@ -73,15 +74,19 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
     if key_value:  # these Celery ignores in a database
         taken["compression"] = conf.get("result_compression")
         taken["failure_expires"] = _seconds(conf, "result_failure_expires", key_value)  # since 5.7
-        if prefix := (conf.get("result_backend_transport_options") or {}).get("global_keyprefix"):
+        taken["chord_expires"] = _seconds(conf, "result_chord_expires", key_value)  # since 5.7
+        if prefix := transport.get("global_keyprefix"):
             taken["global_keyprefix"] = prefix
     if "aioresult.backends.redis.backend" in modules:
         url, connecting = _redis(conf, url)
+        if not transport.get("result_chord_ordered", True):
+            taken["chord_ordered"] = False
         if connecting or "connect_options" in given:
             taken["connect_options"] = {**connecting, **(given.get("connect_options") or {})}
             given = {name: value for name, value in given.items() if name != "connect_options"}
     elif "aioresult.backends.postgres.backend" in modules:
         url = _postgres(conf, url, given)
+        taken["count_requests"] = False  # there Celery counts with a task of its own, ``celery.chord_unlock``
         taken |= _tables(conf.get("database_table_schemas") or {}, conf.get("database_table_names") or {})
     return url, {**taken, **given}
 

@@ -41,6 +41,7 @@ ORDER = [
     "eager",
     "joins",
     "lookout",
+    "chain",
     "chord",
     "dispatch",
     "backends",

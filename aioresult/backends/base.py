@@ -62,6 +62,8 @@ class Backend(WorkerSide):
       fewer (default 64 MiB).
     - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`; called by `mark_as_done`
       and its like for a request that belongs to a chord. Without it, `ready_chords` gets those chords.
+    - ``count_requests``: whether `mark_as_done` and its like count the part of a request that belongs to a chord. With
+      ``False`` they leave chords alone: pass it where Celery counts by other means, as it does in a database.
     """
 
     def __init__(self, url: str = "", **options: Unpack[BackendOptions]) -> None:

@@ -10,12 +10,14 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, Unpack
 from uuid import UUID
 
+from ..chain import links_of
 from ..chord import ReadyChord
 from ..exceptions import AioResultError, ChordError, TaskRevokedError, UsageError
 from ..meta import ResultTuple, SupportsAsTuple, TaskMeta
 from ..seconds import Seconds, checked_seconds
 from ..serialization import CORE_FIELDS
 from ..states import ALL_STATES, FAILURE, PENDING, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
+from ..tasks import fail
 from .core import BackendCore, CoreOptions, Record
 
 __all__ = ["BackendOptions", "WorkerSide", "as_tuple", "check_state", "checked_count", "checked_index"]
@@ -30,6 +32,7 @@ class BackendOptions(CoreOptions, total=False):
     """The options that every backend takes; see `Backend`."""
 
     on_chord_ready: Callable[[ReadyChord], Awaitable[object]] | None
+    count_requests: bool
 
 
 class WorkerSide(BackendCore):
@@ -40,10 +43,12 @@ class WorkerSide(BackendCore):
         url: str = "",
         *,
         on_chord_ready: Callable[[ReadyChord], Awaitable[object]] | None = None,
+        count_requests: bool = True,
         **options: Unpack[CoreOptions],
     ) -> None:
         super().__init__(url, **options)
         self._on_chord_ready = on_chord_ready
+        self._count_requests = bool(count_requests)
 
     @abstractmethod
     async def on_chord_part_return(
@@ -165,7 +170,7 @@ class WorkerSide(BackendCore):
         self, task_id: str | UUID, value: Any, request: Any = None, expires: Seconds | None = None
     ) -> bool:
         """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``."""
-        part = self._part_of(request, task_id)
+        part = None if request is None else self._part_of(request, task_id)
         if self._must_wait():
             await self._writes.room()
         if getattr(request, "ignore_result", False):
@@ -184,14 +189,62 @@ class WorkerSide(BackendCore):
         request: Any = None,
         expires: Seconds | None = None,
     ) -> bool:
-        """The task raised ``exc``. Without ``traceback`` the exception's own is stored, if it has one."""
-        part = self._part_of(request, task_id)
+        """The task raised ``exc``. Without ``traceback`` the exception's own is stored, if it has one.
+
+        If the request has a ``chain``, what comes after the task fails with it, as in Celery: the failure is stored
+        for each link, and counts as the part of each that belongs to a chord.
+
+        :raises UsageError: besides the reasons of `store_result`, a link of the chain is no signature.
+        """
+        traceback = _traceback_of(exc, traceback)
+        part = None if request is None else self._part_of(request, task_id)
+        links = () if request is None else links_of(getattr(request, "chain", None))
+        if links:
+            return await self._fail_with_links(task_id, exc, traceback, request, expires, part, links)
         if self._must_wait():
             await self._writes.room()
-        kept = await self._submit(task_id, exc, FAILURE, _traceback_of(exc, traceback), request, expires)
+        kept = await self._submit(task_id, exc, FAILURE, traceback, request, expires)
         if part is not None:
             await self._return_part(part, FAILURE, exc)
         return kept
+
+    async def _fail_with_links(
+        self,
+        task_id: str | UUID,
+        exc: BaseException,
+        traceback: str | None,
+        request: Any,
+        expires: Seconds | None,
+        part: _Part | None,
+        links: Sequence[Any],
+    ) -> bool:
+        """As `mark_as_failure`, of a task and all that comes after it: in one batch, and none spoils another."""
+        for link in links:
+            self._valid_id(link.id)
+        parts = [part, *(self._part_of(link, link.id) for link in links)]
+        if self._must_wait():
+            await self._writes.room()
+        own = self._submit(task_id, exc, FAILURE, traceback, request, expires)
+        stores = [self._submit_link(link, exc, traceback, expires) for link in links]
+        kept, *stored = await asyncio.gather(own, *stores, return_exceptions=True)
+        if isinstance(kept, BaseException):
+            raise kept
+        counts = [self._return_part(each, FAILURE, exc) for each in parts if each is not None]
+        counted = await asyncio.gather(*counts, return_exceptions=True)
+        for outcome in (*stored, *counted):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return kept
+
+    def _submit_link(
+        self, link: Any, exc: BaseException, traceback: str | None, expires: Seconds | None
+    ) -> asyncio.Future[bool]:
+        try:
+            return self._submit(link.id, exc, FAILURE, traceback, link, expires)
+        except AioResultError as error:  # such as its arguments being too large
+            refused: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            fail(refused, error)
+            return refused
 
     async def mark_as_retry(
         self,
@@ -209,8 +262,11 @@ class WorkerSide(BackendCore):
     async def mark_as_revoked(
         self, task_id: str | UUID, reason: str = "", request: Any = None, expires: Seconds | None = None
     ) -> bool:
-        """The task was revoked: awaiting it raises `TaskRevokedError`."""
-        part = self._part_of(request, task_id)
+        """The task was revoked: awaiting it raises `TaskRevokedError`.
+
+        As in Celery, what comes after it in a chain is not told: a handle that knows its parents raises, too.
+        """
+        part = None if request is None else self._part_of(request, task_id)
         exc = TaskRevokedError(reason)
         if self._must_wait():
             await self._writes.room()
@@ -221,7 +277,7 @@ class WorkerSide(BackendCore):
 
     def _part_of(self, request: Any, task_id: str | UUID) -> _Part | None:
         """The part of a chord that the task is, by what its request says; checked before anything is stored."""
-        if request is None:
+        if not self._count_requests:
             return None
         group_id, chord = getattr(request, "group", None), getattr(request, "chord", None)
         if not group_id or not chord:
