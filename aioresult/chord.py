@@ -29,9 +29,9 @@ from .exceptions import (
     DecodeError,
 )
 from .failure import dump_exception, load_exception
-from .lookout import ChordWaiter, Lookouts, part_failed, result_id_of
+from .lookout import ChordWaiter, Lookouts, LookoutStore, part_failed, result_id_of
 from .meta import TaskMeta
-from .result import GroupResult, ResultBase, ResultSet
+from .result import ResultBase, ResultSet
 from .seconds import Timeout, checked_timeout
 from .serialization import Codec, reading
 from .states import EXCEPTION_STATES, PROPAGATE_STATES, SUCCESS
@@ -157,25 +157,19 @@ class ChordProgress(NamedTuple):
     size: int | None
 
 
-class ChordStore(Protocol):
+class ChordStore(LookoutStore, Protocol):
     """What chords need of a backend."""
 
     codec: Codec
     expires: float
     chord_expires: float
     chord_lease: float
-    heartbeat: float
-    chords_beside: bool
 
     async def chord_step(self, step: ChordStep) -> ChordState: ...
     async def chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]: ...
     async def active_chords(self) -> Sequence[str]: ...
     async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None: ...
     def watch_topic(self, topic: str, waiter: Waiter) -> None: ...
-    def look_again(self, topic: str) -> None: ...
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
-    def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
-    async def restore_group(self, group_id: str) -> GroupResult | None: ...
 
 
 class Chords:

@@ -25,7 +25,7 @@ from .states import PROPAGATE_STATES
 from .tasks import EMPTY, SLICE, StandingTask, fail_all
 from .waiter import Outcome, SingleWaiter, Waiter
 
-__all__ = ["ChordWaiter", "Lookouts", "part_failed", "result_id_of"]
+__all__ = ["ChordWaiter", "LookoutStore", "Lookouts", "part_failed", "result_id_of"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
@@ -33,7 +33,7 @@ logger: logging.Logger = logging.getLogger("aioresult")
 _REST = 9
 
 
-class _Store(Protocol):
+class LookoutStore(Protocol):
     """What this needs of a backend."""
 
     heartbeat: float
@@ -82,7 +82,7 @@ class ChordWaiter(SingleWaiter):
 class Lookouts:
     """The chords of one backend that are waited for, and that Celery may finish."""
 
-    def __init__(self, store: _Store, prefix: str, find_failure: FindFailure) -> None:
+    def __init__(self, store: LookoutStore, prefix: str, find_failure: FindFailure) -> None:
         self._store = store
         self._prefix = prefix
         self._find_failure = find_failure
@@ -92,7 +92,10 @@ class Lookouts:
 
     def saw(self, group_id: str, waiter: ChordWaiter, meta: TaskMeta) -> None:
         """``waiter`` was told ``meta``, and waits on."""
-        if meta.result.ours or not self._store.chords_beside:
+        if not self._store.chords_beside:
+            return
+        if meta.result.ours:  # which it need not have been before
+            self.leave(group_id, waiter)
             return
         loop = asyncio.get_running_loop()
         if self._loop is not loop:  # those of a loop that has ended are gone with it
@@ -125,7 +128,7 @@ class Lookouts:
 class _Lookout:
     """One chord, for all who wait for it."""
 
-    def __init__(self, store: _Store, group_id: str, prefix: str, find_failure: FindFailure) -> None:
+    def __init__(self, store: LookoutStore, group_id: str, prefix: str, find_failure: FindFailure) -> None:
         self._store = store
         self._group_id = group_id
         self._topic = prefix + group_id

@@ -45,9 +45,13 @@ class Site:
         self.queue = f"chords-{uuid4()}"
         self.app: Celery = make_app("memory://", url, task_default_queue=self.queue, **conf)
         self.redis = redis.Redis.from_url(url)
+        self._connection = self.app.connection_for_read()
+        self._messages = self._connection.SimpleQueue(self.queue)
 
     def close(self) -> None:
         self.redis.close()
+        self._messages.close()
+        self._connection.release()
         close(self.app)
 
     def backend(self, **options: Any) -> Backend:
@@ -60,26 +64,25 @@ class Site:
 
     def sent(self) -> list[tuple[str, Any]]:
         """The names and arguments of all that was sent since, in order."""
-        return [(message.headers["task"], message.payload[0]) for message in self._messages()]
+        return [(message.headers["task"], message.payload[0]) for message in self._taken()]
 
     def requests(self) -> list[Context]:
         """All that was sent since, as a worker's tasks have it in ``self.request``."""
         found = []
-        for message in self._messages():
+        for message in self._taken():
             args, kwargs, embedded = message.payload
             found.append(Context(message.headers, args=args, kwargs=kwargs, errbacks=embedded["errbacks"]))
             found[-1].update(chord=embedded["chord"], chain=embedded["chain"])
         return sorted(found, key=lambda request: request.group_index or 0)
 
-    def _messages(self) -> Iterator[Any]:
-        with self.app.connection_for_read() as connection, connection.SimpleQueue(self.queue) as queue:
-            while True:
-                try:
-                    message = queue.get_nowait()
-                except Empty:
-                    return
-                message.ack()
-                yield message
+    def _taken(self) -> Iterator[Any]:
+        while True:
+            try:
+                message = self._messages.get_nowait()
+            except Empty:
+                return
+            message.ack()
+            yield message
 
     def key(self, request: Context, suffix: str = "") -> str:
         return f"celery-taskset-meta-{request.group}{suffix}"
@@ -102,7 +105,7 @@ def new_site(redis_url: str) -> Iterator[Callable[..., Site]]:
     yield make
     for site in sites:
         site.close()
-    kombu.pools.reset()
+    kombu.pools.reset()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
@@ -290,7 +293,7 @@ async def test_a_chain_is_checked_before_anything_is_stored(backend: Backend) ->
             await backend.mark_as_failure("first", ValueError(), request=request)
     assert not await backend.exists("first")
     assert not await backend.exists("good")
-    without_id = {"task": "add", "options": {}, "subtask_type": None}
+    without_id: dict[str, Any] = {"task": "add", "options": {}, "subtask_type": None}
     request = aioresult.TaskRequest(id="first", chain=[without_id, good, {}])
     assert await backend.mark_as_failure("first", ValueError(), request=request)
     assert await backend.exists("good")
@@ -331,35 +334,30 @@ async def test_a_frozen_chord_that_failed_runs_again(site: Site, backend: Backen
     assert await backend.chord(first.group).get(timeout=GUARD) == [10, 20]
 
 
-SCENARIOS = list(itertools.product([True, False], [None, 1]))
-
-
-@pytest.mark.parametrize(("ordered", "failing"), SCENARIOS)
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "not ordered"])
 async def test_a_chord_goes_as_it_does_by_celery_alone_whoever_runs_what(
-    new_site: Callable[..., Site], ordered: bool, failing: int | None
+    new_site: Callable[..., Site], ordered: bool
 ) -> None:
-    """Three parts, run by either side, in every order; twice, for a frozen chord may be sent again."""
+    """Three parts, each run by either side, in several orders."""
     site = new_site(result_backend_transport_options={"result_chord_ordered": ordered})
     sides = list(itertools.product([True, False], repeat=3))
     async with site.backend() as backend:
-        for order in itertools.permutations(range(3)) if ordered else [(0, 1, 2), (2, 0, 1)]:
-            expected = await run(site, backend, (False,) * 3, order, failing)
+        for order in [(0, 1, 2), (2, 1, 0), (1, 2, 0)][: 3 if ordered else 2]:
+            alone = await runs(site, backend, (False,) * 3, order)
             for we in sides:
-                assert await run(site, backend, we, order, failing) == expected, we
+                assert await runs(site, backend, we, order) == alone, (we, order)
 
 
-async def run(
-    site: Site, backend: Backend, we: tuple[bool, ...], order: tuple[int, ...], failing: int | None
-) -> list[Any]:
-    """What is sent, and how the body fares, in a run in which nothing fails and in one that may have a failure."""
+async def runs(site: Site, backend: Backend, we: tuple[bool, ...], order: tuple[int, ...]) -> list[Any]:
+    """What is sent, and how the body fares, of a frozen chord that is sent three times: at last, a part fails."""
     frozen = chord(header(site, 3), site.s("echo").on_error(site.s("total")))
     frozen.freeze()
     outcome: list[Any] = []
-    for may_fail in (False, True):
+    for number in range(3):
         sent = frozen.apply_async()
         requests = site.requests()
         for index in order:
-            value = ValueError(index) if may_fail and index == failing else f"{index}, {may_fail}"
+            value = ValueError("no") if number == 2 and index == 1 else f"{index} of {number}"
             await part(site, backend, we[index], requests[index], value)
         outcome.append([(name, args) for name, args in site.sent() if name == "echo"])
         outcome.append(site.app.backend.get_state(sent.id))
@@ -389,7 +387,9 @@ async def test_its_group_gives_the_values(site: Site, backend: Backend) -> None:
     first, last = site.requests()
     theirs(site, first, 1)
     theirs(site, last, 2)
-    assert await result_from_celery(sent, backend).parent == [1, 2]
+    header_result = result_from_celery(sent, backend).parent
+    assert header_result is not None
+    assert await header_result == [1, 2]
 
 
 @pytest.mark.parametrize("mark", [True, False], ids=["Celery 5.7", "without its mark"])
