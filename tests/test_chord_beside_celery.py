@@ -226,6 +226,17 @@ async def test_the_mark_of_a_finished_chord_lives_as_long_as_what_it_marks(site:
         assert 4990 < rest <= mark <= 5000
 
 
+def test_what_is_taken_over(site: Site) -> None:
+    """The settings of chords; in a database, Celery counts with a task of its own."""
+    site.app.conf.update(result_chord_expires=77, result_backend_transport_options={"result_chord_ordered": False})
+    on_redis = backend_from_app(site.app)
+    assert (on_redis.chord_expires, on_redis.expires) == (77, 86400)
+    assert on_redis._count_requests
+    assert not vars(on_redis)["_chord_ordered"]
+    in_database = backend_from_app(make_app(None, "db+postgresql+psycopg://localhost/x", result_chord_expires=77))
+    assert not in_database._count_requests
+
+
 # -- chains ---------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +498,25 @@ async def test_a_part_that_was_waited_for_and_is_gone_ends_the_wait(site: Site, 
     site.redis.delete(*(site.key(first, suffix) for suffix in (".j", ".s", ".t")))
     with pytest.raises(BackendGetMetaError, match="await the group itself"):
         await waiting
+
+
+@pytest.mark.parametrize("value", [2, ValueError("no")], ids=["done", "failed"])
+async def test_a_dispatcher_is_done_with_what_celery_has_finished(site: Site, value: Any) -> None:
+    async with backend_from_app(site.app) as backend:
+        chord(header(site, 2))(site.s("echo"))
+        first, last = site.requests()
+        await ours(backend, first, 1)
+        theirs(site, last, value)
+        assert await backend.active_chords() == [first.group]
+        next_one = asyncio.ensure_future(anext(backend.ready_chords()))
+
+        async def none_left() -> bool:
+            return not await backend.active_chords()
+
+        await until(none_left)
+        assert not next_one.done()
+        next_one.cancel()
+        await asyncio.gather(next_one, return_exceptions=True)
 
 
 async def test_chords_of_ours_are_not_looked_at_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
