@@ -487,6 +487,20 @@ async def test_parts_that_come_before_the_size_are_no_end(site: Site, backend: B
     assert await handle.get(timeout=GUARD) == [1]
 
 
+async def test_the_first_part_of_another_run_is_no_end(site: Site, backend: Backend) -> None:
+    """It may come before Celery sets the size anew, and after its mark of the former run has expired."""
+    chord(header(site, 2))(site.s("echo"))
+    first, last = site.requests()
+    await ours(backend, first, 1)
+    theirs(site, last, 2)
+    site.redis.delete(site.key(first, ".c"))
+    assert await backend.chord(first.group).progress() == (2, 2)
+    theirs(site, first, 10)
+    assert await backend.chord(first.group).progress() == (1, None)
+    with pytest.raises(aioresult.TimeoutError):
+        await backend.chord(first.group).get(timeout=0)
+
+
 async def test_a_part_that_was_waited_for_and_is_gone_ends_the_wait(site: Site, backend: Backend) -> None:
     """Celery before 5.7 leaves no mark."""
     chord(header(site, 2))(site.s("echo"))

@@ -42,7 +42,9 @@ elseif not anew then
 end
 -- Celery ends a chord with failed parts by removing .s, and any other by removing the parts, too. Its mark in .c stays
 -- for some seconds or minutes; that there was a size, we may have noted.
-local over = not (done or total or adding or ours) and (noted or count > 0 and claim and claim ~= our_token)
+noted = tonumber(noted or nil)
+local over = not (done or total or adding or ours)
+    and (noted and (count == 0 or count >= noted) or count > 0 and claim and claim ~= our_token)
 local gone = done and not closed or over and count == 0
 if over then total = count > 0 and count or noted end
 total = total and tonumber(total)
@@ -91,7 +93,7 @@ if adding and not done then
     if body ~= '' then redis.call('HSETNX', akey, 'body', body) end
     if body_id ~= '' then redis.call('HSETNX', akey, 'body_id', body_id) end
     if op == 'create' then redis.call('HSET', akey, 'run', run)
-    elseif total and not ours and tonumber(noted or -1) ~= total then redis.call('HSET', akey, 'size', total) end
+    elseif total and not ours and noted ~= total then redis.call('HSET', akey, 'size', total) end
     if new_part then
         redis.call('SADD', dkey, tid .. ':' .. index)
         if list then -- Celery with result_chord_ordered=False
