@@ -83,7 +83,7 @@ end
 local function keep(key, left, ttl)
     if ttl == 0 then
         if ours or op == 'create' then redis.call('PERSIST', key) end
-    elseif left ~= -1 and left < ttl then
+    elseif left ~= -1 and left <= ttl then
         redis.call('PEXPIRE', key, ttl)
     end
 end
