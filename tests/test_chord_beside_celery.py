@@ -550,6 +550,18 @@ async def test_chords_of_ours_are_not_looked_at_again(site: Site, monkeypatch: p
         assert backend._chords._lookouts._timer is None
 
 
+async def test_closing_ends_the_wait_and_the_looks(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    backend = site.backend()
+    for _ in range(2):  # it can be opened again
+        async with backend:
+            waiting = asyncio.ensure_future(backend.chord("g").get())
+            await until(lambda: subscribed(site, "celery-taskset-meta-g"))
+        with pytest.raises(aioresult.BackendClosedError):
+            await waiting
+        assert backend._chords._lookouts._timer is None
+    assert not [record for record in caplog.records if record.name == "aioresult"]
+
+
 async def test_many_looks_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     async with site.backend() as backend:
         batches: list[int] = []
