@@ -35,6 +35,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if option.numprocesses and option.dist == "no":
         option.dist = "loadgroup"  # the tests of one Celery worker stay together, or every process starts that worker
 
+
 #: It is a Django project as soon as it is imported.
 collect_ignore = ["django_app.py"]
 

@@ -98,6 +98,13 @@ TAKEN_OVER: dict[str, list[Case]] = {
     "result_failure_expires": durations(
         "redis://", "result_failure_expires", {"60": 60, HOUR: 3600, 60: 60, 0: 0, None: 86400}
     ),
+    "result_chord_expires": durations(
+        "redis://", "result_chord_expires", {"60": 60, HOUR: 3600, 60: 60, 0: 0, None: 86400}
+    ),
+    "result_chord_ordered": [
+        ("redis://", {"result_backend_transport_options": {"result_chord_ordered": ordered}}, "_chord_ordered", ordered)
+        for ordered in (True, False)
+    ],
     "result_serializer": [
         ("redis://", {"result_serializer": "pickle", "accept_content": ["pickle"]}, "codec.serializer", "pickle")
     ],
@@ -246,7 +253,8 @@ def essence(connection_class: type, arguments: Mapping[str, Any]) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("url", "conf"), [pytest.param(*case, id=f"{case[0]} {case[1]}") for cases in REDIS.values() for case in cases]
+    ("url", "conf"),
+    [pytest.param(*case, id=f"{name} {number}") for name, cases in REDIS.items() for number, case in enumerate(cases)],
 )
 def test_redis_is_reached_as_celery_reaches_it(url: str, conf: Mapping[str, Any]) -> None:
     app = make_app(None, url, **conf)

@@ -71,7 +71,20 @@ async def scans(connection: asyncpg.Connection[Any]) -> dict[str, int]:
 def steps(group_id: str) -> list[ChordStep]:
     """Every kind of step."""
     return [
-        ChordStep(op, group_id, "token", 5.0, 100.0, str(uuid4()), size=2, body=b"b", task_id="a", index=0, part=b"1")
+        ChordStep(
+            op,
+            group_id,
+            token="token",
+            lease=5.0,
+            expires=100.0,
+            group_expires=100.0,
+            run=str(uuid4()),
+            size=2,
+            body=b"b",
+            task_id="a",
+            index=0,
+            part=b"1",
+        )
         for op in ChordOp
     ]
 

@@ -1164,11 +1164,6 @@ async def test_the_time_to_live_starts_anew_with_every_part(harness: Harness) ->
     assert all(left is not None and left > 4900 for name, left in held.items() if name not in groups)
 
 
-#: What is left to be done in SQL.
-NOT_POSTGRES = pytest.mark.parametrize("new_harness", ["memory", "redis"], indirect=True)
-
-
-@NOT_POSTGRES
 async def test_a_saved_group_lives_on_with_every_part(harness: Harness) -> None:
     """Or the nested groups of a chord that takes its time would lose their shape."""
     short, long = await harness.connect(expires=1000), await harness.connect(expires=5000)
@@ -1187,7 +1182,6 @@ async def test_a_saved_group_lives_on_with_every_part(harness: Harness) -> None:
     assert ready.results == [0, [10, 20]]
 
 
-@NOT_POSTGRES
 @pytest.mark.parametrize("long", [5000, 0])
 async def test_nothing_of_a_chord_lives_shorter_for_a_later_step(harness: Harness, long: int) -> None:
     patient, hasty = await harness.connect(expires=long), await harness.connect(expires=1000)
@@ -1202,7 +1196,6 @@ async def test_nothing_of_a_chord_lives_shorter_for_a_later_step(harness: Harnes
     assert all(left is None if long == 0 else left is not None and left > 4900 for left in lives), held
 
 
-@NOT_POSTGRES
 async def test_chord_expires_is_for_chords_alone(harness: Harness) -> None:
     backend = await harness.connect(expires=1000, chord_expires=5000)
     await backend.create_chord(backend.group(["t0", "t1"], "g"))

@@ -13,6 +13,7 @@ DECLARE
     chord record;
     known boolean; -- whether the chord is there, and has not expired
     locked boolean;
+    fresh boolean; -- whether this call has made its row
     changed boolean;
     adding boolean;
     complete boolean;
@@ -31,6 +32,7 @@ BEGIN
         IF step.first THEN
             known := false;
             locked := false;
+            fresh := false;
             changed := false;
         END IF;
         IF NOT known OR NOT locked THEN
@@ -42,12 +44,13 @@ BEGIN
                 EXIT WHEN locked OR NOT adding;
                 -- There may be a row all the same: cleanup had locked it, and has deleted it by the time that the lock
                 -- was to be had. So look again until there is one, and it is ours.
-                INSERT INTO {chords} (group_id, expires_at) VALUES (step.gid, 'infinity') ON CONFLICT DO NOTHING;
+                INSERT INTO {chords} (group_id, expires_at) VALUES (step.gid, '-infinity') ON CONFLICT DO NOTHING;
+                fresh := FOUND;
             END LOOP;
             SELECT c.run, c.size, c.count, c.token, c.claimed_until, c.done, c.expires_at,
                 c.body IS NOT NULL AS has_body, c.failure IS NOT NULL AS failed
             INTO chord FROM {chords} c WHERE c.group_id = step.gid;
-            known := FOUND AND chord.expires_at > moment;
+            known := FOUND AND (fresh OR chord.expires_at > moment);
         END IF;
         IF adding AND NOT known OR step.op = 'create' AND chord.done AND chord.run <> step.run THEN
             -- It has expired, or is created again.
@@ -60,6 +63,7 @@ BEGIN
             chord.done := false;
             chord.has_body := false;
             chord.failed := false;
+            chord.expires_at := '-infinity';
             known := true;
         END IF;
         IF NOT known THEN
@@ -117,7 +121,7 @@ BEGIN
                 END IF;
             END IF;
             IF adding OR claimed THEN
-                chord.expires_at := {step_expires_at};
+                chord.expires_at := greatest(chord.expires_at, {step_expires_at});
                 changed := true;
             END IF;
         END IF;

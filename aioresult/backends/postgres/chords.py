@@ -16,6 +16,10 @@ __all__ = ["ChordTable"]
 _NO_INDEX = 2**62
 
 
+#: The steps with which the saved group of a chord lives on.
+_KEEPING = frozenset({ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART, ChordOp.CLAIM, ChordOp.RENEW, ChordOp.FINISH})
+
+
 class ChordTable:
     """The chords of one schema, on whatever connection it is given."""
 
@@ -73,4 +77,5 @@ def _row(step: ChordStep) -> tuple[Any, ...]:
         _NO_INDEX if step.index is None else step.index,
         step.part,
         step.failed,
+        (step.group_expires or math.inf) if step.op in _KEEPING else None,
     )

@@ -174,10 +174,10 @@ class Statements:
                     CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
                          ELSE greatest(old.expires_at, excluded.expires_at) END"""
 
-        #: To be run beside steps of chords, whose operations, groups and seconds to live are ``$1``, ``$2`` and ``$5``.
+        #: To be run beside steps of chords: of their groups, ``$2``, those whose seconds to live, ``$13``, are not null.
         self.living_on: str = living_on("""(
-                    SELECT gid, max(ttl) FROM unnest($1::text[], $2::text[], $5::float8[]) AS step(op, gid, ttl)
-                    WHERE op = 'part' GROUP BY gid
+                    SELECT gid, max(ttl) FROM unnest($2::text[], $13::float8[]) AS step(gid, ttl)
+                    WHERE ttl IS NOT NULL GROUP BY gid
                 ) AS part(group_id, group_seconds)""")
 
         def store(only_new: bool, plain: bool) -> str:
