@@ -78,20 +78,34 @@ def load_exception(stored: Any, state: str, traceback: str | None) -> Exception:
 def _build(stored: Any, state: str) -> Exception:
     if isinstance(stored, Exception) and not isinstance(stored, _CONTROL_FLOW):  # out of a pickle
         its = type(stored)
+        wrapped = _unwrapped(its.__module__, its.__qualname__, _args_of(stored))
+        if wrapped is not None:
+            return _of_class(*wrapped)
         return _stand_in(its.__module__, its.__qualname__)(*_args_of(stored)) if _is_readers_own(its) else stored
     if isinstance(stored, Mapping):
         module, name, message = stored.get("exc_module"), stored.get("exc_type"), stored.get("exc_message", ())
         args = tuple(message) if isinstance(message, (list, tuple)) else (message,)
-        if (module, name) == _WRAPPER and len(args) > 2 and isinstance(args[2], (list, tuple)):
-            module, name, args = args[0], args[1], tuple(args[2])
+        module, name, args = _unwrapped(module, name, args) or (module, name, args)
         if isinstance(name, str) and name:
-            cls = _find_class(module, name)
-            built = None if cls is None else _instantiate(cls, args)
-            return _stand_in(module, name)(*args) if built is None else built
+            return _of_class(module, name, args)
     if not stored:
         return TaskRevokedError() if state == REVOKED else RemoteError("the task failed and stored no exception")
     text = stored if isinstance(stored, str) else safe_repr(stored)
     return TaskRevokedError(text) if state == REVOKED else RemoteError(text)
+
+
+def _unwrapped(module: object, name: object, args: tuple[Any, ...]) -> tuple[object, str, tuple[Any, ...]] | None:
+    """The module, the class name and the arguments of the exception in Celery's wrapper, if it is one and names one."""
+    if (module, name) != _WRAPPER or len(args) < 3 or not isinstance(args[2], (list, tuple)):
+        return None
+    return (args[0], args[1], tuple(args[2])) if isinstance(args[1], str) and args[1] else None
+
+
+def _of_class(module: object, name: str, args: tuple[Any, ...]) -> Exception:
+    """An instance of that class if it may be used, otherwise of a stand-in by its name."""
+    cls = _find_class(module, name)
+    built = None if cls is None else _instantiate(cls, args)
+    return _stand_in(module, name)(*args) if built is None else built
 
 
 def _find_class(module_name: object, qualname: str) -> type[Exception] | None:

@@ -337,6 +337,16 @@ def test_an_exception_that_a_worker_could_not_pickle_comes_out_of_its_wrapper() 
     assert read.__cause__ is not None
 
 
+@pytest.mark.parametrize("cls", ["KeywordOnly", "NowhereToBeFound"])
+def test_it_comes_out_of_its_wrapper_in_a_pickle_too(cls: str) -> None:
+    wrapper = UnpickleableExceptionWrapper(HERE, cls, ["code 5"], "its repr")
+    data = pickle.dumps({"status": FAILURE, "result": wrapper, "traceback": "in the worker"})
+    read = Codec(accept=("json", "pickle")).decode("t", data).result
+    assert (type(read).__module__, type(read).__qualname__, read.args) == (HERE, cls, ("code 5",))
+    assert isinstance(read, KeywordOnly if cls == "KeywordOnly" else RemoteError)
+    assert read.__cause__ is not None
+
+
 @pytest.mark.parametrize(
     "message", [[], [HERE], [HERE, "Plain"], [HERE, "Plain", "text"], [HERE, "Plain", None], "text"]
 )

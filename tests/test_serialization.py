@@ -99,6 +99,51 @@ def as_json(**fields: Any) -> bytes:
     return json.dumps({"status": SUCCESS, "result": None, **fields}).encode()
 
 
+# -- types registered with kombu ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Coin:
+    amount: int
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """kombu's `register_type`, for one test."""
+    monkeypatch.setattr(kombu_json, "_encoders", dict(kombu_json._encoders))
+    monkeypatch.setattr(kombu_json, "_decoders", dict(kombu_json._decoders))
+    register: Callable[..., None] = kombu_json.register_type
+    return register
+
+
+@pytest.mark.parametrize("serializer", ["json", "msgpack"])
+def test_a_type_registered_with_kombu_is_written_and_read(register: Callable[..., None], serializer: str) -> None:
+    codec = Codec(serializer, accept=(serializer,))
+    with pytest.raises(EncodeError, match="Coin"):
+        codec.dumps([Coin(3)], "it")
+    register(Coin, "coin", lambda coin: coin.amount, Coin)
+    data = codec.dumps({"price": Coin(3)}, "it")
+    assert codec.loads(data, "it") == {"price": Coin(3)}
+    if serializer == "json":
+        assert json.loads(data) == json.loads(kombu_json.dumps({"price": Coin(3)}))
+        assert kombu_json.loads(data) == {"price": Coin(3)}
+
+
+def test_a_type_of_ours_that_is_registered_anew_is_written_as_kombu_writes_it(register: Callable[..., None]) -> None:
+    register(datetime, None, datetime.isoformat)
+    assert Codec().dumps(DONE, "it").decode() == kombu_json.dumps(DONE) == f'"{DONE.isoformat()}"'
+    register(Decimal, "cents", lambda value: int(value * 100), lambda cents: Decimal(cents) / 100)
+    data = Codec().dumps(Decimal("1.5"), "it")
+    assert data.decode() == kombu_json.dumps(Decimal("1.5"))
+    assert Codec().loads(data, "it") == Decimal("1.5")
+
+
+def test_a_dict_that_looks_like_an_unknown_type_is_refused(register: Callable[..., None]) -> None:
+    register(Coin, "coin", lambda coin: coin.amount, Coin)
+    with pytest.raises(EncodeError, match="__type__ and __value__ that no reader can decode"):
+        Codec().dumps({"__type__": "x", "__value__": 1}, "it")
+
+
 # -- kombu's JSON ---------------------------------------------------------------------------------------------------
 
 
