@@ -47,7 +47,7 @@ def translate(error: BaseException, where: str) -> BackendError:
     if code in _TRANSIENT or isinstance(error, redis_errors.BusyLoadingError):
         return BackendConnectionError(f"{where} is not ready: {text}")
     if isinstance(error.__context__, ssl.SSLCertVerificationError):
-        return BackendRefusedError(f"{where}: {text}")
+        return BackendRefusedError(f"{where}: {error.__context__}")  # redis-py 5 has only its number in the text
     if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)):
         return BackendConnectionError(f"cannot reach {where}: {text}")
     return BackendRefusedError(f"{where} says: {text}")
@@ -289,15 +289,15 @@ class RedisConnection(asyncio.Protocol):
 def take_over(link: AbstractConnection, protocol: asyncio.Protocol) -> asyncio.Transport:
     """The transport of a connected redis-py connection, with ``protocol`` in place of redis-py's reader.
 
-    The one place that needs something private of redis-py: the stream writer, for its transport (8.1; the attribute
-    has had this name since the asyncio client came in 4.2). The handshake has been answered in full, so nothing is
-    buffered. ``link`` must be kept: it owns the writer, which closes the transport when it is collected.
+    The one place that needs something private of redis-py: the stream writer, for its transport (5.0.1 to 8.1; the
+    attribute has had this name since the asyncio client came in 4.2). The handshake has been answered in full, so
+    nothing is buffered. ``link`` must be kept: it owns the writer, which closes the transport when it is collected.
     """
     writer = getattr(link, "_writer", None)
     if not isinstance(writer, asyncio.StreamWriter):
         raise BackendRefusedError(
             "this version of redis-py is not supported: its asyncio connection has no stream writer; "
-            "install redis 8.1, or report this"
+            "install a redis from 5.0.1 to 8.1, or report this"
         )
     transport = cast("asyncio.Transport", writer.transport)
     transport.set_protocol(protocol)
