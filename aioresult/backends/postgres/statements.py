@@ -174,7 +174,7 @@ class Statements:
                     CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
                          ELSE greatest(old.expires_at, excluded.expires_at) END"""
 
-        #: To be run beside steps of chords: of their groups, ``$2``, those whose seconds to live, ``$13``, are not null.
+        #: To be run beside steps of chords: for the groups ``$2``, where the seconds to live, ``$13``, are not null.
         self.living_on: str = living_on("""(
                     SELECT gid, max(ttl) FROM unnest($2::text[], $13::float8[]) AS step(gid, ttl)
                     WHERE ttl IS NOT NULL GROUP BY gid
