@@ -93,7 +93,8 @@ def start_worker(
                     running[name] = start_one(name, url, NAMES, apart=True)
                     execute(url, schema_sql("the shop", "Outcomes", "Groups of them"))
                 elif name == "our tables":
-                    execute(url, f"ALTER DATABASE {databases[name]} SET timezone = '{ZONE}'", schema_sql())
+                    execute(url, f"ALTER DATABASE {databases[name]} SET timezone = '{ZONE}'")
+                    execute(url, schema_sql())
                     running[name] = start_one(name, url, CONFIGURATIONS[name])
                     running[name].zone = ZoneInfo(ZONE)
                 else:

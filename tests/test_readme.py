@@ -18,7 +18,7 @@ _WRITING_A_BACKEND = _ROOT / "docs" / "writing_a_backend.md"
 _CHORDS = _ROOT / "docs" / "chords.md"
 
 _PYTHON = re.compile(
-    r"^```python\n(?:# (?P<name>\w+\.py)\n)?(?P<source>.*?)^```\n(?:\n```text\n(?P<prints>.*?)^```)?", re.M | re.S
+    r"^```python\n(?:# (?P<name>\w+\.py)\n)?(?P<source>.*?)^```\n(?:\n?```text\n(?P<prints>.*?)^```)?", re.M | re.S
 )
 
 
