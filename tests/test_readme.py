@@ -37,7 +37,7 @@ def blocks(document: Path) -> list[Block]:
 def run(folder: Path, *words: str) -> str:
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(_ROOT)]), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environ, capture_output=True, text=True, timeout=100
+        [sys.executable, *words], cwd=folder, env=environ, capture_output=True, text=True, timeout=220
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
