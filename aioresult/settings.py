@@ -87,6 +87,7 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
     elif "aioresult.backends.postgres.backend" in modules:
         url = _postgres(conf, url, given)
         taken["count_requests"] = False  # there Celery counts with a task of its own, ``celery.chord_unlock``
+        taken["table"] = "celery_taskmeta"  # also if it is made later, and Django's is there
         taken |= _tables(conf.get("database_table_schemas") or {}, conf.get("database_table_names") or {})
     return url, {**taken, **given}
 

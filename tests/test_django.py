@@ -179,9 +179,26 @@ async def test_it_is_read_and_not_written(backend: PostgresBackend, admin: async
 
 async def test_the_tables_are_found_and_the_trigger_is_asked_for(url: str, admin: asyncpg.Connection[Any]) -> None:
     await admin.execute(f"DROP TRIGGER IF EXISTS aioresult_notify ON {TABLE}")
+    await put(admin, "before", "utf-8", "1")
     with pytest.raises(BackendRefusedError, match="create_schema"):
         await PostgresBackend(url).open()
     await PostgresBackend(url).create_schema()
     async with aioresult.connect(url) as backend:
         await put(admin, "found", "utf-8", "7")
         assert await backend.result("found") == 7
+
+
+async def test_tables_that_django_does_not_use_are_left_alone(own_postgres: PostgresServer, url: str) -> None:
+    """django-celery-results is installed, and the results are elsewhere: the backend makes Celery's tables."""
+    own = await asyncpg.connect(own_postgres.url)
+    await own.execute("CREATE DATABASE unused TEMPLATE template0")
+    unused = urlsplit(url)._replace(path="/unused").geturl()
+    try:
+        made = await asyncpg.connect(unused)
+        await made.execute(f"CREATE TABLE {TABLE} (task_id varchar(255), status varchar(50))")
+        await made.close()
+        async with aioresult.connect(unused) as backend:
+            assert await backend.mark_as_done("a", 1)
+    finally:
+        await own.execute("DROP DATABASE unused WITH (FORCE)")
+        await own.close()

@@ -1392,7 +1392,8 @@ async def test_a_member_that_expires_sooner_takes_nothing_from_its_group(
     async with PostgresBackend(postgres_url, expires=1000) as backend:
         await backend.group(["a", "b"], "g").save()
         await backend.mark_as_done("a", 1, expires=5, request=TaskRequest(id="a", group="g"))
-        left = "SELECT extract(epoch FROM expires_at - now())::int FROM celery_tasksetmeta_expiry WHERE id = 'g'"
+        left = """SELECT extract(epoch FROM greatest(expires_at, stored_at + interval '1000 s') - now())::int
+                  FROM celery_tasksetmeta_expiry WHERE id = 'g'"""
         assert 900 < await admin.fetchval(left) <= 1000
         await backend.mark_as_done("b", 1, expires=5000, request=TaskRequest(id="b", group="g"))
         assert 4900 < await admin.fetchval(left) <= 5000
@@ -1451,13 +1452,13 @@ async def test_background_cleanup_is_done_by_one_at_a_time(
 ) -> None:
     options: dict[str, Any] = {"connect": recorder.connect, "expires": 100, "cleanup_interval": 0.01}
     async with PostgresBackend(**options) as one, PostgresBackend(**options):
-        await admin.execute("SELECT pg_advisory_lock($1)", one._lock_number())  # as one that is at it would hold it
+        await admin.execute("SELECT pg_advisory_lock($1)", one._cleaner._lock)  # as one that is at it would hold it
         await one.mark_as_done("a", 1)
         await age(admin, 101, "a")
         recorder.sent.clear()
         await until(lambda: len(recorder.with_text("pg_try_advisory_xact_lock")) >= 20)
         assert await rows(admin) == {"a"}
-        await admin.execute("SELECT pg_advisory_unlock($1)", one._lock_number())
+        await admin.execute("SELECT pg_advisory_unlock($1)", one._cleaner._lock)
         await until(lambda: _is_empty(rows(admin)))
 
 

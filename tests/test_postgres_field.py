@@ -543,7 +543,7 @@ async def test_a_celery_role_without_rights_on_our_tables_stores_all_the_same(
             await celery.execute("CREATE TABLE mine AS SELECT task_id, date_done FROM celery_taskmeta")
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await celery.execute(
-                    "CREATE TRIGGER t AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION celery_taskmeta_stored()"
+                    "CREATE TRIGGER t AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION aioresult_stored()"
                 )
         assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry WHERE stored_at IS NOT NULL") == 1
     finally:
@@ -630,7 +630,7 @@ async def test_a_pool_that_is_closed_fails_waiters_and_calls_at_once(postgres_ur
 
 async def test_a_pool_without_a_free_connection_is_told_to_the_waiter(postgres_url: str) -> None:
     async with asyncpg.create_pool(postgres_url, min_size=1, max_size=2) as pool:
-        async with PostgresBackend(postgres_url, pool=pool, heartbeat=0.2) as backend:
+        async with PostgresBackend(postgres_url, pool=pool, heartbeat=0.2, retry_for=0.5) as backend:
             async with pool.acquire(), pool.acquire():
                 with pytest.raises(BackendRefusedError, match="make it larger"):
                     await backend.wait_for("a")
@@ -662,3 +662,192 @@ async def test_a_codec_of_the_callers_for_bytes_is_refused(postgres_url: str) ->
     async with asyncpg.create_pool(postgres_url, min_size=1, max_size=3, init=init) as pool:
         with pytest.raises(ImproperlyConfigured, match="bytea"):
             await PostgresBackend(postgres_url, pool=pool).open()
+
+
+# -- what a second reader found -------------------------------------------------------------------------------------
+
+
+async def test_nobody_can_have_our_function_run_code_of_theirs(
+    postgres_url: str, admin: asyncpg.Connection[Any]
+) -> None:
+    """It runs with the rights of its owner: a table of the same name in pg_temp must not be taken for ours."""
+    await PostgresBackend(postgres_url).create_schema()
+    await admin.execute("CREATE ROLE worker LOGIN; GRANT SELECT, INSERT, UPDATE ON celery_taskmeta TO worker")
+    await admin.execute("GRANT USAGE ON SEQUENCE task_id_sequence TO worker; GRANT USAGE ON SCHEMA public TO worker")
+    try:
+        async with session(postgres_url.replace("postgres@", "worker@"), timezone="Asia/Tokyo") as celery:
+            await celery.execute("""
+                CREATE TEMP TABLE celery_taskmeta_expiry (
+                    id text PRIMARY KEY, expires_at timestamptz, stored_at timestamptz, date_done timestamp);
+                CREATE FUNCTION pg_temp.f() RETURNS trigger LANGUAGE plpgsql AS
+                    $$BEGIN EXECUTE 'ALTER ROLE worker SUPERUSER'; RETURN NEW; END$$;
+                CREATE TRIGGER t BEFORE INSERT ON celery_taskmeta_expiry FOR EACH ROW EXECUTE FUNCTION pg_temp.f()""")
+            await store_as_celery(celery, "a")
+        assert not await admin.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = 'worker'")
+        assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry") == 1
+    finally:
+        await admin.execute("DROP OWNED BY worker; DROP ROLE worker")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DROP TABLE celery_taskmeta_expiry",
+        "CREATE SCHEMA archive; ALTER TABLE celery_taskmeta_expiry SET SCHEMA archive",
+        "ALTER TABLE celery_taskmeta_expiry RENAME COLUMN stored_at TO moment",
+        "ALTER TABLE celery_taskmeta_expiry ALTER COLUMN id TYPE varchar(3)",
+    ],
+)
+async def test_a_celery_worker_stores_whatever_becomes_of_our_tables(
+    postgres_url: str, admin: asyncpg.Connection[Any], change: str
+) -> None:
+    await PostgresBackend(postgres_url).create_schema()
+    await admin.execute(change)
+    try:
+        async with session(postgres_url, timezone="Asia/Tokyo") as celery:
+            await store_as_celery(celery, "a long id")
+        assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta") == 1
+    finally:
+        await admin.execute("DROP SCHEMA IF EXISTS archive CASCADE")
+
+
+async def test_a_table_of_the_first_release_is_made_anew(postgres_url: str, admin: asyncpg.Connection[Any]) -> None:
+    """Before there was stored_at: an id of 155 characters, and an expiry that was always there."""
+    await PostgresBackend(postgres_url).create_schema()
+    for table in ("celery_taskmeta", "celery_tasksetmeta"):
+        await admin.execute(
+            f"DROP TRIGGER aioresult_stored ON {table}; ALTER TABLE {table}_expiry DROP COLUMN stored_at, "
+            f"ALTER COLUMN id TYPE varchar(155), ALTER COLUMN expires_at SET NOT NULL"
+        )
+    with pytest.raises(BackendRefusedError, match="create_schema"):
+        await PostgresBackend(postgres_url).open()
+    async with (
+        PostgresBackend(postgres_url, create=True) as backend,
+        session(postgres_url, timezone="Asia/Tokyo") as far,
+    ):
+        await store_as_celery(far, "a")
+        assert await backend.result("a") == 7
+        assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry WHERE stored_at IS NOT NULL") == 1
+
+
+async def test_the_zone_is_that_of_the_database_and_not_of_the_session(
+    postgres_url: str, admin: asyncpg.Connection[Any]
+) -> None:
+    async with session(postgres_url, timezone="Asia/Tokyo") as migration:
+        await migration.execute(schema_sql())
+    async with PostgresBackend(postgres_url, expires=3600) as backend:
+        await store_as_celery(admin, "a")
+        await backend.mark_as_done("b", 1)
+        await _pass_time(postgres_url, "celery_taskmeta", 60)
+        assert await backend.cleanup() == 0
+        assert await backend.exists("a")
+        assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry") == 0  # nothing had to be noted
+
+
+async def test_an_hour_that_a_time_zone_has_twice_deletes_nothing_early(
+    postgres_url: str, admin: asyncpg.Connection[Any]
+) -> None:
+    """A row of the second 02:30 looks older than the first 02:45."""
+    database = await admin.fetchval("SELECT current_database()")
+    await admin.execute(f"ALTER DATABASE {database} SET timezone = 'Europe/Berlin'")
+    try:
+        second, first = datetime(2026, 10, 25, 1, 30, tzinfo=UTC), datetime(2026, 10, 25, 0, 45, tzinfo=UTC)
+        expires = (datetime.now(UTC) - first).total_seconds()
+        async with PostgresBackend(postgres_url, expires=expires, create=True) as backend:
+            await backend.mark_as_done("a", 1)
+            async with session(postgres_url, session_replication_role="replica") as past:
+                await past.execute("UPDATE celery_taskmeta SET date_done = $1::timestamptz::timestamp", second)
+            assert await backend.exists("a")
+            assert await backend.cleanup() == 0
+            assert await backend.exists("a")
+    finally:
+        await admin.execute(f"ALTER DATABASE {database} RESET timezone")
+
+
+@pytest.mark.parametrize("how", ["member", "part"])
+async def test_a_worker_with_a_shorter_default_takes_nothing_from_a_group(postgres_url: str, how: str) -> None:
+    async with PostgresBackend(postgres_url, expires=1000) as web, PostgresBackend(postgres_url, expires=10) as worker:
+        await web.save_group("g", web.group(["a"]))
+        if how == "member":
+            await worker.mark_as_done("a", 1, request=TaskRequest(id="a", group="g"))
+        else:
+            await worker.on_chord_part_return("g", "a", "SUCCESS", 1, 0)
+        await _pass_time(postgres_url, "celery_tasksetmeta", 500)
+        assert await web.cleanup() == 0
+        assert await web.restore_group("g") is not None
+        assert await worker.restore_group("g") is None
+        await _pass_time(postgres_url, "celery_tasksetmeta", 501)
+        assert await web.restore_group("g") is None
+        assert await web.cleanup() == 1
+
+
+async def test_what_lives_for_ever_is_looked_through_a_bounded_number_at_a_time(
+    postgres_url: str, admin: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("CLEANUP_BATCH", 3), ("ORPHANS", 3)):
+        monkeypatch.setattr(f"aioresult.backends.postgres.statements.{name}", size)
+        monkeypatch.setattr(f"aioresult.backends.postgres.cleanup.{name}", size)
+    async with PostgresBackend(postgres_url, expires=100) as backend:
+        lasting = [f"lasting {number}" for number in range(8)]
+        ids = [f"id {number}" for number in range(8)]
+        await asyncio.gather(*(backend.mark_as_done(task_id, 1, expires=0) for task_id in lasting))
+        await asyncio.gather(*(backend.mark_as_done(task_id, 1) for task_id in ids))
+        async with session(postgres_url, session_replication_role="replica") as past:
+            # All of one moment, as after a bulk insert; those that last come first.
+            for table in ("celery_taskmeta", "celery_taskmeta_expiry"):
+                await past.execute(f"UPDATE {table} SET date_done = date_trunc('day', now()) - interval '2 days'")
+            await past.execute(
+                "UPDATE celery_taskmeta SET date_done = date_done + interval '1 s' WHERE task_id LIKE 'id%'"
+            )
+            await past.execute("DELETE FROM celery_taskmeta WHERE task_id IN ('lasting 1', 'lasting 6')")
+        assert await backend.cleanup() == 8
+        left = "SELECT array_agg(id ORDER BY id) FROM celery_taskmeta_expiry"
+        for _ in range(3):
+            await backend.cleanup()
+        assert await admin.fetchval(left) == [each for each in lasting if each not in ("lasting 1", "lasting 6")]
+
+
+async def test_what_of_a_mixed_batch_is_committed_is_not_repeated(
+    postgres_url: str, admin: asyncpg.Connection[Any]
+) -> None:
+    """A registration that was repeated would find itself, and say that something was there."""
+    async with PostgresBackend(postgres_url) as backend:
+        await admin.execute("ALTER TABLE celery_taskmeta ADD CHECK (status <> 'BAD')")
+        outcomes = await asyncio.gather(
+            backend.mark_as_pending("a"),
+            backend.mark_as_pending("b"),
+            backend.mark_as_started("c"),
+            backend.mark_as_done("c", 1),
+            backend.store_result("b", None, "BAD"),
+            return_exceptions=True,
+        )
+        assert list(outcomes[:4]) == [True] * 4
+        assert isinstance(outcomes[4], aioresult.BackendStoreError)
+
+
+async def test_creating_the_schema_beside_another_that_hangs_ends(
+    postgres_url: str, admin: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = aioresult.backends.postgres.schema._text("begin.sql")
+    assert "'10s'" in begin
+    monkeypatch.setattr(
+        "aioresult.backends.postgres.schema._text",
+        lambda name, text=aioresult.backends.postgres.schema._text: text(name).replace("'10s'", "'100ms'"),
+    )
+    async with admin.transaction():
+        await admin.execute("SELECT pg_advisory_xact_lock(hashtext('aioresult schema'))")
+        with pytest.raises(BackendConnectionError, match="cannot be locked"):
+            await PostgresBackend(postgres_url).create_schema()
+        async with session(postgres_url) as other:
+            assert await blocked(other) == 0
+
+
+async def test_a_large_table_without_an_index_is_warned_of(
+    postgres_url: str, admin: asyncpg.Connection[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await PostgresBackend(postgres_url).create_schema()
+    await admin.execute("DROP INDEX celery_taskmeta_date_done_idx")
+    await store_as_celery(admin, "a")
+    monkeypatch.setattr("aioresult.backends.postgres.schema._LARGE_TABLE", 0)
+    await PostgresBackend(postgres_url).create_schema()
+    assert any("CONCURRENTLY: ON celery_taskmeta (date_done)" in record.getMessage() for record in caplog.records)

@@ -22,6 +22,7 @@ from ...chord import CHORD_TOPIC, READY_TOPIC, ChordState, ChordStep
 from ...exceptions import (
     BackendClosedError,
     BackendConnectionError,
+    BackendError,
     BackendGetMetaError,
     BackendRefusedError,
     BackendStoreError,
@@ -30,18 +31,20 @@ from ...exceptions import (
     UsageError,
 )
 from ...meta import TaskMeta
+from ...retry import concerns_everyone
 from ...tasks import StandingTask, spawn
 from ..base import Backend, BackendOptions, Record
 from ..core import logger
 from .chords import ChordTable
+from .cleanup import Cleaner
 from .connections import Connections
 from .django import GROUP_TABLE, MAX_ID_LENGTH, TABLE, DjangoRows, DjangoStatements
 from .dsn import parse_dsn
 from .inspection import Found, look
-from .listener import Listener, close_connection
+from .listener import Listener, bounded, close_connection
 from .rows import CeleryRows
 from .schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql, trigger_sql
-from .statements import CLEANUP_BATCH, PLAIN_COLUMNS, Statements
+from .statements import PLAIN_COLUMNS, Statements
 
 __all__ = ["PostgresBackend"]
 
@@ -49,6 +52,8 @@ T = TypeVar("T")
 
 #: As Celery's table is made.
 _MAX_ID_LENGTH = 155
+#: Seconds of silence after which creating the schema is given up: more than it waits for any lock.
+_SCHEMA_BOUND = 15.0
 #: Celery's names for its tables.
 _USUAL = Tables()
 
@@ -89,7 +94,7 @@ class PostgresBackend(Backend):
         super().__init__(url, **options)
         self._listen_dsn = None if listen_dsn is None else parse_dsn(listen_dsn)
         self._connections = Connections(
-            parse_dsn(url), self.as_uri(), self.heartbeat, connect_options or {}, pool, connect
+            parse_dsn(url), self.as_uri(), self.heartbeat, self.retry_for, connect_options or {}, pool, connect
         )
         celerys = Tables(
             schema,
@@ -142,20 +147,22 @@ class PostgresBackend(Backend):
             return await self._connections.run(operation)
         connection = await self._connections.translated(self._connections.new())
         try:
-            return await self._connections.translated(operation(connection))
+            bound = max(_SCHEMA_BOUND, 3 * self.heartbeat)
+            return await self._connections.translated(bounded(connection, operation(connection), bound))
         finally:
             await close_connection(connection)
 
     async def _look(self, connection: Any) -> Found:
-        """What there is: of the first place that has a table of results, or of the first."""
+        """What there is: of Celery's tables; or of Django's, if those are not there and these are in use."""
         found = [await look(connection, names, self.as_uri()) for names in self._places]
-        return next((each for each in found if each.tasks is not None), found[0])
+        return found[-1] if found[0].tasks is None and (found[-1].notifies or found[-1].in_use) else found[0]
 
     async def _run_schema(self, connection: Any) -> None:
-        names = (await self._look(connection)).names
-        only_read = names.table == TABLE
-        text = trigger_sql(names) if only_read else schema_sql(names.schema, names.table, names.group_table)
+        found = await self._look(connection)
+        names = found.names
+        text = trigger_sql(names) if found.only_read else schema_sql(names.schema, names.table, names.group_table)
         try:
+            connection.add_log_listener(_warn)
             async with connection.transaction():
                 await connection.execute(text)
         except asyncpg.LockNotAvailableError as exc:
@@ -163,21 +170,23 @@ class PostgresBackend(Backend):
                 f"the tables of {self.as_uri()} cannot be locked: a transaction that has used them is still open. "
                 f"Nothing was created; try again once it has ended"
             ) from exc
+        finally:
+            connection.remove_log_listener(_warn)
 
     async def _inspect(self) -> None:
         """Learn which tables and columns there are, create them if that is wanted, and prepare the statements."""
         found = await self._connections.run(self._look)
         nothing = found.tasks is None and found.groups is None
-        if (self._create and not _is_complete(found)) or (self._create is None and nothing):
+        if (self._create and not found.up_to_date) or (self._create is None and nothing):
             await self.create_schema()
             found = await self._connections.run(self._look)
-        if not _is_complete(found, of_any_version=True):
+        if not found.usable:
             raise BackendRefusedError(
                 f"the database of {self.as_uri()} lacks tables or the trigger that wakes waiters; create them once "
                 f"with 'await backend.create_schema()' or connect(…, create=True), or run "
                 f"aioresult.backends.postgres.schema_sql() in a migration"
             )
-        if not found.current and found.names.table != TABLE:
+        if not found.up_to_date:
             logger.warning(
                 "the functions in the database of %s are those of another version of aioresult; "
                 "run create_schema once all processes have this one",
@@ -185,10 +194,12 @@ class PostgresBackend(Backend):
             )
         self._channel_prefix = _channel_prefix(found.tasks)
         self._tables = names = found.names
-        if names.table == TABLE:
+        if found.only_read:
+            logger.info("the results of %s are in %s", self.as_uri(), TABLE)
             self._sql: Statements | DjangoStatements = DjangoStatements(names, found.columns)
             self._rows: CeleryRows | DjangoRows = DjangoRows(self.codec, self.as_uri())
             self._max_id_length = MAX_ID_LENGTH
+            self._cleaner = Cleaner(self._connections, self._sql, [], self._channel_prefix)
             return
         if self.extended and (lacking := {*EXTENDED_COLUMNS} - {"stamps"} - found.columns):
             raise BackendRefusedError(
@@ -200,6 +211,7 @@ class PostgresBackend(Backend):
         self._rows = CeleryRows(self.codec, optional, found.encoding)
         self._max_id_length = _MAX_ID_LENGTH
         self._chord_table = ChordTable(names, self._sql)
+        self._cleaner = Cleaner(self._connections, self._sql, [self._chord_table.cleanup], self._channel_prefix)
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -267,8 +279,26 @@ class PostgresBackend(Backend):
         outcomes: list[bool | BaseException] = [False] * len(records)
         # Not in one transaction: each statement takes its rows in order, but holding those of one while the next takes
         # others, two batches could wait for each other.
-        for indexes in _rounds(records):
-            await self._store_round(connection, records, indexes, outcomes)
+        rounds = list(_rounds(records))
+        if len(rounds) == 1:
+            await self._store_round(connection, records, rounds[0], outcomes)
+            return outcomes
+        parts = rounds[::-1]
+        while parts:
+            indexes = parts.pop()
+            try:
+                await self._connections.translated(
+                    self._store_round(connection, records, indexes, outcomes), BackendStoreError
+                )
+            except BackendError as exc:
+                # What is committed stays stored and is not to be repeated: a registration would find itself.
+                if isinstance(exc, BackendConnectionError) or concerns_everyone(exc):
+                    raise
+                if len(indexes) == 1:
+                    outcomes[indexes[0]] = exc
+                else:
+                    middle = len(indexes) // 2
+                    parts += [indexes[middle:], indexes[:middle]]
         return outcomes
 
     async def _store_round(
@@ -424,38 +454,19 @@ class PostgresBackend(Backend):
 
     # -- expiry -----------------------------------------------------------------------------------------------------
 
-    async def _cleanup(self, alone: bool = False) -> int:
-        """``alone``: leave it to another process that does the same."""
-        total = 0
-        chords = [] if isinstance(self._rows, DjangoRows) else [self._chord_table.cleanup]
-        for statement in (*self._sql.cleanup, *chords):
-            found = CLEANUP_BATCH
-            while found >= CLEANUP_BATCH:
-                found, removed = await self._connections.run(partial(self._clean, statement, alone))
-                total += removed
-        return total
-
-    async def _clean(self, statement: str, alone: bool, connection: Any) -> tuple[int, int]:
-        # The lock is the transaction's, not the session's, which a pooler may take away.
-        async with connection.transaction():
-            if alone and not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", self._lock_number()):
-                return 0, 0
-            row = await connection.fetchrow(statement)
-            return row["found"], row["removed"]
+    async def _cleanup(self) -> int:
+        return await self._cleaner.run()
 
     async def _keep_clean(self) -> None:
         """`cleanup` every now and then, in one process at a time, and not in all at the same moment."""
         while True:
             await asyncio.sleep(self._cleanup_interval * random.uniform(0.8, 1.2))  # noqa: S311
             try:
-                await self._call(partial(self._cleanup, alone=True))
+                await self._call(partial(self._cleaner.run, alone=True))
             except BackendClosedError:
                 return
             except Exception as exc:
                 logger.warning("background cleanup of %s failed, and is tried again later: %s", self.as_uri(), exc)
-
-    def _lock_number(self) -> int:
-        return int.from_bytes(hashlib.sha256(self._channel_prefix.encode()).digest()[:7])
 
 
 def _rounds(records: Sequence[Record]) -> Iterator[list[int]]:
@@ -476,11 +487,10 @@ def _rounds(records: Sequence[Record]) -> Iterator[list[int]]:
         waiting = later
 
 
-def _is_complete(found: Found, of_any_version: bool = False) -> bool:
-    """Whether there is all that the backend needs, with functions of this version."""
-    if found.names.table == TABLE:
-        return found.tasks is not None and found.groups is not None and found.notifies
-    return found.complete and found.notifies and (found.current or of_any_version)
+def _warn(connection: object, message: Any) -> None:
+    """Pass on what the schema warns of."""
+    if message.severity_en == "WARNING":
+        logger.warning("%s", message.message)
 
 
 def _channel_prefix(table: int | None) -> str:

@@ -36,7 +36,7 @@ BEGIN
             changed := false;
         END IF;
         IF NOT known OR NOT locked THEN
-            LOOP
+            FOR attempt IN 1..100 LOOP
                 IF step.op NOT IN ('read', 'parts') THEN
                     PERFORM FROM {chords} c WHERE c.group_id = step.gid FOR UPDATE;
                     locked := FOUND;
@@ -47,6 +47,9 @@ BEGIN
                 INSERT INTO {chords} (group_id, expires_at) VALUES (step.gid, '-infinity') ON CONFLICT DO NOTHING;
                 fresh := FOUND;
             END LOOP;
+            IF adding AND NOT locked THEN
+                RAISE EXCEPTION 'the row of chord % can be neither made nor seen', step.gid;
+            END IF;
             SELECT c.run, c.size, c.count, c.token, c.claimed_until, c.done, c.expires_at,
                 c.body IS NOT NULL AS has_body, c.failure IS NOT NULL AS failed
             INTO chord FROM {chords} c WHERE c.group_id = step.gid;

@@ -41,7 +41,7 @@ class ChordTable:
             ), deleted AS (
                 DELETE FROM {names.chords} WHERE group_id = ANY(ARRAY(SELECT group_id FROM old)) RETURNING 1
             )
-            SELECT count(*)::int AS found, count(*)::int AS removed FROM deleted"""
+            SELECT count(*)::int AS forgotten, count(*)::int AS removed FROM deleted"""
 
     async def take(self, connection: Any, steps: Sequence[ChordStep]) -> list[ChordState]:
         """Take the steps, all in one transaction."""

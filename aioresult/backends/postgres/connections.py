@@ -50,8 +50,8 @@ _PLANNING = {"enable_seqscan": "off", "jit": "off"}
 class Connections:
     """Makes connections to ``dsn``, or by the caller's ``connect``, and runs operations on those of a pool.
 
-    ``where`` names the server in errors; ``heartbeat`` is in seconds. A pool of the caller's, ``given``, stays the
-    caller's to close.
+    ``where`` names the server in errors. ``heartbeat`` is in seconds, as is ``patience`` with a pool that is full. A
+    pool of the caller's, ``given``, stays the caller's to close.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Connections:
         dsn: Dsn,
         where: str,
         heartbeat: float,
+        patience: float,
         options: Mapping[str, Any],
         given: asyncpg.Pool[Any] | None,
         connect: Callable[[], Awaitable[asyncpg.Connection[Any]]] | None,
@@ -67,6 +68,7 @@ class Connections:
         self._dsn = dsn
         self._where = where
         self._heartbeat = heartbeat
+        self._patience = patience
         self._options = options
         self._connect = connect
         self._pool: asyncpg.Pool[Any] | None = None
@@ -76,6 +78,8 @@ class Connections:
         self._planning: Mapping[str, str] = _PLANNING
         #: How many operations run.
         self._in_use = 0
+        #: Since when the caller has had all connections of the pool given.
+        self._full_since: float | None = None
 
     @property
     def pooled(self) -> bool:
@@ -127,8 +131,8 @@ class Connections:
             connection: asyncpg.Connection[Any] = await asyncpg.connect(
                 text, **{"timeout": 2 * self._heartbeat, **arguments, "server_settings": settings}
             )
-        except asyncpg.ProtocolViolationError:
-            if not self._planning:
+        except asyncpg.ProtocolViolationError as exc:
+            if not self._planning or "parameter" not in str(exc):
                 raise
             self._planning = {}  # PgBouncer refuses settings that it does not know
             return await self.new(dsn)
@@ -192,16 +196,22 @@ class Connections:
         handler that waits for a result while it holds one may be what keeps them.
         """
         try:
-            return await pool.acquire(timeout=2 * self._heartbeat)
+            connection = await pool.acquire(timeout=2 * self._heartbeat)
+            self._full_since = None
+            return connection
         except asyncpg.InterfaceError as exc:
             if pool is self.given and pool.is_closing():
                 raise BackendRefusedError(f"the pool given for {self._where} is closed") from exc
             raise
         except TimeoutError as exc:
-            full = pool.get_size() >= pool.get_max_size() and not pool.get_idle_size()
-            if pool is not self.given or self._in_use or not full:
-                raise  # it may be the server that does not answer
-            raise BackendRefusedError(
+            if pool is not self.given or pool.get_size() < pool.get_max_size() or pool.get_idle_size():
+                raise
+            now = asyncio.get_running_loop().time()
+            if self._in_use or self._full_since is None:
+                self._full_since = now
+            # At first it may be the server that does not answer, to the caller's queries as well.
+            kind = BackendConnectionError if now - self._full_since < self._patience else BackendRefusedError
+            raise kind(
                 f"none of the {pool.get_max_size()} connections of the pool given for {self._where} has become free "
                 f"within {2 * self._heartbeat:g} s: make it larger, or hold no connection while waiting for a result"
             ) from exc

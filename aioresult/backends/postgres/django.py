@@ -45,6 +45,8 @@ class DjangoStatements:
         self.fetch_group: str = f"SELECT result, content_encoding FROM {names.groups} WHERE group_id = $1 LIMIT 1"
         self.delete_group: str = f"DELETE FROM {names.groups} WHERE group_id = $1"
         self.cleanup: list[str] = []
+        self.by_default: list[str] = []
+        self.orphans: list[str] = []
 
 
 class DjangoRows:
@@ -87,7 +89,7 @@ class DjangoRows:
 
     def group(self, group_id: str, row: Mapping[str, Any]) -> bytes | None:
         """What the serializer wrote of a group."""
-        return content(row["result"], row["content_encoding"], "group", group_id)
+        return None if row["result"] is None else content(row["result"], row["content_encoding"], "group", group_id)
 
 
 def content(text: str, encoding: str | None, what: str, id: str) -> bytes:

@@ -18,7 +18,7 @@ BEGIN
         command := format('ON %s (%I)%s', wanted.relation, wanted.field, wanted.predicate);
         IF (SELECT coalesce(sum(pg_relation_size(relid)), 0) + pg_relation_size(wanted.relation)
             FROM pg_partition_tree(wanted.relation)) > {large_table} THEN
-            RAISE WARNING 'a large table lacks an index; run: CREATE INDEX CONCURRENTLY %', command;
+            RAISE WARNING 'aioresult: a large table lacks an index, create it CONCURRENTLY: %', command;
         ELSIF (SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = wanted.relation) THEN
             EXECUTE 'CREATE INDEX ' || command;
         END IF;
@@ -26,6 +26,6 @@ BEGIN
 END
 $aioresult$;
 -- On a table of Celery's that is large and has no index on date_done, run this by itself, outside any transaction.
--- Without it everything works, but cleanup reads the whole table.
+-- Without it everything works, but cleanup reads the whole table. On a partitioned table, do so for each partition.
 --   CREATE INDEX CONCURRENTLY ON {tasks} (date_done);
 --   CREATE INDEX CONCURRENTLY ON {groups} (date_done);

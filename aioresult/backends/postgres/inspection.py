@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ...exceptions import ImproperlyConfigured
+from .django import TABLE
 from .schema import Tables, digest, functions
 
 __all__ = ["Found", "look"]
@@ -13,8 +14,9 @@ __all__ = ["Found", "look"]
 _INSPECT: Final = """
     SELECT ARRAY(SELECT to_regclass(name)::oid::int8 FROM unnest($1::text[]) WITH ORDINALITY AS r(name, place)
                  ORDER BY place) AS relations,
-           ARRAY(SELECT coalesce(obj_description(to_regproc(name), 'pg_proc'), '')
+           ARRAY(SELECT obj_description(to_regproc(name), 'pg_proc')
                  FROM unnest($2::text[]) WITH ORDINALITY AS f(name, place) ORDER BY place) AS functions,
+           (SELECT bool_and(to_regproc(name) IS NOT NULL) FROM unnest($2::text[]) AS f(name)) AS callable,
            ARRAY(SELECT attname::text FROM pg_attribute
                  WHERE attrelid = to_regclass($1[1]) AND attnum > 0 AND NOT attisdropped) AS columns,
            (SELECT count(*)::int8 FROM pg_attribute
@@ -26,10 +28,11 @@ _INSPECT: Final = """
            (SELECT tgargs FROM pg_trigger WHERE tgrelid = to_regclass($1[2]) AND tgname = 'aioresult_stored'
             AND tgenabled <> 'D') AS group_zone,
            current_setting('server_encoding') AS encoding,
-           1.5::float8 AS a_float8, true AS a_bool, '\\x61'::bytea AS a_bytea"""
+           1.5::float8 AS a_float8, true AS a_bool, '\\x61'::bytea AS a_bytea,
+           1::int8 AS an_int8, 'a'::text AS a_text"""
 
 #: What a connection makes of the constants in the query above, if it has no codecs of its own for these types.
-_AS_USUAL: Final = {"a_float8": 1.5, "a_bool": True, "a_bytea": b"a"}
+_AS_USUAL: Final = {"a_float8": 1.5, "a_bool": True, "a_bytea": b"a", "an_int8": 1, "a_text": "a"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,9 @@ class Found:
     columns: frozenset[str]
     #: Whether a trigger tells of every store.
     notifies: bool
-    #: Whether all is there that storing needs, too.
+    #: Whether these are tables that another program keeps, and there is something in them.
+    in_use: bool
+    #: Whether all tables, functions and triggers are there that storing needs.
     complete: bool
     #: Whether the functions are those of this version.
     current: bool
@@ -53,6 +58,22 @@ class Found:
     zones: tuple[str, str]
     #: The encoding of the database, as PostgreSQL calls it.
     encoding: str
+
+    @property
+    def only_read(self) -> bool:
+        """Whether these are tables that aioresult only reads, and so needs nothing but the trigger."""
+        return self.names.table == TABLE
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is all that the backend needs."""
+        tables = self.tasks is not None and self.groups is not None if self.only_read else self.complete
+        return tables and self.notifies
+
+    @property
+    def up_to_date(self) -> bool:
+        """The same, with functions of this version."""
+        return self.usable and (self.only_read or self.current)
 
 
 async def look(connection: Any, names: Tables, where: str) -> Found:
@@ -66,11 +87,11 @@ async def look(connection: Any, names: Tables, where: str) -> Found:
     for name, value in _AS_USUAL.items():
         if row[name] != value or type(row[name]) is not type(value):
             raise ImproperlyConfigured(
-                f"a connection to {where} has a codec of its own for the type {name.removeprefix('a_')}, and makes "
+                f"a connection to {where} has a codec of its own for the type {name.partition('_')[2]}, and makes "
                 f"{row[name]!r} of {value!r}; give aioresult connections without it"
             )
     tasks, groups, *_ = row["relations"]
-    zones = tuple((row[name] or b"UTC\x00").rstrip(b"\x00").decode() for name in ("zone", "group_zone"))
+    zones = tuple((row[name] or b"UTC\x00").partition(b"\x00")[0].decode() for name in ("zone", "group_zone"))
     has_zones = row["zone"] is not None and row["group_zone"] is not None
     return Found(
         names,
@@ -78,8 +99,11 @@ async def look(connection: Any, names: Tables, where: str) -> Found:
         groups,
         frozenset(row["columns"]),
         row["notifies"],
-        None not in row["relations"] and "" not in row["functions"] and row["dated"] == 2 and has_zones,
-        row["functions"] == [digest(function) for function in wanted.values()],
+        names.table == TABLE
+        and tasks is not None
+        and await connection.fetchval(f"SELECT EXISTS (SELECT FROM {names.tasks})"),
+        None not in row["relations"] and row["callable"] and row["dated"] == 2 and has_zones,
+        row["functions"] == [digest(file) for file in wanted.values()],
         (zones[0], zones[1]),
         row["encoding"],
     )

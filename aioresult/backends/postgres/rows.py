@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -95,7 +96,7 @@ def moment(task_id: str, seconds: float | None) -> datetime | None:
 def text_writer(encoding: str) -> Callable[[str], str]:
     """A function that makes of any text one that a database of this encoding can hold, with escapes in it."""
     try:
-        python = codecs.lookup(encoding).name
+        python = codecs.lookup(re.sub("^WIN", "cp", encoding).replace("KOI8", "KOI8_")).name
     except LookupError:
         python = "ascii"  # the part that all of PostgreSQL's encodings have in common
     return lambda text: text.encode(python, "backslashreplace").decode(python)

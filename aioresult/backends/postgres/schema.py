@@ -131,14 +131,9 @@ class Tables:
         return self._qualified("aioresult_notify")
 
     @property
-    def tasks_stored(self) -> str:
-        """Our function that notes when a result was stored, where ``date_done`` is wrong; a trigger calls it."""
-        return self._qualified(f"{self.table}_stored")
-
-    @property
-    def groups_stored(self) -> str:
-        """The same for groups."""
-        return self._qualified(f"{self.group_table}_stored")
+    def stored(self) -> str:
+        """Our function that notes when a row was stored, where ``date_done`` is wrong; triggers call it."""
+        return self._qualified("aioresult_stored")
 
 
 #: The attributes of `Tables` that the files of SQL name.
@@ -156,18 +151,16 @@ def schema_sql(
     """
     names = Tables(schema, table, group_table)
     words = _words(names)
-    of_tasks = {**words, **_of(names.tasks, "task_id", names.task_expiry, names.tasks_stored)}
-    of_groups = {**words, **_of(names.groups, "taskset_id", names.group_expiry, names.groups_stored)}
-    made = functions(names)
+    of_tasks = {**words, **_of(names.tasks, "task_id", names.task_expiry)}
+    of_groups = {**words, **_of(names.groups, "taskset_id", names.group_expiry)}
     return "\n".join(
         [
             *(_text(name).format_map(words) for name in ("begin.sql", "tables.sql")),
-            *(_unless_current(name, text) for name, text in made.items() if name != names.chord_steps),
+            *(_unless_current(name, file, words) for name, file in functions(names).items()),
             _text("expiry.sql").format_map(of_tasks),
             _text("expiry.sql").format_map(of_groups),
             _text("trigger.sql").format_map(words),
             _text("chords.sql").format_map(words),
-            _unless_current(names.chord_steps, made[names.chord_steps]),
             _text("indexes.sql").format_map(words),
         ]
     )
@@ -179,41 +172,30 @@ def trigger_sql(names: Tables) -> str:
     return "\n".join(
         [
             _text("begin.sql").format_map(words),
-            _unless_current(names.notify, functions(names)[names.notify]),
+            _unless_current(names.notify, functions(names)[names.notify], words),
             _text("trigger.sql").format_map(words),
         ]
     )
 
 
 def functions(names: Tables) -> dict[str, str]:
-    """The functions in the database by their names, and the SQL that creates each."""
-    words = _words(names)
-    stored = _text("stored.sql")
-    return {
-        names.notify: _text("notify.sql").format_map(words),
-        names.tasks_stored: stored.format_map(
-            {**words, **_of(names.tasks, "task_id", names.task_expiry, names.tasks_stored)}
-        ),
-        names.groups_stored: stored.format_map(
-            {**words, **_of(names.groups, "taskset_id", names.group_expiry, names.groups_stored)}
-        ),
-        names.chord_steps: _text("chord_steps.sql").format_map(words),
-    }
+    """The functions in the database by their names, and the file of SQL that creates each."""
+    return {names.notify: "notify.sql", names.stored: "stored.sql", names.chord_steps: "chord_steps.sql"}
 
 
-def digest(function: str) -> str:
-    """What the comment on a function in the database says of the text that created it."""
-    return f"aioresult {hashlib.sha256(function.encode()).hexdigest()[:16]}"
+def digest(file: str) -> str:
+    """What the comment on a function says of the file that created it: the same however its names are written."""
+    return f"aioresult {hashlib.sha256(_text(file).encode()).hexdigest()[:16]}"
 
 
-def _unless_current(name: str, function: str) -> str:
-    """``function`` is created unless it is there already: replacing one is for the role that owns it."""
-    comment = literal_sql(digest(function))
+def _unless_current(name: str, file: str, words: Mapping[str, str]) -> str:
+    """The function is created unless it is there already: replacing one is for the role that owns it."""
+    comment = literal_sql(digest(file))
     return f"""DO $aioresult_unless$
 BEGIN
     IF obj_description(to_regproc({literal_sql(name)}), 'pg_proc') IS DISTINCT FROM {comment} THEN
         EXECUTE $aioresult_function$
-{function}
+{_text(file).format_map(words)}
         $aioresult_function$;
         COMMENT ON FUNCTION {name} IS {comment};
     END IF;
@@ -229,7 +211,7 @@ def _words(names: Tables) -> dict[str, str]:
         (names.tasks, "date_done", ""),
         (names.groups, "date_done", ""),
         *((expiry, "expires_at", "") for expiry in (names.task_expiry, names.group_expiry)),
-        *((expiry, "stored_at", " WHERE expires_at IS NULL") for expiry in (names.task_expiry, names.group_expiry)),
+        *((expiry, "stored_at", " WHERE stored_at IS NOT NULL") for expiry in (names.task_expiry, names.group_expiry)),
         (names.chords, "expires_at", ""),
         (names.chords, "expires_at", " WHERE NOT done AND count >= size"),
     )
@@ -248,9 +230,9 @@ def _words(names: Tables) -> dict[str, str]:
     return words
 
 
-def _of(table: str, key: str, expiry: str, stored: str) -> Mapping[str, str]:
-    """What stands in braces in the files that are run for each of the two tables."""
-    words = {"table": table, "key": key, "expiry": expiry, "stored": stored}
+def _of(table: str, key: str, expiry: str) -> Mapping[str, str]:
+    """What stands in braces in the file that is run for each of the two tables."""
+    words = {"table": table, "key": key, "expiry": expiry}
     return {**words, **{f"{name}_literal": literal_sql(value) for name, value in words.items()}}
 
 

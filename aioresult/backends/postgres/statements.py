@@ -14,18 +14,20 @@ codec of its own for dates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ...states import ALL_STATES
 from .schema import EXTENDED_COLUMNS, Tables, instant_sql, literal_sql
 
-__all__ = ["CLEANUP_BATCH", "PLAIN_COLUMNS", "Statements", "delete_sql", "epoch_sql", "versions_sql"]
+__all__ = ["CLEANUP_BATCH", "ORPHANS", "PLAIN_COLUMNS", "Statements", "delete_sql", "epoch_sql", "versions_sql"]
 
 #: All that most results have.
 PLAIN_COLUMNS = ("status", "result", "date_done")
 
 #: How many rows one statement of `Statements.cleanup` deletes at most.
 CLEANUP_BATCH = 1000
+#: How many rows of ours one run of cleanup looks through for those that belong to nothing.
+ORPHANS = 10_000
 
 #: What a store may take the place of.
 _REPLACEABLE = f"""
@@ -63,62 +65,115 @@ class _Kept:
         return f"{ours}.id = {row}.{self._key} AND {ours}.date_done IS NOT DISTINCT FROM {row}.date_done"
 
     def expires_at(self, row: str) -> str:
-        """When a row expires, with its row ``e`` of ours; null, or infinity, if neither that nor a default says so."""
+        """When a row expires, with its row ``e`` of ours; infinity, or null, if neither that nor a default says so."""
         if self._default is None:
-            return "coalesce(e.expires_at, 'infinity')"
-        return f"coalesce(e.expires_at, coalesce(e.stored_at, {self.turned(f'{row}.date_done')}) + {self._default})"
+            return "CASE WHEN e.stored_at IS NULL THEN coalesce(e.expires_at, 'infinity') ELSE 'infinity' END"
+        by_default = f"coalesce(e.stored_at, {self.turned(f'{row}.date_done')}) + {self._default}"
+        return (
+            "CASE WHEN e.expires_at IS NOT NULL AND e.stored_at IS NULL THEN e.expires_at "
+            f"ELSE greatest(e.expires_at, {by_default}) END"
+        )
 
     def gone(self, row: str) -> str:
         """Whether it has expired."""
         return f"coalesce({self.expires_at(row)} <= now(), false)"
 
-    def cleanup(self) -> Iterator[str]:
-        """What has expired by our table, rows of ours that belong to nothing, what has expired by default.
+    def cleanup(self) -> list[str]:
+        """Removes what has expired, `CLEANUP_BATCH` rows at most, by each of our rules; see `Statements.cleanup`.
 
-        Rows that somebody is writing are passed over, and both tables are locked in the order in which a store does it.
+        Rows that another program is writing are passed over: nothing here waits for a lock.
         """
-        by_ours = ["e.expires_at <= now()"]
+        by_ours = ["e.expires_at <= now() AND e.stored_at IS NULL"]
         if self._default is not None:
-            by_ours.append(f"e.expires_at IS NULL AND e.stored_at <= now() - {self._default}")
-        for expired in by_ours:
-            yield self._remove(
-                f"""SELECT t.part, t.place, e.id AS key FROM {self._expiry} e CROSS JOIN LATERAL (
-                    SELECT t.tableoid AS part, t.ctid AS place FROM {self._table} t
-                    WHERE {self._belongs("e", "t")} LIMIT 1 FOR UPDATE SKIP LOCKED
-                ) t
-                WHERE {expired} LIMIT {CLEANUP_BATCH} FOR UPDATE OF e SKIP LOCKED"""
+            by_ours.append(
+                f"e.stored_at <= now() - {self._default} AND (e.expires_at IS NULL OR e.expires_at <= now())"
             )
-        for expired in (*by_ours, "e.expires_at = 'infinity'"):
-            yield f"""
-            WITH old AS (
-                SELECT e.id FROM {self._expiry} e LEFT JOIN LATERAL (
-                    SELECT true AS there FROM {self._table} t WHERE {self._belongs("e", "t")} LIMIT 1
-                ) t ON true
-                WHERE {expired} AND t.there IS NULL LIMIT {CLEANUP_BATCH} FOR UPDATE OF e SKIP LOCKED
-            ), forgotten AS (
-                {self.forget("SELECT id FROM old")}
-            )
-            SELECT count(*)::int AS found, 0 AS removed FROM old"""
-        if self._default is not None:
-            # Written so that the index on date_done serves: no arithmetic on the column.
-            yield self._remove(
-                f"""SELECT t.tableoid AS part, t.ctid AS place, t.{self._key} AS key
-                FROM {self._table} t {self.ours("t")}
-                WHERE t.date_done <= {self.turned(f"now() - {self._default}")} AND e.id IS NULL
-                LIMIT {CLEANUP_BATCH} FOR UPDATE OF t SKIP LOCKED"""
-            )
+        return [
+            f"""
+            WITH due AS MATERIALIZED (
+                SELECT e.id AS key, e.date_done FROM {self._expiry} e
+                WHERE {expired} LIMIT {CLEANUP_BATCH} FOR UPDATE SKIP LOCKED
+            ), {self._removing("due")}"""
+            for expired in by_ours
+        ]
 
-    def _remove(self, old: str) -> str:
-        """Removes the rows ``old``, which are locked. Of a partitioned table, a ctid alone is no row."""
+    def orphans(self) -> str:
+        """Looks through `ORPHANS` rows of ours behind the id ``$1``, and removes those that belong to nothing."""
         return f"""
-            WITH old AS MATERIALIZED (
-                {old}
+            WITH seen AS MATERIALIZED (
+                SELECT e.id AS key, e.date_done FROM {self._expiry} e
+                WHERE e.id > $1::text ORDER BY e.id LIMIT {ORPHANS}
+            ), lost AS MATERIALIZED (
+                SELECT e.id AS key FROM seen CROSS JOIN LATERAL (
+                    SELECT e.id FROM {self._expiry} e WHERE e.id = seen.key
+                    AND e.date_done IS NOT DISTINCT FROM seen.date_done LIMIT 1 FOR UPDATE SKIP LOCKED
+                ) e
+                LEFT JOIN LATERAL (
+                    SELECT true AS there FROM {self._table} t
+                    WHERE t.{self._key} = seen.key AND t.date_done IS NOT DISTINCT FROM seen.date_done LIMIT 1
+                ) t ON true
+                WHERE t.there IS NULL
             ), forgotten AS (
-                {self.forget("SELECT key FROM old")}
-            ), deleted AS (
-                DELETE FROM {self._table} t USING old WHERE t.ctid = old.place AND t.tableoid = old.part RETURNING 1
+                {self.forget("SELECT key FROM lost")}
             )
-            SELECT (SELECT count(*) FROM old)::int AS found, count(*)::int AS removed FROM deleted"""
+            SELECT count(*)::int AS looked, max(key) AS last FROM seen"""
+
+    def by_default(self) -> str | None:
+        """Looks through `CLEANUP_BATCH` rows behind date ``$1`` and id ``$2``, and removes what has expired by default.
+
+        Written so that the index on ``date_done`` serves: the first comparisons have no arithmetic on the column. The
+        last one decides, for there are hours that a time zone has twice.
+        """
+        if self._default is None:
+            return None
+        key = f"coalesce(t.{self._key}, '')"
+        return f"""
+            WITH seen AS MATERIALIZED (
+                SELECT t.part, t.place, t.key, t.date_done, e.id AS own
+                FROM (
+                    SELECT t.tableoid AS part, t.ctid AS place, {key} AS key, t.{self._key}, t.date_done
+                    FROM {self._table} t
+                    WHERE t.date_done >= $1::text::timestamp
+                      AND (t.date_done > $1::text::timestamp OR {key} > $2::text)
+                      AND t.date_done <= {self.turned(f"now() - {self._default}")}
+                      AND {self.turned("t.date_done")} <= now() - {self._default}
+                    ORDER BY t.date_done, {key} LIMIT {CLEANUP_BATCH}
+                ) t {self.ours("t")}
+            ), held AS MATERIALIZED (
+                SELECT t.part, t.place, seen.key FROM seen CROSS JOIN LATERAL (
+                    SELECT t.tableoid AS part, t.ctid AS place FROM {self._table} t
+                    WHERE t.ctid = seen.place AND t.tableoid = seen.part AND t.date_done = seen.date_done
+                    FOR UPDATE SKIP LOCKED
+                ) t WHERE seen.own IS NULL
+            ), forgotten AS (
+                {self.forget("SELECT key FROM held")}
+            ), deleted AS (
+                DELETE FROM {self._table} t USING held WHERE t.ctid = held.place AND t.tableoid = held.part RETURNING 1
+            ), last AS (
+                SELECT * FROM seen ORDER BY date_done DESC, key DESC LIMIT 1
+            )
+            SELECT (SELECT count(*) FROM seen)::int AS looked, (SELECT count(*) FROM deleted)::int AS removed,
+                   (SELECT to_json(date_done) #>> '{{}}' FROM last) AS date_done, (SELECT key FROM last) AS key"""
+
+    def _removing(self, due: str) -> str:
+        """The rest of a statement: removes the rows ``due`` of ours, which are locked, and those that they belong to.
+
+        Of a partitioned table, a ctid alone is no row.
+        """
+        belongs = f"t.{self._key} = {due}.key AND t.date_done IS NOT DISTINCT FROM {due}.date_done"
+        return f"""held AS MATERIALIZED (
+                SELECT {due}.key, t.part, t.place FROM {due} LEFT JOIN LATERAL (
+                    SELECT t.tableoid AS part, t.ctid AS place FROM {self._table} t
+                    WHERE {belongs} LIMIT 1 FOR UPDATE SKIP LOCKED
+                ) t ON true
+                LEFT JOIN LATERAL (SELECT true AS there FROM {self._table} t WHERE {belongs} LIMIT 1) other ON true
+                WHERE t.place IS NOT NULL OR other.there IS NULL
+            ), forgotten AS (
+                {self.forget("SELECT key FROM held")} RETURNING 1
+            ), deleted AS (
+                DELETE FROM {self._table} t USING held WHERE t.ctid = held.place AND t.tableoid = held.part RETURNING 1
+            )
+            SELECT (SELECT count(*) FROM forgotten)::int AS forgotten, count(*)::int AS removed FROM deleted"""
 
     def forget(self, ids: str) -> str:
         """Removes the rows of ours of these ids."""
@@ -162,17 +217,23 @@ class Statements:
         def living_on(members: str) -> str:
             """Has the saved group of each member live as long. In order, or two batches could wait for each other."""
             return f"""
-                INSERT INTO {names.group_expiry} AS old (id, expires_at, date_done)
-                SELECT g.taskset_id,
-                       greatest(max({instant_sql("group_seconds")}), {kept_groups.expires_at("g")}), g.date_done
+                INSERT INTO {names.group_expiry} AS old (id, expires_at, stored_at, date_done)
+                SELECT g.taskset_id, greatest(max({instant_sql("group_seconds")}), e.expires_at),
+                       CASE WHEN e.expires_at IS NULL OR e.stored_at IS NOT NULL
+                            THEN coalesce(e.stored_at, {kept_groups.turned("g.date_done")}) END, -- a reader's default
+                       g.date_done
                 FROM {members}
                 CROSS JOIN LATERAL (SELECT * FROM {groups} WHERE taskset_id = group_id LIMIT 1) g
                 {kept_groups.ours("g")}
                 WHERE NOT {kept_groups.gone("g")}
                 GROUP BY g.taskset_id, g.date_done, e.expires_at, e.stored_at ORDER BY g.taskset_id
-                ON CONFLICT (id) DO UPDATE SET stored_at = NULL, date_done = excluded.date_done, expires_at =
-                    CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
-                         ELSE greatest(old.expires_at, excluded.expires_at) END"""
+                ON CONFLICT (id) DO UPDATE SET date_done = excluded.date_done,
+                    (expires_at, stored_at) = ROW(
+                        CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.expires_at
+                             ELSE greatest(old.expires_at, excluded.expires_at) END,
+                        CASE WHEN old.date_done IS DISTINCT FROM excluded.date_done THEN excluded.stored_at
+                             WHEN old.expires_at IS NULL OR old.stored_at IS NOT NULL
+                             THEN coalesce(old.stored_at, excluded.stored_at) END)"""
 
         #: To be run beside steps of chords: for the groups ``$2``, where the seconds to live, ``$13``, are not null.
         self.living_on: str = living_on("""(
@@ -242,8 +303,12 @@ class Statements:
             WITH gone AS (DELETE FROM {names.group_expiry} WHERE id = $1::varchar)
             DELETE FROM {groups} WHERE taskset_id = $1::varchar"""
 
-        #: Each is repeated while it finds `CLEANUP_BATCH` rows; ``removed`` of them were results or groups.
+        #: Each is repeated while it has ``forgotten`` rows of ours; ``removed`` of them were results or groups.
         self.cleanup: list[str] = [*kept.cleanup(), *kept_groups.cleanup()]
+        #: Each goes on behind ``date_done`` and ``key`` until it has ``looked`` at fewer than `CLEANUP_BATCH` rows.
+        self.by_default: list[str] = [sql for sql in (kept.by_default(), kept_groups.by_default()) if sql is not None]
+        #: Each goes on behind the ``last`` id, and begins anew when it has ``looked`` at fewer than `ORPHANS` rows.
+        self.orphans: list[str] = [kept.orphans(), kept_groups.orphans()]
 
 
 def epoch_sql(moment: str) -> str:
