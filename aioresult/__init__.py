@@ -16,6 +16,7 @@ from asyncio import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 from . import states
 from .backends.base import Backend
 from .chord import Chord, ReadyChord
+from .dialect import StoredType
 from .eager import EagerResult
 from .exceptions import (
     AioResultError,
@@ -81,6 +82,7 @@ __all__ = [
     "ResultSet",
     "ResultTooLargeError",
     "SerializationError",
+    "StoredType",
     "TaskError",
     "TaskMeta",
     "TaskRequest",

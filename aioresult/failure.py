@@ -22,7 +22,7 @@ from typing import Any, cast
 from .exceptions import AioResultError, ChordError, RemoteError, RemoteTraceback, TaskError, TaskRevokedError
 from .states import REVOKED
 
-__all__ = ["dump_exception", "load_exception", "safe_repr"]
+__all__ = ["dump_exception", "load_exception", "safe_repr", "safe_text"]
 
 _CELERY = "celery.exceptions"
 #: Our own classes that Celery has too: stored under Celery's name, so that its readers raise theirs.
@@ -65,6 +65,14 @@ def safe_repr(value: object) -> str:
         return repr(value)
     except BaseException:  # a __repr__ of the user's own
         return f"<unprintable {type(value).__qualname__} object>"
+
+
+def safe_text(exc: BaseException) -> str:
+    """``str(exc)``, or a text in its place if that raises."""
+    try:
+        return str(exc)
+    except BaseException:  # a __str__ of the user's own
+        return "an error without a text"
 
 
 def load_exception(stored: Any, state: str, traceback: str | None) -> Exception:

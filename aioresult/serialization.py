@@ -1,25 +1,21 @@
 """`TaskMeta` ↔ bytes, in Celery's wire format.
 
 `Codec` is what a backend holds: one serializer to write with, a list of those it may read, a compression, a bound on
-the size. JSON is kombu's dialect (``kombu/utils/json.py``, 5.7): what JSON lacks travels as
-``{"__type__": name, "__value__": text}``.
+the size. `dialect` has JSON and msgpack.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, date, datetime, time
-from decimal import Decimal
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from .compression import compress, compressor, decompress
+from .dialect import Dialect, StoredType, msgspec
 from .exceptions import (
     AioResultError,
     ContentDisallowed,
@@ -30,7 +26,7 @@ from .exceptions import (
     ResultTooLargeError,
     SerializationError,
 )
-from .failure import dump_exception, load_exception
+from .failure import dump_exception, load_exception, safe_text
 from .meta import TaskMeta
 from .states import EXCEPTION_STATES, READY_STATES, SUCCESS
 
@@ -45,120 +41,29 @@ FINAL_HEADS = tuple(f'{{"status": "{state}"'.encode() for state in sorted(READY_
 
 #: The fields that every meta has; the others are optional.
 CORE_FIELDS: Final = frozenset({"status", "result", "traceback", "children", "date_done", "task_id"})
-_MARKERS = frozenset({"__type__", "__value__"})
-#: Not in kombu's table of encoders, either. Its decoder takes what is no base64 at all.
-_KEPT = frozenset({"bytes", "base64"})
-_MSGPACK_SCALARS = (str, int, float, bytes, type(None))
+_KNOWN: Final = ("json", "msgpack", "pickle")
 
-
-# -- kombu's JSON ---------------------------------------------------------------------------------------------------
-#
-# Where the process has imported kombu, the types that ``kombu.utils.json.register_type`` was told of are written and
-# read as Celery does it there: kombu's table is looked at first, so that it may also override a type of ours. The table
-# has no public name; its shape is the same from kombu 5.3 to 5.7. Plain JSON never comes here.
-
-
-def _tag(name: str, value: Any) -> dict[str, Any]:
-    return {"__type__": name, "__value__": value}
-
-
-def _json_default(value: Any) -> Any:
-    reduce = getattr(value, "__json__", None)
-    if reduce is not None:
-        return reduce()
-    kombus = sys.modules.get("kombu.utils.json")
-    for cls, (marker, encode) in getattr(kombus, "_encoders", {}).items():
-        if isinstance(value, cls):
-            return encode(value) if marker is None else _tag(marker, encode(value))
-    match value:
-        case datetime():
-            return _tag("datetime", value.isoformat())
-        case date():
-            return _tag("date", value.isoformat())
-        case time():
-            return _tag("time", value.isoformat())
-        case Decimal():
-            return _tag("decimal", str(value))
-        case uuid.UUID():
-            return _tag("uuid", {"hex": value.hex})
-        case bytes():
-            try:
-                return _tag("bytes", value.decode())
-            except UnicodeDecodeError:
-                return _tag("base64", base64.b64encode(value).decode())
-    reduce = getattr(value, "as_tuple", None)
-    if reduce is not None:  # a result handle; Celery stores a task that returns one in the same way
-        return reduce()
-    raise TypeError(f"it holds an object of type {type(value).__qualname__}")
-
-
-_untag: Mapping[str, Callable[[Any], Any]] = {
-    "datetime": datetime.fromisoformat,
-    "date": lambda text: datetime.fromisoformat(text).date(),
-    "time": time.fromisoformat,
-    "decimal": Decimal,
-    "uuid": lambda fields: uuid.UUID(**fields),
-    "bytes": lambda text: text.encode(),
-    "base64": lambda text: base64.b64decode(text, validate=True),
-}
-
-
-def _decoder(kind: str) -> Callable[[Any], Any] | None:
-    if kind in _KEPT:
-        return _untag[kind]
-    kombus = sys.modules.get("kombu.utils.json")
-    found: Callable[[Any], Any] | None = getattr(kombus, "_decoders", {}).get(kind)
-    return _untag.get(kind) if found is None else found
-
-
-def _json_hook(value: dict[str, Any]) -> Any:
-    if value.keys() != _MARKERS:
-        return value
-    kind = value["__type__"]
-    decode = _decoder(kind) if isinstance(kind, str) else None
-    if decode is None:
-        raise ValueError(f"unknown __type__ {kind!r}")
-    return decode(value["__value__"])
-
-
-# A circle is found all the same: nesting without end.
-_json_encode = json.JSONEncoder(default=_json_default, check_circular=False).encode
 _json_text = json.encoder.encode_basestring_ascii
 
 
-def _json_dumps(value: Any) -> bytes:
-    return _json_encode(value).encode()
+def _json_meta(encode: Callable[[Any], str]) -> Callable[[TaskMeta], bytes]:
+    """A writer of metas in JSON, given one of values."""
+
+    def dump(meta: TaskMeta) -> bytes:
+        # The bytes of `_dump_fields`, written in place: half of the time would go into a dict and a walk over it.
+        traceback = "null" if meta.traceback is None else encode(meta.traceback)
+        children = encode(meta.children) if meta.children else "[]"
+        done = "null" if meta.date_done is None else f'"{meta.date_done.isoformat()}"'
+        extra = f"{encode(meta.extra)[1:-1]}, " if meta.extra else ""
+        return (
+            f'{{"status": {_json_text(meta.status)}, "result": {encode(meta.result)}, "traceback": {traceback}, '
+            f'"children": {children}, "date_done": {done}, {extra}"task_id": {_json_text(meta.task_id)}}}'
+        ).encode()
+
+    return dump
 
 
-def _dump_json(meta: TaskMeta) -> bytes:
-    """The bytes that `_dump_fields` has, written in place: half of the time would go into a dict and a walk over it."""
-    traceback = "null" if meta.traceback is None else _json_encode(meta.traceback)
-    children = _json_encode(meta.children) if meta.children else "[]"
-    done = "null" if meta.date_done is None else f'"{meta.date_done.isoformat()}"'
-    extra = f"{_json_encode(meta.extra)[1:-1]}, " if meta.extra else ""
-    return (
-        f'{{"status": {_json_text(meta.status)}, "result": {_json_encode(meta.result)}, "traceback": {traceback}, '
-        f'"children": {children}, "date_done": {done}, {extra}"task_id": {_json_text(meta.task_id)}}}'
-    ).encode()
-
-
-# The hook is a Python call for every object in the document; most documents have nothing for it to do.
-_json_decode = json.JSONDecoder().raw_decode
-_json_decode_tagged = json.JSONDecoder(object_hook=_json_hook).raw_decode
-
-
-def _json_loads(data: bytes) -> Any:
-    text = data.decode().strip(" \t\n\r")  # `json.loads` would also take UTF-16 and UTF-32
-    return _whole(text, *(_json_decode_tagged if "__type__" in text else _json_decode)(text))
-
-
-def _whole(text: str, value: Any, end: int) -> Any:
-    if end != len(text):
-        raise ValueError(f"there is more after its end, at {end:,}")
-    return value
-
-
-# -- the serializers that a reader has to ask for -------------------------------------------------------------------
+# -- pickle, which a reader has to ask for --------------------------------------------------------------------------
 
 
 def _pickle_dumps(value: Any) -> bytes:
@@ -171,52 +76,6 @@ def _pickle_loads(data: bytes) -> Any:
     import pickle
 
     return pickle.loads(data)  # noqa: S301 - only reached when the reader put "pickle" into accept
-
-
-def _msgspec() -> Any:
-    try:
-        import msgspec
-    except ImportError:
-        raise ImproperlyConfigured(
-            "serializer 'msgpack' needs msgspec; install it with: pip install 'aioresult-tasks[msgpack]'"
-        ) from None
-    return msgspec
-
-
-def _msgpack_dumps(value: Any) -> bytes:
-    # msgspec would take sets, durations, dataclasses and more, and give lists, texts and mappings back. So that nothing
-    # changes its type in silence, it gets msgpack's own types only; all else is tagged or refused as in JSON.
-    return bytes(_msgspec().msgpack.encode(_tag_tree(value)))
-
-
-def _tag_tree(value: Any) -> Any:
-    if isinstance(value, _MSGPACK_SCALARS):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_tag_tree(item) for item in value]
-    if not isinstance(value, dict):
-        return _tag_tree(_json_default(value))
-    for key in value:
-        if not isinstance(key, _MSGPACK_SCALARS):
-            raise TypeError(f"it holds a key of type {type(key).__qualname__}")
-    return {key: _tag_tree(item) for key, item in value.items()}
-
-
-def _msgpack_loads(data: bytes) -> Any:
-    return _untag_tree(_msgspec().msgpack.decode(data))
-
-
-def _untag_tree(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _json_hook({key: _untag_tree(item) for key, item in value.items()})
-    return [_untag_tree(item) for item in value] if isinstance(value, list) else value
-
-
-_SERIALIZERS: Mapping[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
-    "json": (_json_dumps, _json_loads),
-    "pickle": (_pickle_dumps, _pickle_loads),
-    "msgpack": (_msgpack_dumps, _msgpack_loads),
-}
 
 
 def _serializer_of(data: bytes, own: str) -> str:
@@ -259,7 +118,7 @@ def unreadable(what: str, exc: BaseException) -> AioResultError:
         return exc
     if isinstance(exc, KeyboardInterrupt):
         raise exc
-    reason = "it nests too deeply" if isinstance(exc, RecursionError) else f"{type(exc).__name__}: {_text(exc)}"
+    reason = "it nests too deeply" if isinstance(exc, RecursionError) else f"{type(exc).__name__}: {safe_text(exc)}"
     error = DecodeError(f"{what} cannot be read: {reason}")
     error.__cause__ = exc
     return error
@@ -275,20 +134,14 @@ def reading(what: str) -> Iterator[None]:
         raise error from exc.__cause__ if error is exc else exc
 
 
-def _text(exc: BaseException) -> str:
-    try:
-        return str(exc)
-    except BaseException:  # a __str__ of the user's own
-        return "an error without a text"
-
-
 # -- the codec ------------------------------------------------------------------------------------------------------
 
 
 class Codec:
     """Writes with one serializer, reads those in ``accept``, refuses what is larger than ``max_result_size`` bytes.
 
-    Raises `ImproperlyConfigured` for an unknown serializer or compression, or one whose package is missing.
+    Raises `ImproperlyConfigured` for an unknown serializer or compression, or one whose package is missing, and for
+    ``types`` that make no sense.
     """
 
     def __init__(
@@ -297,6 +150,7 @@ class Codec:
         accept: Iterable[str] = ("json",),
         compression: str | None = None,
         max_result_size: int = 128 * 2**20,
+        types: Iterable[StoredType[Any]] = (),
     ) -> None:
         if isinstance(max_result_size, bool) or not isinstance(max_result_size, int) or max_result_size < 1:
             raise ImproperlyConfigured(f"max_result_size must be a number of bytes, not {max_result_size!r}")
@@ -307,11 +161,10 @@ class Codec:
         self.max_result_size = max_result_size
         self.compression: str | None = None if compression is None else compressor(compression)
         for name in (serializer, *self.accept):
-            if name not in _SERIALIZERS:
-                known = ", ".join(sorted(_SERIALIZERS))
-                raise ImproperlyConfigured(f"unknown serializer {name!r}; known are {known}")
+            if name not in _KNOWN:
+                raise ImproperlyConfigured(f"unknown serializer {name!r}; known are {', '.join(_KNOWN)}")
         if "msgpack" in {serializer, *self.accept}:
-            _msgspec()
+            msgspec()
         if serializer not in self.accept:
             raise ImproperlyConfigured(
                 f"serializer {serializer!r} is not in accept={tuple(sorted(self.accept))}: "
@@ -319,9 +172,20 @@ class Codec:
             )
         #: Whether all that it writes is JSON, whose head tells a success (`SUCCESS_HEAD`).
         self.plain: bool = serializer == "json" and self.compression is None
-        self._dumps = _SERIALIZERS[serializer][0]
+        dialect = Dialect(types, serializer)
+        self._check: Mapping[str, Callable[[bytes], object]] = {
+            "json": dialect.checker.json,
+            "msgpack": dialect.checker.msgpack,
+        }
+        self._loads: Mapping[str, Callable[[bytes], Any]] = {
+            "json": dialect.reader.json,
+            "msgpack": dialect.reader.msgpack,
+            "pickle": _pickle_loads,
+        }
+        writers = {"json": dialect.json, "msgpack": dialect.msgpack, "pickle": _pickle_dumps}
+        self._dumps: Callable[[Any], bytes] = writers[serializer]
         self._dumps_meta: Callable[[TaskMeta], bytes] = (
-            _dump_json if serializer == "json" else partial(_dump_fields, self._dumps)
+            _json_meta(dialect.text) if serializer == "json" else partial(_dump_fields, self._dumps)
         )
 
     def write_nothing(self, reason: str) -> None:
@@ -344,7 +208,7 @@ class Codec:
         except (ImproperlyConfigured, KeyboardInterrupt):
             raise
         except BaseException as exc:  # a __json__ or __reduce__ of the user's own may raise anything
-            reason = "it nests too deeply" if isinstance(exc, RecursionError) else _text(exc)
+            reason = "it nests too deeply" if isinstance(exc, RecursionError) else safe_text(exc)
             raise EncodeError(f"{_describe(what)} cannot be stored as {self.serializer}: {reason}") from exc
         if len(data) > self.max_result_size:
             raise ResultTooLargeError(
@@ -359,7 +223,7 @@ class Codec:
         name = _serializer_of(data, self.serializer)
         if name in self.accept:
             try:  # the bytes come from outside: anything that a parser can raise is their fault
-                return _SERIALIZERS[name][1](data)
+                return self._loads[name](data)
             except BaseException as exc:
                 raise unreadable(what, exc) from exc
         raise ContentDisallowed(
@@ -380,10 +244,10 @@ class Codec:
         if b"__type__" not in data or self.serializer == "pickle":
             return
         try:
-            _SERIALIZERS[self.serializer][1](data)
+            self._check[self.serializer](data)
         except Exception as exc:
             raise ValueError(
-                f"it holds a dict with the keys __type__ and __value__ that no reader can decode ({_text(exc)}); "
+                f"it holds a dict with the keys __type__ and __value__ that no reader can decode ({safe_text(exc)}); "
                 f"give it another key"
             ) from exc
 
@@ -460,7 +324,7 @@ class Codec:
             # Types that are not known here do not matter: nothing but the status is looked at.
             plain = _serializer_of(data, self.serializer) == "json"
             text = data.decode().strip() if plain else ""
-            fields = _whole(text, *_json_decode(text)) if plain else self.loads(data, what)
+            fields = json.loads(text) if plain else self.loads(data, what)
             return fields.get("status") if isinstance(fields, dict) else None
         except AioResultError as exc:
             raise type(exc)(_keeps(str(exc))) from exc.__cause__

@@ -23,6 +23,7 @@ ORDER = [
     "meta",
     "failure",
     "compression",
+    "dialect",
     "serialization",
     "urls",
     "sockets",

@@ -52,6 +52,7 @@ PUBLIC = [
     "ResultSet",
     "ResultTooLargeError",
     "SerializationError",
+    "StoredType",
     "TaskError",
     "TaskMeta",
     "TaskRequest",

@@ -16,6 +16,7 @@ _ROOT = Path(__file__).parent.parent
 _README = _ROOT / "README.md"
 _WRITING_A_BACKEND = _ROOT / "docs" / "writing_a_backend.md"
 _CHORDS = _ROOT / "docs" / "chords.md"
+_CELERY = _ROOT / "docs" / "celery.md"
 
 _PYTHON = re.compile(
     r"^```python\n(?:# (?P<name>\w+\.py)\n)?(?P<source>.*?)^```\n(?:\n?```text\n(?P<prints>.*?)^```)?", re.M | re.S
@@ -51,7 +52,7 @@ def lay_out(document: Path, folder: Path) -> list[Block]:
     return [block for block in blocks(document) if block.name is None]
 
 
-@pytest.mark.parametrize(("document", "count"), [(_README, 2), (_WRITING_A_BACKEND, 1), (_CHORDS, 1)])
+@pytest.mark.parametrize(("document", "count"), [(_README, 2), (_WRITING_A_BACKEND, 1), (_CHORDS, 1), (_CELERY, 1)])
 def test_every_block_of_python_runs(document: Path, count: int, tmp_path: Path) -> None:
     to_run = lay_out(document, tmp_path)
     assert len(to_run) == count

@@ -8,11 +8,12 @@ import pickle
 import tracemalloc
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
 import kombu.utils.json
@@ -29,9 +30,11 @@ from aioresult import (
     ImproperlyConfigured,
     ResultTooLargeError,
     SerializationError,
+    StoredType,
     TaskMeta,
 )
-from aioresult.serialization import Codec, _dump_fields, _dump_json, _json_dumps
+from aioresult.dialect import Dialect
+from aioresult.serialization import Codec, _dump_fields
 from aioresult.states import EXCEPTION_STATES, FAILURE, RETRY, STARTED, SUCCESS
 
 kombu_json: Any = kombu.utils.json  # has no annotations
@@ -142,6 +145,186 @@ def test_a_dict_that_looks_like_an_unknown_type_is_refused(register: Callable[..
     register(Coin, "coin", lambda coin: coin.amount, Coin)
     with pytest.raises(EncodeError, match="__type__ and __value__ that no reader can decode"):
         Codec().dumps({"__type__": "x", "__value__": 1}, "it")
+
+
+def test_storing_calls_no_decoder_that_kombu_was_told_of(register: Callable[..., None]) -> None:
+    register(Coin, "coin", lambda coin: coin.amount, refuses)
+    with pytest.raises(DecodeError, match="refused 3"):
+        Codec().loads(Codec().dumps(Coin(3), "it"), "it")
+
+
+# -- types of a backend's own ---------------------------------------------------------------------------------------
+
+
+class OldCoin(Coin):
+    pass
+
+
+@dataclass
+class Purse:
+    coins: list[Coin]
+
+
+class Pair(NamedTuple):
+    a: int = 0
+    b: int = 0
+
+
+class Lasting(Protocol):
+    pass
+
+
+def refuses(value: Any) -> Any:
+    raise ValueError(f"refused {value}")
+
+
+COIN = StoredType(Coin, "coin", lambda coin: coin.amount, Coin)
+OLD_COIN = StoredType(OldCoin, "old coin", lambda coin: [coin.amount], lambda fields: OldCoin(*fields))
+PURSE = StoredType(Purse, "purse", lambda purse: purse.coins, Purse)
+
+
+@pytest.fixture(params=["json", "msgpack"])
+def new_codec(request: pytest.FixtureRequest) -> Callable[..., Codec]:
+    """A codec for one of the serializers that know types, with these."""
+    return lambda *types: Codec(request.param, accept=(request.param,), types=types)
+
+
+def test_a_type_is_written_and_read_wherever_it_stands(new_codec: Callable[..., Codec]) -> None:
+    codec = new_codec(PURSE, COIN)
+    value = {"purse": Purse([Coin(1), Coin(2)]), "when": DONE, "none": None}
+    assert codec.decode("task-7", codec.encode(meta_of(value))) == meta_of(value)
+    read = codec.decode("task-7", codec.encode(meta_of(ValueError(Coin(3)), FAILURE))).result
+    assert (type(read), read.args) == (ValueError, (Coin(3),))
+    extended = replace(meta_of(1), extra={"args": [Coin(3)]})
+    assert codec.decode("task-7", codec.encode(extended)) == extended
+
+
+def test_kombu_reads_what_a_type_wrote_and_the_other_way_round(register: Callable[..., None]) -> None:
+    value = [Purse([Coin(1)]), Coin(2)]
+    data = Codec(types=[COIN, PURSE]).dumps(value, "it")
+    for stored in (COIN, PURSE):
+        register(stored.cls, stored.name, stored.encode, stored.decode)
+    assert data.decode() == kombu_json.dumps(value)
+    assert kombu_json.loads(data) == value
+    assert Codec(types=[COIN, PURSE]).loads(kombu_json.dumps(value).encode(), "it") == value
+
+
+def test_a_type_takes_precedence_over_kombus_and_over_the_built_in_ones(
+    register: Callable[..., None], new_codec: Callable[..., Codec]
+) -> None:
+    register(Coin, "coin", refuses, refuses)
+    register(Decimal, "decimal", refuses, refuses)
+    codec = new_codec(COIN, StoredType(Decimal, "decimal", lambda value: int(value * 100), lambda n: Decimal(n) / 100))
+    data = codec.dumps([Coin(3), Decimal("1.5")], "it")
+    assert codec.loads(data, "it") == [Coin(3), Decimal("1.5")]
+    assert b"150" in data or b"\xcc\x96" in data
+
+
+@pytest.mark.parametrize("types", [(COIN, OLD_COIN), (OLD_COIN, COIN)])
+def test_the_most_specific_type_writes_whatever_the_order(
+    new_codec: Callable[..., Codec], types: tuple[StoredType[Any], ...]
+) -> None:
+    codec = new_codec(*types)
+    assert [type(coin) for coin in codec.loads(codec.dumps([OldCoin(1), Coin(2)], "it"), "it")] == [OldCoin, Coin]
+    base_alone = new_codec(COIN)
+    assert base_alone.loads(base_alone.dumps(OldCoin(1), "it"), "it") == Coin(1)
+
+
+def test_of_two_types_of_a_class_the_first_writes_and_both_read(new_codec: Callable[..., Codec]) -> None:
+    renamed = StoredType(Coin, "money", lambda coin: coin.amount, Coin)
+    data = new_codec(renamed, COIN).dumps(Coin(3), "it")
+    assert data == new_codec(renamed).dumps(Coin(3), "it")
+    assert new_codec(COIN, renamed).loads(data, "it") == Coin(3)
+
+
+def test_types_are_the_codecs_own(new_codec: Callable[..., Codec]) -> None:
+    data = new_codec(COIN).encode(meta_of(Coin(3)))
+    with pytest.raises(DecodeError, match=r"task-7.*unknown __type__ 'coin'; pass types= to the backend"):
+        new_codec().decode("task-7", data)
+    with pytest.raises(EncodeError, match=r"task-7.*Coin"):
+        new_codec(PURSE).encode(meta_of(Purse([Coin(3)])))
+
+
+@pytest.mark.parametrize("raised", [KeyError("why"), SystemExit("why"), RecursionError("why")], ids=type_name)
+def test_an_encoder_that_raises_is_named_with_task_and_type(
+    new_codec: Callable[..., Codec], raised: BaseException
+) -> None:
+    def encode(coin: Coin) -> Any:
+        raise raised
+
+    broken = StoredType(Coin, "coin", encode, Coin)
+    kind = type(raised).__name__
+    with pytest.raises(EncodeError, match=rf"task-7.*type Coin, and encode of the type 'coin' raised {kind}.*why"):
+        new_codec(broken).encode(meta_of([Coin(3)]))
+    read = new_codec(broken).decode("task-7", new_codec(broken).encode(meta_of(ValueError(Coin(3)), FAILURE))).result
+    assert read.args == ("Coin(amount=3)",)
+
+
+def test_an_encoder_without_end_is_refused(new_codec: Callable[..., Codec]) -> None:
+    with pytest.raises(EncodeError, match=r"task-7.*(too deeply|recursion)"):
+        new_codec(StoredType(Coin, "coin", lambda coin: coin, Coin)).encode(meta_of(Coin(3)))
+
+
+@pytest.mark.parametrize("raised", [KeyError("why"), SystemExit("why")], ids=type_name)
+def test_a_decoder_that_raises_is_an_error_of_the_reader_and_not_of_the_storer(
+    new_codec: Callable[..., Codec], raised: BaseException
+) -> None:
+    def decode(value: Any) -> Coin:
+        raise raised
+
+    codec = new_codec(StoredType(Coin, "coin", lambda coin: coin.amount, decode))
+    data = codec.encode(meta_of(Coin(3)))
+    with pytest.raises(DecodeError, match=r"task-7.*why") as info:
+        codec.decode("task-7", data)
+    assert info.value.__cause__ is raised
+
+
+def test_a_type_can_be_told_by_an_abstract_class_and_by_what_a_proxy_claims(new_codec: Callable[..., Codec]) -> None:
+    class Proxy:
+        amount = 3
+
+        __class__: Any = property(lambda self: Coin)
+
+    codec = new_codec(COIN, StoredType[Any](AbstractSet, "set", sorted, set))
+    assert codec.loads(codec.dumps([Proxy(), frozenset({1, 2}), {3}], "it"), "it") == [Coin(3), {1, 2}, {3}]
+
+
+def test_pickle_needs_no_types_but_its_reader_may_use_them() -> None:
+    codec = Codec("pickle", accept=("pickle", "json"), types=[StoredType(Coin, "coin", refuses, Coin)])
+    assert codec.loads(codec.dumps(Coin(3), "it"), "it") == Coin(3)
+    assert codec.loads(Codec(types=[COIN]).dumps(Coin(3), "it"), "it") == Coin(3)
+
+
+#: For arguments that a type checker refuses, too.
+NEW_TYPE: Any = StoredType
+NEW_CODEC: Any = Codec
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NEW_TYPE(Coin(1), "coin", int, Coin), r"must be a class, not Coin\(.*pass \(cls, name"),
+        (lambda: NEW_TYPE(Lasting, "it", int, int), "Lasting cannot tell its instances .* pass a class"),
+        (lambda: NEW_TYPE(Coin, "", refuses, Coin), "Coin needs a name in the store, not ''; pass a str"),
+        (lambda: NEW_TYPE(Coin, None, refuses, Coin), "Coin needs a name in the store, not None"),
+        (lambda: NEW_TYPE(Coin, "coin", None, Coin), "encode of the StoredType 'coin' must be a function"),
+        (lambda: NEW_TYPE(Coin, "coin", refuses, 1), "decode of the StoredType 'coin' must be a function"),
+        (lambda: Codec(types=[COIN, COIN]), "two of the name 'coin'; give each a name of its own"),
+        (lambda: NEW_CODEC(types=COIN), "types must be a list of StoredType, not StoredType"),
+        (lambda: NEW_CODEC(types={"coin": Coin}), "types must be made with StoredType.*, not 'coin'"),
+        (
+            lambda: Codec(types=[StoredType(Pair, "a", list, Pair)]),
+            "the serializer itself writes Pair, as a tuple.*wrap the value",
+        ),
+        (
+            lambda: Codec("msgpack", ("msgpack",), types=[StoredType(bytes, "b", list, bytes)]),
+            "the serializer itself writes bytes, as a bytes",
+        ),
+    ],
+)
+def test_types_that_make_no_sense_are_refused_at_once(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=message):
+        make()
 
 
 # -- kombu's JSON ---------------------------------------------------------------------------------------------------
@@ -343,7 +526,7 @@ def test_a_result_can_be_written_without_the_other_fields(meta: TaskMeta, writte
     ],
 )
 def test_the_json_written_in_place_is_that_of_a_mapping(meta: TaskMeta) -> None:
-    assert _dump_json(meta) == _dump_fields(_json_dumps, meta)
+    assert Codec().encode(meta) == _dump_fields(Dialect().json, meta)
 
 
 def test_white_space_around_a_result_is_nothing_and_anything_else_an_error() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, assert_type
 
 import aioresult
@@ -18,6 +20,7 @@ from aioresult import (
     GroupResult,
     ResultBase,
     ResultSet,
+    StoredType,
     TaskMeta,
     TaskRequest,
     as_completed,
@@ -57,6 +60,16 @@ async def connecting() -> None:
     assert_type(by_url("redis://"), tuple[type[Backend], str])
     MemoryBackend(expires="a day")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     MemoryBackend(expire=5)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+
+def types_of_ones_own() -> None:
+    fraction = StoredType(Fraction, "fraction", str, Fraction)
+    assert_type(fraction, StoredType[Fraction])
+    assert_type(connect("memory://", types=[fraction]), Backend)
+    assert_type(MemoryBackend(types=(fraction, StoredType(Path, "path", Path.as_posix, Path))), MemoryBackend)
+    StoredType(Path, "path", Fraction.limit_denominator, Path)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    StoredType(Path, "path", str, Fraction)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    MemoryBackend(types=[Fraction])  # type: ignore[list-item] # pyright: ignore[reportArgumentType]
 
 
 async def storing(backend: Backend) -> None:

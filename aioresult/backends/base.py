@@ -49,6 +49,8 @@ class Backend(WorkerSide):
     - ``failure_expires``: the same for results in the state FAILURE; ``None``, the default, for as long as all others.
     - ``serializer``, ``accept``: what results are written with, and what is read: ``json``, ``pickle``, ``msgpack``.
     - ``compression``: ``gzip``, ``bzip2``, ``lzma`` or ``zstd`` for what is written; reading needs no setting.
+    - ``types``: a list of `StoredType`: classes of your own whose instances JSON and msgpack are to hold. Writers and
+      readers need the same list. The order of precedence is this list, what kombu knows, the built-in types.
     - ``extended``: also store the task's name, arguments, worker, retries and queue.
     - ``max_result_size``: bytes, checked when storing and when reading (after decompression).
     - ``retry_for``: seconds that an unreachable server may be away before a call fails; waiting calls wait on.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 from uuid import UUID
 
 from ..chord import ChordState, ChordStep
+from ..dialect import StoredType
 from ..exceptions import ImproperlyConfigured, UsageError
 from ..meta import ResultTuple, TaskMeta
 from ..seconds import Seconds, checked_seconds
@@ -28,6 +29,7 @@ class CoreOptions(TypedDict, total=False):
     serializer: str
     accept: Iterable[str]
     compression: str | None
+    types: Iterable[StoredType[Any]]
     extended: bool
     max_result_size: int
     retry_for: float
@@ -96,6 +98,7 @@ class BackendContract(ABC):
         serializer: str = "json",
         accept: Iterable[str] = ("json",),
         compression: str | None = None,
+        types: Iterable[StoredType[Any]] = (),
         extended: bool = False,
         max_result_size: int = 128 * 2**20,
         retry_for: float = 30.0,
@@ -125,7 +128,7 @@ class BackendContract(ABC):
         if isinstance(max_pending_bytes, bool) or not isinstance(max_pending_bytes, int) or max_pending_bytes < 1:
             raise ImproperlyConfigured(f"max_pending_bytes must be a number of bytes, not {max_pending_bytes!r}")
         self.max_pending_bytes: int = max_pending_bytes
-        self.codec: Codec = Codec(serializer, accept, compression, max_result_size)
+        self.codec: Codec = Codec(serializer, accept, compression, max_result_size, types)
 
     def as_uri(self) -> str:
         """The URL, without the password."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +25,7 @@ from aioresult import (
     ContentDisallowed,
     EncodeError,
     ImproperlyConfigured,
+    StoredType,
     TaskRequest,
     TaskRevokedError,
     TimeoutError,
@@ -210,6 +212,23 @@ async def test_body_and_values_come_back_as_they_were(harness: Harness, body: An
     ready = await backend.on_chord_part_return("g", "t", SUCCESS, body, 0)
     assert ready is not None
     assert repr(ready.body) == repr(ready.results[0]) == repr(body)
+
+
+async def test_types_hold_in_the_body_and_in_the_parts(harness: Harness) -> None:
+    half = Fraction(1, 2)
+    backend = await harness.connect(types=[StoredType(Fraction, "fraction", str, Fraction)])
+    await backend.create_chord("g", body=half, size=2)
+    assert await backend.on_chord_part_return("g", "a", SUCCESS, [half], 0) is None
+    ready = await backend.on_chord_part_return("g", "b", SUCCESS, half, 1)
+    assert ready is not None
+    async with ready:
+        assert (ready.body, ready.results) == (half, [[half], half])
+    await backend.create_chord("failed", size=1)
+    failed = await backend.on_chord_part_return("failed", "c", FAILURE, ValueError(half), 0)
+    assert failed is not None
+    async with failed:
+        assert failed.error is not None
+        assert getattr(failed.error.__cause__, "args", None) == (half,)
 
 
 async def test_what_cannot_be_stored_is_refused_and_changes_nothing(harness: Harness) -> None:

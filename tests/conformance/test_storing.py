@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,7 @@ from aioresult import (
     EncodeError,
     ImproperlyConfigured,
     ResultTooLargeError,
+    StoredType,
     TaskMeta,
     TaskRequest,
     TaskRevokedError,
@@ -383,6 +385,38 @@ async def test_nothing_is_stored_for_a_task_whose_result_is_ignored(harness: Har
     worker = await harness.connect()
     assert await worker.mark_as_done("t", 1, SimpleNamespace(ignore_result=True)) is False
     assert not await worker.exists("t")
+
+
+# -- types of the user's own ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("serializer", ["json", "msgpack"])
+async def test_types_are_written_and_read_wherever_a_value_is_stored(harness: Harness, serializer: str) -> None:
+    half = Fraction(1, 2)
+    types = [StoredType(Fraction, "fraction", str, Fraction)]
+    worker, reader = await harness.pair(serializer=serializer, accept=(serializer,), types=types, extended=True)
+    waiting = asyncio.create_task(reader.wait_for("t"))
+    await harness.subscribed(1)
+    request = TaskRequest(id="t", task="cut", args=[half], kwargs={"by": half}, children=[(("c", None), None)])
+    await worker.mark_as_done("t", {"each": [half]}, request)
+    await worker.mark_as_failure("failed", ValueError(half))
+    meta, failed = await reader.get_many(["t", "failed"])
+    assert (await waiting) == meta
+    assert (meta.result, meta.args, meta.kwargs, len(meta.children)) == ({"each": [half]}, [half], {"by": half}, 1)
+    assert failed.result.args == (half,)
+
+
+async def test_a_type_that_cannot_be_decoded_is_the_error_of_that_result_alone(harness: Harness) -> None:
+    worker = await harness.connect(types=[StoredType(Fraction, "fraction", str, Fraction)])
+    reader = await harness.connect(types=[StoredType(Fraction, "fraction", str, lambda text: Fraction(int(text)))])
+    await worker.mark_as_done("bad", Fraction(1, 2))
+    await worker.mark_as_done("good", Fraction(2))
+    bad, good = await reader.look_up(["bad", "good"])
+    assert isinstance(bad, DecodeError)
+    assert isinstance(good, TaskMeta)
+    assert good.result == 2
+    with pytest.raises(DecodeError, match=r"bad.*1/2"):
+        await reader.wait_for("bad")
 
 
 # -- what cannot be stored ------------------------------------------------------------------------------------------

@@ -1,0 +1,306 @@
+"""Values in kombu's dialect of JSON (``kombu/utils/json.py``, 5.7), and in msgpack in the same manner.
+
+What JSON lacks travels as ``{"__type__": name, "__value__": value}``. Three tables say what such a name means: the
+``types`` of the backend take precedence, then kombu's table where the process has imported kombu, then the one below.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from decimal import Decimal
+from functools import singledispatch
+from types import NoneType
+from typing import Any, Final, Generic, TypeVar
+
+from .exceptions import ImproperlyConfigured
+from .failure import safe_text
+
+__all__ = ["Dialect", "Reader", "StoredType", "msgspec"]
+
+T = TypeVar("T")
+
+_MARKERS = frozenset({"__type__", "__value__"})
+#: Not in kombu's table of encoders, either. Its decoder takes what is no base64 at all.
+_KEPT = frozenset({"bytes", "base64"})
+_MSGPACK_SCALARS = (str, int, float, bytes, NoneType)
+#: What a serializer writes by itself, and instances of subclasses with it: their ``encode`` would not be called.
+_NATIVE: Final[Mapping[str, tuple[type, ...]]] = {
+    "json": (dict, list, tuple, str, int, float, NoneType),
+    "msgpack": (dict, list, tuple, *_MSGPACK_SCALARS),
+}
+
+
+@dataclass(frozen=True)  # with slots, StoredType[…](…) raises in Python 3.11
+class StoredType(Generic[T]):
+    """A class whose instances a backend stores and reads; for the option ``types``.
+
+    >>> from fractions import Fraction
+    >>> fraction = StoredType(Fraction, "fraction", str, Fraction)
+
+    JSON and msgpack then hold ``{"__type__": "fraction", "__value__": "1/3"}``. kombu's ``register_type`` takes the
+    same arguments in the same order and stores the same, so each side reads what the other wrote. pickle stores
+    instances by itself and ignores the types.
+
+    An instance of a subclass is written with the most specific type that fits. Two types may have the same class, for
+    instance after a change of the name: the first in the list writes, and both are read.
+
+    :param cls: the class. JSON writes `dict`, `list`, `tuple`, `str`, `int`, `float` and their subclasses by itself, so
+        those are refused.
+    :param name: the name in the store. It may also replace a name that aioresult knows by itself, such as ``datetime``.
+    :param encode: turns an instance into a value that the serializer can hold, or that other types make so. If it
+        raises, storing raises `EncodeError`.
+    :param decode: turns that value, in which tuples have become lists, into an instance. If it raises, reading this one
+        result raises `DecodeError`. Other programs may write to the store, so it must be safe for any value. Storing
+        does not call it.
+    :raises ImproperlyConfigured: an argument makes no sense; says what to change.
+    """
+
+    cls: type[T]
+    name: str
+    encode: Callable[[T], Any]
+    decode: Callable[[Any], T]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cls, type):
+            raise ImproperlyConfigured(
+                f"the first argument of StoredType must be a class, not {self.cls!r}; pass (cls, name, encode, decode)"
+            )
+        try:
+            issubclass(NoneType, self.cls)
+        except TypeError as exc:  # a Protocol
+            raise ImproperlyConfigured(
+                f"{self.cls.__qualname__} cannot tell its instances ({exc}); pass a class that implements it"
+            ) from exc
+        if not isinstance(self.name, str) or not self.name:
+            raise ImproperlyConfigured(
+                f"the StoredType of {self.cls.__qualname__} needs a name in the store, not {self.name!r}; pass a str"
+            )
+        for what, function in (("encode", self.encode), ("decode", self.decode)):
+            if not callable(function):
+                raise ImproperlyConfigured(
+                    f"{what} of the StoredType {self.name!r} must be a function of one argument, not {function!r}"
+                )
+
+
+def _checked(types: Iterable[StoredType[Any]], serializer: str) -> tuple[StoredType[Any], ...]:
+    if not isinstance(types, Iterable):
+        raise ImproperlyConfigured(f"types must be a list of StoredType, not {types!r}")
+    found = tuple(types)
+    native = _NATIVE.get(serializer, _NATIVE["json"])
+    names: set[str] = set()
+    for each in found:
+        if not isinstance(each, StoredType):
+            raise ImproperlyConfigured(f"types must be made with StoredType(cls, name, encode, decode), not {each!r}")
+        if each.name in names:
+            raise ImproperlyConfigured(f"types has two of the name {each.name!r}; give each a name of its own")
+        names.add(each.name)
+        for base in native:
+            if issubclass(each.cls, base):
+                raise ImproperlyConfigured(
+                    f"the serializer itself writes {each.cls.__qualname__}, as a {base.__name__}, and would not call "
+                    f"encode; wrap the value in a class that is no {base.__name__}, or convert it before storing it"
+                )
+    return found
+
+
+# -- the types that everyone has ------------------------------------------------------------------------------------
+#
+# Where the process has imported kombu, the types that ``kombu.utils.json.register_type`` was told of are written and
+# read as Celery does it there: kombu's table is looked at first, so that it may also override a type of ours. The table
+# has no public name; its shape is the same from kombu 5.3 to 5.7. Plain JSON never comes here.
+
+
+def _tag(name: str, value: Any) -> dict[str, Any]:
+    return {"__type__": name, "__value__": value}
+
+
+def _default(value: Any) -> Any:
+    reduce = getattr(value, "__json__", None)
+    if reduce is not None:
+        return reduce()
+    kombus = sys.modules.get("kombu.utils.json")
+    for cls, (marker, encode) in getattr(kombus, "_encoders", {}).items():
+        if isinstance(value, cls):
+            return encode(value) if marker is None else _tag(marker, encode(value))
+    match value:
+        case datetime():
+            return _tag("datetime", value.isoformat())
+        case date():
+            return _tag("date", value.isoformat())
+        case time():
+            return _tag("time", value.isoformat())
+        case Decimal():
+            return _tag("decimal", str(value))
+        case uuid.UUID():
+            return _tag("uuid", {"hex": value.hex})
+        case bytes():
+            try:
+                return _tag("bytes", value.decode())
+            except UnicodeDecodeError:
+                return _tag("base64", base64.b64encode(value).decode())
+    reduce = getattr(value, "as_tuple", None)
+    if reduce is not None:  # a result handle; Celery stores a task that returns one in the same way
+        return reduce()
+    raise TypeError(f"it holds an object of type {type(value).__qualname__}")
+
+
+_untag: Mapping[str, Callable[[Any], Any]] = {
+    "datetime": datetime.fromisoformat,
+    "date": lambda text: datetime.fromisoformat(text).date(),
+    "time": time.fromisoformat,
+    "decimal": Decimal,
+    "uuid": lambda fields: uuid.UUID(**fields),
+    "bytes": lambda text: text.encode(),
+    "base64": lambda text: base64.b64decode(text, validate=True),
+}
+
+
+def _decoder(kind: str) -> Callable[[Any], Any] | None:
+    if kind in _KEPT:
+        return _untag[kind]
+    kombus = sys.modules.get("kombu.utils.json")
+    found: Callable[[Any], Any] | None = getattr(kombus, "_decoders", {}).get(kind)
+    return _untag.get(kind) if found is None else found
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+# A hook is a Python call for every object in the document; most documents have nothing for it to do.
+_plain = json.JSONDecoder().raw_decode
+
+
+class Reader:
+    """Reads both serializers. Its ``own`` decoders take precedence over those that everyone has."""
+
+    def __init__(self, own: Mapping[str, Callable[[Any], Any]]) -> None:
+        self._own = own
+        self._tagged = json.JSONDecoder(object_hook=self._hook).raw_decode
+
+    def json(self, data: bytes) -> Any:
+        """The value in ``data``; raises whatever a parser or a decoder raises, as `msgpack` does."""
+        text = data.decode().strip(" \t\n\r")  # `json.loads` would also take UTF-16 and UTF-32
+        value, end = self._tagged(text) if "__type__" in text else _plain(text)
+        if end != len(text):
+            raise ValueError(f"there is more after its end, at {end:,}")
+        return value
+
+    def msgpack(self, data: bytes) -> Any:
+        """The same of msgpack."""
+        return self._untagged(msgspec().msgpack.decode(data))
+
+    def _untagged(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return self._hook({key: self._untagged(item) for key, item in value.items()})
+        return [self._untagged(item) for item in value] if isinstance(value, list) else value
+
+    def _hook(self, value: dict[str, Any]) -> Any:
+        if value.keys() != _MARKERS:
+            return value
+        kind = value["__type__"]
+        decode = self._decoder(kind) if isinstance(kind, str) else None
+        if decode is None:
+            raise ValueError(f"unknown __type__ {kind!r}; pass types= to the backend to have it decoded")
+        return decode(value["__value__"])
+
+    def _decoder(self, kind: str) -> Callable[[Any], Any] | None:
+        return self._own[kind] if kind in self._own else _decoder(kind)
+
+
+class _Checker(Reader):
+    """Finds out whether data can be read. Of the decoders it calls only those of the types that everyone has.
+
+    The decoder of a registered type is written for readers: it may be slow, or need what the worker lacks.
+    """
+
+    def _decoder(self, kind: str) -> Callable[[Any], Any] | None:
+        found = super()._decoder(kind)
+        return found if found is None or (kind in _untag and kind not in self._own) else _as_it_is
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+class Dialect:
+    """Both serializers with the ``types`` of one backend, which writes with ``serializer``.
+
+    Raises `ImproperlyConfigured` for types that make no sense.
+    """
+
+    def __init__(self, types: Iterable[StoredType[Any]] = (), serializer: str = "json") -> None:
+        types = _checked(types, serializer)
+        self._default: Callable[[Any], Any] = _default_with(types) if types else _default
+        #: A value as JSON. A circle is found all the same: nesting without end.
+        self.text: Callable[[Any], str] = json.JSONEncoder(default=self._default, check_circular=False).encode
+        self.reader: Reader = Reader({each.name: each.decode for each in types})
+        self.checker: Reader = _Checker({each.name: each.decode for each in types})
+
+    def json(self, value: Any) -> bytes:
+        """``value`` as JSON; raises whatever an encoder raises, as `msgpack` does."""
+        return self.text(value).encode()
+
+    def msgpack(self, value: Any) -> bytes:
+        """``value`` as msgpack.
+
+        msgspec would take sets, durations, dataclasses and more, and give lists, texts and mappings back. So that
+        nothing changes its type in silence, it gets msgpack's own types only; all else is tagged or refused as in JSON.
+        """
+        return bytes(msgspec().msgpack.encode(self._tagged(value)))
+
+    def _tagged(self, value: Any) -> Any:
+        if isinstance(value, _MSGPACK_SCALARS):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [self._tagged(item) for item in value]
+        if not isinstance(value, dict):
+            return self._tagged(self._default(value))
+        for key in value:
+            if not isinstance(key, _MSGPACK_SCALARS):
+                raise TypeError(f"it holds a key of type {type(key).__qualname__}")
+        return {key: self._tagged(item) for key, item in value.items()}
+
+
+def _default_with(types: Iterable[StoredType[Any]]) -> Callable[[Any], Any]:
+    """`_default` for all but these types. The most specific class decides, then the order of the list."""
+    default = singledispatch(_default)
+    by_class: dict[type, StoredType[Any]] = {}
+    for each in types:
+        by_class.setdefault(each.cls, each)
+    for cls, each in by_class.items():
+        default.register(cls, _encoder(each))
+    return default
+
+
+def _encoder(stored: StoredType[Any]) -> Callable[[Any], Any]:
+    def encode(value: Any) -> Any:
+        try:
+            return _tag(stored.name, stored.encode(value))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # the user's own
+            raise ValueError(
+                f"it holds an object of type {type(value).__qualname__}, and encode of the type {stored.name!r} "
+                f"raised {type(exc).__name__}: {safe_text(exc)}"
+            ) from exc
+
+    return encode
+
+
+def msgspec() -> Any:
+    """The package, or `ImproperlyConfigured` if it is not installed."""
+    try:
+        import msgspec
+    except ImportError:
+        raise ImproperlyConfigured(
+            "serializer 'msgpack' needs msgspec; install it with: pip install 'aioresult-tasks[msgpack]'"
+        ) from None
+    return msgspec
