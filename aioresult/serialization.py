@@ -137,6 +137,10 @@ def reading(what: str) -> Iterator[None]:
 # -- the codec ------------------------------------------------------------------------------------------------------
 
 
+class _OnlyReads(Exception):
+    """Of `Codec.write_nothing`. Code of the user's own may raise `ImproperlyConfigured` while it is serialized."""
+
+
 class Codec:
     """Writes with one serializer, reads those in ``accept``, refuses what is larger than ``max_result_size`` bytes.
 
@@ -192,7 +196,7 @@ class Codec:
         """From now on only read: whatever is to be written raises `ImproperlyConfigured` with ``reason``."""
 
         def refuse(_: object) -> bytes:
-            raise ImproperlyConfigured(reason)
+            raise _OnlyReads(reason)
 
         self._dumps = self._dumps_meta = refuse
 
@@ -205,8 +209,10 @@ class Codec:
             data = dumps(value)
             if b"__type__" in data:
                 self._check_types(data)
-        except (ImproperlyConfigured, KeyboardInterrupt):
+        except KeyboardInterrupt:
             raise
+        except _OnlyReads as exc:
+            raise ImproperlyConfigured(str(exc)) from None
         except BaseException as exc:  # a __json__ or __reduce__ of the user's own may raise anything
             reason = "it nests too deeply" if isinstance(exc, RecursionError) else safe_text(exc)
             raise EncodeError(f"{_describe(what)} cannot be stored as {self.serializer}: {reason}") from exc

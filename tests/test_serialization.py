@@ -260,19 +260,29 @@ def test_an_encoder_that_raises_is_named_with_task_and_type(
     assert read.args == ("Coin(amount=3)",)
 
 
+def test_an_error_of_ours_out_of_code_of_the_users_own_is_an_encode_error() -> None:
+    class Odd:
+        def __json__(self) -> Any:
+            raise ImproperlyConfigured("of its own")
+
+    with pytest.raises(EncodeError, match=r"task-7.*of its own"):
+        Codec().encode(meta_of(Odd()))
+
+
 def test_an_encoder_without_end_is_refused(new_codec: Callable[..., Codec]) -> None:
     with pytest.raises(EncodeError, match=r"task-7.*(too deeply|recursion)"):
         new_codec(StoredType(Coin, "coin", lambda coin: coin, Coin)).encode(meta_of(Coin(3)))
 
 
+@pytest.mark.parametrize("name", ["coin", "decimal"])
 @pytest.mark.parametrize("raised", [KeyError("why"), SystemExit("why")], ids=type_name)
 def test_a_decoder_that_raises_is_an_error_of_the_reader_and_not_of_the_storer(
-    new_codec: Callable[..., Codec], raised: BaseException
+    new_codec: Callable[..., Codec], raised: BaseException, name: str
 ) -> None:
     def decode(value: Any) -> Coin:
         raise raised
 
-    codec = new_codec(StoredType(Coin, "coin", lambda coin: coin.amount, decode))
+    codec = new_codec(StoredType(Coin, name, lambda coin: coin.amount, decode))
     data = codec.encode(meta_of(Coin(3)))
     with pytest.raises(DecodeError, match=r"task-7.*why") as info:
         codec.decode("task-7", data)
