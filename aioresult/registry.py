@@ -86,16 +86,16 @@ def by_name(name: str) -> type[Backend]:
         raise ImproperlyConfigured(_unknown(name, sorted({*BACKEND_ALIASES, *_announced()})))
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except ModuleNotFoundError as exc:
-        missing = (exc.name or "").partition(".")[0]
-        if missing in _EXTRAS:
-            extra = _EXTRAS[missing]
+    except ImportError as exc:
+        package = (exc.name or "").partition(".")[0]
+        if package in _EXTRAS:
+            which = "the package" if isinstance(exc, ModuleNotFoundError) else "a newer release of the package"
             raise ImproperlyConfigured(
-                f"the backend {name!r} needs the package {missing!r}; "
-                f"install it with: pip install 'aioresult-tasks[{extra}]'"
+                f"the backend {name!r} needs {which} {package!r}; "
+                f"install it with: pip install 'aioresult-tasks[{_EXTRAS[package]}]'"
             ) from exc
         raise ImproperlyConfigured(f"the backend {name!r} cannot be imported: {exc}") from exc
-    except (ImportError, AttributeError) as exc:
+    except AttributeError as exc:
         raise ImproperlyConfigured(f"the backend {name!r} cannot be imported: {exc}") from exc
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise ImproperlyConfigured(f"{path} is not a Backend class")

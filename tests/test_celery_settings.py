@@ -247,6 +247,8 @@ def essence(connection_class: type, arguments: Mapping[str, Any]) -> dict[str, A
     requirements = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
     if isinstance(found.get("ssl_cert_reqs"), str):
         found["ssl_cert_reqs"] = requirements[found["ssl_cert_reqs"]]
+    if "SSL" in found["class"]:
+        found.setdefault("ssl_check_hostname", found.get("ssl_cert_reqs") != ssl.CERT_NONE)
     if provider := found.get("credential_provider"):
         found["credential_provider"] = type(provider)
     return found

@@ -174,6 +174,13 @@ def test_a_missing_package_is_an_error_that_says_how_to_install_it(missing: str,
     assert f"pip install 'aioresult-tasks[{extra}]'" in printed
 
 
+def test_a_release_that_is_too_old_is_an_error_that_says_how_to_get_another() -> None:
+    code = "import aioresult, hiredis\ndel hiredis.PushNotification\ntry:\n    aioresult.connect('redis://')\n"
+    printed = run_without([], code + "except aioresult.ImproperlyConfigured as exc:\n    print(exc)")
+    assert "a newer release of the package 'hiredis'" in printed
+    assert "pip install 'aioresult-tasks[redis]'" in printed
+
+
 def test_without_celery_a_revoked_task_raises_our_error_and_with_it_both() -> None:
     code = """
 import aioresult

@@ -333,6 +333,22 @@ async def test_tls_with_a_certificate_of_nobody_is_refused(
             assert await backend.mark_as_done("a", 1)
 
 
+@pytest.mark.parametrize("requirement", ["required", ssl.CERT_REQUIRED, ssl.CERT_NONE, None])
+async def test_tls_with_a_certificate_of_another_host(
+    own_redis: RedisServer, redis_url: str, authority: tuple[trustme.CA, Path], requirement: ssl.VerifyMode | str | None
+) -> None:
+    ca, path = authority
+    options = {"ssl_ca_certs": str(path), "ssl_cert_reqs": requirement}
+    async with tls_front(own_redis, ca) as front:
+        backend = aioresult.connect(f"rediss://127.0.0.1:{front.port}/0", connect_options=options)
+        if requirement in (ssl.CERT_NONE, None):
+            async with backend:
+                assert await backend.mark_as_done("a", 1)
+        else:
+            with pytest.raises(BackendRefusedError, match=r"certificate is not valid for '127\.0\.0\.1'"):
+                await backend.open()
+
+
 # -- loss: of a connection, of the peer, of the server --------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
-import hiredis
+from hiredis import PushNotification, Reader, ReplyError, pack_command
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
@@ -28,7 +28,7 @@ Command: TypeAlias = tuple[str | bytes | int, ...]
 
 _NOT_ENOUGH: Final = object()
 #: hiredis' own annotation allows for tuples of one element only.
-_pack = cast("Callable[[Command], bytes]", hiredis.pack_command)
+_pack = cast("Callable[[Command], bytes]", pack_command)
 
 #: Replies that mean "not now": the server is starting, busy, on the wrong side of a failover, or has lost a script that
 #: was loaded a moment ago.
@@ -86,7 +86,7 @@ class RedisConnection(asyncio.Protocol):
         self._heartbeat = heartbeat
         self._on_message = on_message
         self._on_lost = on_lost
-        self._reader = hiredis.Reader(notEnoughData=_NOT_ENOUGH)
+        self._reader = Reader(notEnoughData=_NOT_ENOUGH)
         self._requests: deque[_Request] = deque()
         self._loop = asyncio.get_running_loop()
         self._writable = asyncio.Event()
@@ -149,13 +149,13 @@ class RedisConnection(asyncio.Protocol):
                         if time() >= pause_at:
                             break
                         continue
-                    if on_message is None and isinstance(reply, hiredis.PushNotification):
+                    if on_message is None and isinstance(reply, PushNotification):
                         continue
                 if not self._requests:
                     raise ValueError("a reply that nobody asked for")
                 request = self._requests[0]
                 request.replies.append(reply)
-                refused = request.one_command and isinstance(reply, hiredis.ReplyError)
+                refused = request.one_command and isinstance(reply, ReplyError)
                 if refused or len(request.replies) == request.want:
                     self._requests.popleft()
                     if not request.future.done():

@@ -47,6 +47,8 @@ def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[Abstrac
             if options.get("username") or options.get("password"):
                 raise ValueError("a credential provider takes the place of the user name and the password; drop either")
         _checked_tls(options)
+        if issubclass(connection_class, SSLConnection) and options.get("ssl_cert_reqs", "required") != "none":
+            options.setdefault("ssl_check_hostname", True)  # redis-py before 6 takes any host's certificate
         for name in ("protocol", "db"):
             if name in options:
                 options[name] = int(options[name])
@@ -119,11 +121,12 @@ def _provider(given: Any) -> CredentialProvider:
 
 def _checked_tls(options: dict[str, Any]) -> None:
     """Put the TLS arguments into the form that redis-py's asyncio connection takes, or raise `ValueError`."""
-    requirement = options.get("ssl_cert_reqs")
-    if isinstance(requirement, str):
-        options["ssl_cert_reqs"] = requirement.lower().removeprefix("cert_")
-    elif isinstance(requirement, int):
-        options["ssl_cert_reqs"] = ssl.VerifyMode(requirement)
+    if "ssl_cert_reqs" in options:
+        requirement = options["ssl_cert_reqs"]
+        if isinstance(requirement, int):
+            requirement = ssl.VerifyMode(requirement).name
+        # Before 6, redis-py's asyncio connection takes nothing but these words.
+        options["ssl_cert_reqs"] = str(requirement).lower().removeprefix("cert_")
     for name in _OCSP:
         value = options.pop(name, None)
         if value.lower() not in _FALSE if isinstance(value, str) else value:
