@@ -349,6 +349,8 @@ def _describe(what: str | TaskMeta) -> str:
 
 
 def _survives_pickle(exc: BaseException) -> bool:
+    if type(exc).__module__.startswith("aioresult."):  # it would be lost on a Celery without this library
+        return False
     try:
         _pickle_loads(_pickle_dumps(exc))
     except BaseException:  # the class is the user's own

@@ -34,9 +34,12 @@ class Worker:
     """A Celery worker in a process of its own, and the app of those who call its tasks.
 
     ``apart``: that app has no backend, for in one process all of Celery's have the same database tables.
+    ``python`` may have another Celery than the tests.
     """
 
-    def __init__(self, broker: str, backend: str, conf: Mapping[str, Any], output: Path, apart: bool) -> None:
+    def __init__(
+        self, broker: str, backend: str, conf: Mapping[str, Any], output: Path, apart: bool, python: str
+    ) -> None:
         self.app = make_app(broker, None) if apart else make_app(broker, backend, **conf)
         self.backend = backend
         #: In which a database gives the times that it keeps.
@@ -45,7 +48,7 @@ class Worker:
         settings = zip(names, (broker, backend, json.dumps(conf)), strict=True)
         environ = os.environ | {f"AIORESULT_TEST_CELERY_{name}": value for name, value in settings}
         options = "--pool threads -c 4 --without-gossip --without-mingle --without-heartbeat -l WARNING"
-        command = [sys.executable, "-m", "celery", "-A", "tests.celery_app", "worker", *options.split()]
+        command = [python, "-m", "celery", "-A", "tests.celery_app", "worker", *options.split()]
         self._output = output
         with output.open("w") as file:
             self._process = subprocess.Popen(
@@ -83,8 +86,10 @@ class Worker:
 
 
 @contextlib.contextmanager
-def celery_worker(broker: str, backend: str, conf: Mapping[str, Any], output: Path, apart: bool) -> Iterator[Worker]:
-    worker = Worker(broker, backend, conf, output, apart)
+def celery_worker(
+    broker: str, backend: str, conf: Mapping[str, Any], output: Path, apart: bool, python: str
+) -> Iterator[Worker]:
+    worker = Worker(broker, backend, conf, output, apart, python)
     try:
         worker.wait_until_ready()
         yield worker
@@ -95,7 +100,9 @@ def celery_worker(broker: str, backend: str, conf: Mapping[str, Any], output: Pa
 class StartWorker(Protocol):
     """Starts the worker of that name, or returns the one that runs."""
 
-    def __call__(self, name: str, backend: str, conf: Mapping[str, Any], apart: bool = False) -> Worker: ...
+    def __call__(
+        self, name: str, backend: str, conf: Mapping[str, Any], apart: bool = False, python: str = sys.executable
+    ) -> Worker: ...
 
 
 @contextlib.contextmanager
@@ -107,11 +114,13 @@ def celery_workers(redis_url: str, folder: Path) -> Iterator[StartWorker]:
         stack.callback(client.flushall)
         stack.callback(kombu.pools.reset)  # all apps have them in common
 
-        def start(name: str, backend: str, conf: Mapping[str, Any], apart: bool = False) -> Worker:
+        def start(
+            name: str, backend: str, conf: Mapping[str, Any], apart: bool = False, python: str = sys.executable
+        ) -> Worker:
             if name not in running:
                 broker = urlsplit(redis_url)._replace(path=f"/{len(running) + 1}").geturl()
                 output = folder / f"worker-{len(running)}"
-                running[name] = stack.enter_context(celery_worker(broker, backend, conf, output, apart))
+                running[name] = stack.enter_context(celery_worker(broker, backend, conf, output, apart, python))
             return running[name]
 
         yield start
