@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from functools import cache
+from typing import Any
 
 import asyncpg
 import pytest
@@ -34,6 +36,26 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses = _PROCESSES
     if option.numprocesses and option.dist == "no":
         option.dist = "loadgroup"  # the tests of one Celery worker stay together, or every process starts that worker
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a module with the mark ``xdist_group`` in one process.
+
+    xdist 3.8 does so by names that it gives to the tests, and pytest 9.2 passes those over.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def is_group(module: str) -> bool:
+        return "pytest.mark.xdist_group" in (config.rootpath / module).read_text(encoding="utf-8")
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # it has no annotations
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if is_group(module) else nodeid
+
+    return Scheduler(config, log) if config.option.dist == "loadgroup" else None
 
 
 #: It is a Django project as soon as it is imported.
