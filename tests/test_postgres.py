@@ -1120,7 +1120,7 @@ async def test_a_server_without_a_free_connection_is_tried_again(
             await allow(1)
             assert await storing
             await allow(0)
-            backend.retry_for = 0.1
+            backend._persistence._retry_for = 0.1
             with pytest.raises(BackendConnectionError, match="too many connections"):
                 await backend.mark_as_done("c", 1)
     finally:
