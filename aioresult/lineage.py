@@ -27,7 +27,7 @@ class Ancestor(Generic[L]):
     __slots__ = ("above", "handle", "opens")
 
     def __init__(self, handle: L) -> None:
-        self.handle = handle
+        self.handle: L = handle
         #: Its own parents, the topmost first. A dict for its order, as below.
         self.above: dict[_Gate[L], None] = {}
         #: The parents that it is, or is part of.
