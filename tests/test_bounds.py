@@ -130,10 +130,11 @@ async def test_a_thousand_stores_fail_after_a_few_attempts_while_the_server_is_f
             stores = [backend.mark_as_done(f"t{number}", 1) for number in range(1000)]
             assert await outcomes_of(stores) == {BackendConnectionError}
             assert line.proxy.accepted - before <= 10  # for two hundred batches
-            # The outage is known: each further call has one attempt, and no more.
+            # The outage is known: further calls share attempts, and have one each. A call that a busy machine begins
+            # late, when an attempt has failed already, has the next one.
             before = line.proxy.accepted
             assert await outcomes_of(calls_of_each_kind(backend, 20)) == {BackendConnectionError}
-            assert line.proxy.accepted - before <= 3
+            assert line.proxy.accepted - before <= 10  # for 120 calls
         assert await backend.mark_as_done("afterwards", 1) is True
 
 
@@ -150,7 +151,7 @@ async def test_calls_of_every_kind_share_one_attempt_that_fails(line: Line, how:
         await outcomes_of([backend.get_task_meta("t")])
         before = line.proxy.accepted
         assert await outcomes_of(calls_of_each_kind(backend, 50)) == {BackendConnectionError}
-        assert line.proxy.accepted - before <= 3  # some calls only begin when the first attempt has failed already
+        assert line.proxy.accepted - before <= 10  # some calls only begin when the first attempt has failed already
         line.proxy.refuse(False)
         line.proxy.resume()
         assert await backend.mark_as_done("afterwards", 1) is True
