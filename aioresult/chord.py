@@ -107,7 +107,7 @@ class ChordStep:
     size: int | None = None
     #: Kept until the chord is finished; the first one counts.
     body: bytes | None = None
-    #: The id of the body's result, for those who wait beside Celery; the first one counts.
+    #: The id of the body's result, for waiters beside Celery; the first one counts.
     body_id: str = ""
     task_id: str = ""
     #: Where in the list of results; ``None`` for after those that have an index, in order of arrival.

@@ -126,7 +126,7 @@ class Lookouts:
 
 
 class _Lookout:
-    """One chord, for all who wait for it."""
+    """One chord, for all of its waiters."""
 
     def __init__(self, store: LookoutStore, group_id: str, prefix: str, find_failure: FindFailure) -> None:
         self._store = store

@@ -64,7 +64,7 @@ class News(ResultBase):
         return self._outcome.verdict if isinstance(self._outcome, _Settled) else None
 
     def learn(self, outcome: Outcome) -> None:
-        """Note the news; for those who wait for many results at once.
+        """Note the news; for a join.
 
         What a read brings may be older than what a message has brought meanwhile: nothing comes after the end.
         """
@@ -77,7 +77,7 @@ class News(ResultBase):
             self._outcome = outcome
 
     def settle(self, verdict: TaskMeta) -> None:
-        """Note which failure awaiting it raises; for those who wait for many results at once."""
+        """Note which failure awaiting it raises; for a join."""
         self._outcome = _Settled(self._own(), verdict)
 
     def value(self) -> Any:

@@ -1,6 +1,6 @@
 -- Steps of chords (aioresult.chord.ChordStep), those of one chord in a row. A chord is locked by the first step that
--- changes it, and written after the last; but its body and failure, which may be large, are written once, and read for
--- those who asked. News goes to the channels that begin with prefix.
+-- changes it, and written after the last; but its body and failure, which may be large, are written once, and read
+-- only for the steps that ask for them. News goes to the channels that begin with prefix.
 CREATE OR REPLACE FUNCTION {chord_steps}(
     prefix text, ops text[], gids text[], tokens text[], leases float8[], ttls float8[], runs text[], sizes bigint[],
     bodies bytea[], tids text[], indexes bigint[], parts bytea[], failures boolean[]
