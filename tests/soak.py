@@ -314,7 +314,9 @@ class Soak:
 
     async def _fail(self) -> None:
         behaviours: list[Behaviour] = [cut_anywhere(self._chance), trickle(self._chance, 50), late_subscriptions(0.1)]
-        while True:
+        mine = asyncio.current_task()
+        assert mine is not None
+        while not mine.cancelling():  # up to Python 3.11 the clients of `kill` may swallow it, in `asyncio.wait_for`
             await asyncio.sleep(self._chance.uniform(0.1, 1))
             self.report.faults += 1
             match self._chance.choice(["behaviour"] * 4 + ["cut", "swallow", "kill", "freeze", "restart"]):
