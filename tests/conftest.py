@@ -76,9 +76,10 @@ def shared_redis_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def redis_url(shared_redis_url: str) -> str:
-    """The URL of a Redis without keys."""
+    """The URL of a Redis without keys, and without connections that another program's pool has kept."""
     with redis.Redis.from_url(shared_redis_url) as client:
         client.flushall()
+        client.client_kill_filter(_type="normal", skipme=True)
     return shared_redis_url
 
 

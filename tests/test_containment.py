@@ -907,7 +907,7 @@ async def admin(own_redis: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
 async def as_guest(admin: redis.asyncio.Redis, server: RedisServer, **rights: Any) -> str:
     """The URL of a user that has these rights."""
     rights = {"keys": ["*"], "reset_channels": True, **rights}
-    await admin.acl_setuser("guest", enabled=True, passwords=["+secret"], commands=["+@all"], **rights)
+    await admin.acl_setuser("guest", reset=True, enabled=True, passwords=["+secret"], commands=["+@all"], **rights)
     return server.url.replace("redis://", "redis://guest:secret@")
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
+import kombu.pools
 import pytest
 import redis
 from celery import Celery
@@ -71,6 +72,7 @@ def app(url: str, shared_redis_url: str, tmp_path_factory: pytest.TempPathFactor
         worker.terminate()
         worker.wait()
         app.close()
+        kombu.pools.reset()  # type: ignore[no-untyped-call]
         with redis.Redis.from_url(shared_redis_url) as client:
             client.flushall()
 

@@ -287,7 +287,7 @@ async def test_a_password_is_shown_nowhere_whatever_goes_wrong(
     caplog.set_level(logging.DEBUG)
     user = "postgres"
     if isinstance(server, RedisServer):
-        user = "guest"
+        user = "shopkeeper"
         async with redis.asyncio.Redis.from_url(server.url) as client:
             await client.acl_setuser(
                 user, enabled=True, passwords=["+s3cr3t/w@rd"], keys=["*"], commands=["+@all"], channels=["*"]
@@ -326,6 +326,9 @@ async def test_a_password_is_shown_nowhere_whatever_goes_wrong(
         with pytest.raises(BackendError) as caught:
             await waiting
         seen.append(shown(caught.value))
+    if isinstance(server, RedisServer):
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.acl_deluser(user)
     seen.append(caplog.text)
     seen += [repr(record.__dict__) for record in caplog.records]
     for text in seen:
