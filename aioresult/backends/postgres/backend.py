@@ -105,8 +105,6 @@ class PostgresBackend(Backend):
         #: Where the results may be, in the order in which it is looked.
         self._places = [djangos] if table == TABLE else [celerys, djangos] if table is None else [celerys]
         self._tables = self._places[0]
-        for names in self._places:
-            schema_sql(names.schema, names.table, names.group_table)  # refuses what cannot be a name
         self._max_id_length = MAX_ID_LENGTH if table == TABLE else _MAX_ID_LENGTH
         self._create = create
         self._has_factory = connect is not None

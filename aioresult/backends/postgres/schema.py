@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Final
 
@@ -51,6 +52,7 @@ _DOLLARS = ("$aioresult$", "$aioresult_unless$", "$aioresult_function$")
 _LARGE_TABLE = 64 * 2**20
 
 
+@cache
 def _text(name: str) -> str:
     return files(__package__).joinpath(name).read_text("utf-8")
 
@@ -71,11 +73,18 @@ def literal_sql(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The names in use, quoted for SQL. ``schema`` ``None`` leaves them to the ``search_path``."""
+    """The names in use, quoted for SQL. ``schema`` ``None`` leaves them to the ``search_path``.
+
+    Raises `ImproperlyConfigured` if PostgreSQL cannot have one of them.
+    """
 
     schema: str | None = None
     table: str = "celery_taskmeta"
     group_table: str = "celery_tasksetmeta"
+
+    def __post_init__(self) -> None:
+        for name in _NAMES:
+            getattr(self, name)
 
     def _qualified(self, name: str) -> str:
         return quoted(name) if self.schema is None else f"{quoted(self.schema)}.{quoted(name)}"
