@@ -99,3 +99,30 @@ class PostgresHarness(Harness):
             return None if forever else float((row["expires_at"] - now).total_seconds())
         expires = self._open[-1].expires
         return float((row["date_done"] - now).total_seconds() + expires) if expires else None
+
+
+async def pass_time(
+    connection: asyncpg.Connection[Any], seconds: float, *ids: str, table: str = "celery_taskmeta"
+) -> None:
+    """Make rows older, all of them by default, and whatever is noted of them; as time would, so no trigger hears of it.
+
+    A store that took more than a second, on a busy machine, has a note too: when the server stored it.
+    """
+    key = "task_id" if table == "celery_taskmeta" else "taskset_id"
+    ago = f"interval '1 second' * {seconds}"
+    async with connection.transaction():
+        await connection.execute("SET LOCAL session_replication_role = replica")
+        await connection.execute(
+            f"UPDATE {table} SET date_done = date_done - {ago} WHERE {key} = ANY($1) OR $1 = '{{}}'", list(ids)
+        )
+        await connection.execute(
+            f"UPDATE {table}_expiry SET date_done = date_done - {ago}, stored_at = stored_at - {ago}, "
+            f"expires_at = expires_at - {ago} WHERE id = ANY($1) OR $1 = '{{}}'",
+            list(ids),
+        )
+
+
+async def with_own_expiry(connection: asyncpg.Connection[Any]) -> set[str]:
+    """The ids whose storer said when they expire."""
+    rows = await connection.fetch("SELECT id FROM celery_taskmeta_expiry WHERE expires_at IS NOT NULL")
+    return {row[0] for row in rows}

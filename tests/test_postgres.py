@@ -39,6 +39,7 @@ from aioresult.backends.postgres.listener import Listener
 from aioresult.backends.postgres.schema import EXTENDED_COLUMNS
 
 from .harness import until
+from .postgres_harness import pass_time, with_own_expiry
 from .servers import PostgresServer, TcpProxy, free_port, postgres_server
 
 
@@ -671,7 +672,7 @@ async def test_dates_and_expiry_in_any_time_zone_of_the_server(
             assert before <= done <= datetime.now(UTC)
             for seconds, there in ((90, True), (20, False)):
                 for table in ("celery_taskmeta", "celery_tasksetmeta"):
-                    await untold(admin, f"UPDATE {table} SET date_done = date_done - {seconds} * interval '1 second'")
+                    await pass_time(admin, seconds, table=table)
                 assert await backend.exists("a") is there
                 assert (await backend.restore_group("g") is not None) is there
                 assert await backend.cleanup() == (0 if there else 2)
@@ -1307,29 +1308,8 @@ async def _is_zero(number: Any) -> bool:
 # -- expiry ---------------------------------------------------------------------------------------------------------
 
 
-async def untold(admin: asyncpg.Connection[Any], statement: str, *args: Any) -> None:
-    """Run a statement without the triggers: as if time had passed, and not as if the row were stored now."""
-    async with admin.transaction():
-        await admin.execute("SET LOCAL session_replication_role = replica")
-        await admin.execute(statement, *args)
-
-
-async def age(admin: asyncpg.Connection[Any], seconds: float, *task_ids: str) -> None:
-    """Make these older, and whatever was said of when they expire with them."""
-    ago = f"{seconds} * interval '1 second'"
-    await untold(
-        admin, f"UPDATE celery_taskmeta SET date_done = date_done - {ago} WHERE task_id = ANY($1)", list(task_ids)
-    )
-    await admin.execute(
-        f"UPDATE celery_taskmeta_expiry SET expires_at = expires_at - {ago}, date_done = date_done - {ago} "
-        "WHERE id = ANY($1)",
-        list(task_ids),
-    )
-
-
-async def rows(admin: asyncpg.Connection[Any], table: str = "celery_taskmeta") -> set[str]:
-    key = "task_id" if table == "celery_taskmeta" else "id"
-    return {row[0] for row in await admin.fetch(f"SELECT {key} FROM {table}")}
+async def rows(admin: asyncpg.Connection[Any]) -> set[str]:
+    return {row[0] for row in await admin.fetch("SELECT task_id FROM celery_taskmeta")}
 
 
 async def test_cleanup_removes_what_has_expired_and_nothing_else(
@@ -1343,7 +1323,7 @@ async def test_cleanup_removes_what_has_expired_and_nothing_else(
         await backend.mark_as_started("started")
         ids = await rows(admin)
         for seconds, removed in ((9, set()), (2, {"shorter"}), (90, {"default", "started"}), (1000, {"longer"})):
-            await age(admin, seconds, *ids)
+            await pass_time(admin, seconds, *ids)
             ids -= removed
             # what has expired is not seen, even before it is removed
             assert {
@@ -1351,7 +1331,7 @@ async def test_cleanup_removes_what_has_expired_and_nothing_else(
             } == ids
             assert await backend.cleanup() == len(removed)
             assert await rows(admin) == ids
-        assert ids == {"for ever"} == await rows(admin, "celery_taskmeta_expiry")
+        assert ids == {"for ever"} == await with_own_expiry(admin)
 
 
 async def test_an_expired_success_may_be_stored_anew(postgres_url: str, admin: asyncpg.Connection[Any]) -> None:
@@ -1359,11 +1339,11 @@ async def test_an_expired_success_may_be_stored_anew(postgres_url: str, admin: a
         for task_id, expires in (("default", None), ("own", 10.0)):
             await backend.mark_as_done(task_id, "old", expires=expires)
             assert await backend.mark_as_done(task_id, "new") is False
-            await age(admin, 101, task_id)
+            await pass_time(admin, 101, task_id)
             assert await backend.mark_as_pending(task_id) is True
             assert await backend.mark_as_done(task_id, "new") is True
             assert await backend.result(task_id) == "new"
-        assert await rows(admin, "celery_taskmeta_expiry") == set()
+        assert await with_own_expiry(admin) == set()
 
 
 async def test_what_was_said_of_a_registration_does_not_concern_what_celery_stored_since(
@@ -1372,7 +1352,7 @@ async def test_what_was_said_of_a_registration_does_not_concern_what_celery_stor
     async with PostgresBackend(postgres_url, expires=100) as backend:
         await backend.mark_as_pending("short", expires=10)
         await backend.mark_as_pending("for ever", expires=0)
-        await age(admin, 11, "short")
+        await pass_time(admin, 11, "short")
         waiter = asyncio.ensure_future(backend.wait_for("short"))
         await settled(backend, 1)
         for task_id in ("short", "for ever"):
@@ -1380,10 +1360,10 @@ async def test_what_was_said_of_a_registration_does_not_concern_what_celery_stor
         assert (await waiter).result == 42
         assert await backend.cleanup() == 0
         assert await backend.exists("short")
-        await age(admin, 101, "short", "for ever")
+        await pass_time(admin, 101, "short", "for ever")
         assert not await backend.exists("for ever")
         assert await backend.cleanup() == 2
-        assert await rows(admin, "celery_taskmeta_expiry") == set()
+        assert await with_own_expiry(admin) == set()
 
 
 async def test_a_member_that_expires_sooner_takes_nothing_from_its_group(
@@ -1406,7 +1386,7 @@ async def test_cleanup_goes_in_bounded_batches(
     async with PostgresBackend(connect=recorder.connect, expires=100) as backend:
         ids = [f"id-{number}" for number in range(2_500)]
         await asyncio.gather(*(backend.mark_as_done(task_id, 1, expires=expires) for task_id in ids))
-        await age(admin, 101, *ids)
+        await pass_time(admin, 101, *ids)
         await admin.execute("CREATE TABLE batches AS SELECT 0 AS size")
         await admin.execute("""
             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -1422,13 +1402,13 @@ async def test_cleanup_passes_over_what_somebody_is_writing(postgres_url: str, a
     async with PostgresBackend(postgres_url, expires=100) as backend:
         for task_id, expires in (("a", None), ("b", None), ("c", 10.0), ("d", 10.0)):
             await backend.mark_as_done(task_id, 1, expires=expires)
-        await age(admin, 101, "a", "b", "c", "d")
+        await pass_time(admin, 101, "a", "b", "c", "d")
         async with admin.transaction():
             await admin.execute("UPDATE celery_taskmeta SET status = 'SUCCESS' WHERE task_id IN ('a', 'c')")
             assert await backend.cleanup() == 2
         assert await rows(admin) == {"a", "c"}
         assert await backend.cleanup() == 2
-        assert await rows(admin, "celery_taskmeta_expiry") == set()
+        assert await with_own_expiry(admin) == set()
 
 
 async def test_cleanup_finds_what_has_expired_by_an_index(
@@ -1454,7 +1434,7 @@ async def test_background_cleanup_is_done_by_one_at_a_time(
     async with PostgresBackend(**options) as one, PostgresBackend(**options):
         await admin.execute("SELECT pg_advisory_lock($1)", one._cleaner._lock)  # as one that is at it would hold it
         await one.mark_as_done("a", 1)
-        await age(admin, 101, "a")
+        await pass_time(admin, 101, "a")
         recorder.sent.clear()
         await until(lambda: len(recorder.with_text("pg_try_advisory_xact_lock")) >= 20)
         assert await rows(admin) == {"a"}
@@ -1474,7 +1454,7 @@ async def test_background_cleanup_survives_an_outage(
         await until(lambda: "background cleanup" in caplog.text)
         await admin.execute("ALTER TABLE elsewhere RENAME TO celery_taskmeta")
         await backend.mark_as_done("a", 1)
-        await age(admin, 101, "a")
+        await pass_time(admin, 101, "a")
         await until(lambda: _is_empty(rows(admin)))
 
 

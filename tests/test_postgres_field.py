@@ -31,6 +31,7 @@ from aioresult.backends.postgres import PostgresBackend, schema_sql
 from aioresult.backends.postgres.schema import EXTENDED_COLUMNS
 
 from .harness import until
+from .postgres_harness import pass_time, with_own_expiry
 from .test_postgres import settled
 
 
@@ -192,14 +193,8 @@ async def test_a_saved_group_lives_as_long_as_its_chord(postgres_url: str, admin
         inner = backend.group(["q", "r"], id="inner")
         await backend.create_chord(backend.group([backend.result("p"), inner], id="g"))
         for index, task_id in enumerate("pqr"):
-            async with session(postgres_url, session_replication_role="replica") as past:
-                for statement in (
-                    "UPDATE celery_tasksetmeta SET date_done = date_done - interval '70 seconds'",
-                    """UPDATE celery_tasksetmeta_expiry SET expires_at = expires_at - interval '70 seconds',
-                       date_done = date_done - interval '70 seconds'""",
-                    "UPDATE celery_tasksetmeta_chord SET expires_at = expires_at - interval '70 seconds'",
-                ):
-                    await past.execute(statement)
+            await pass_time(admin, 70, table="celery_tasksetmeta")
+            await admin.execute("UPDATE celery_tasksetmeta_chord SET expires_at = expires_at - interval '70 seconds'")
             ready = await backend.on_chord_part_return("g", task_id, "SUCCESS", task_id, index)
         assert ready is not None
         assert ready.results == ["p", ["q", "r"]]
@@ -212,7 +207,7 @@ async def test_a_registration_for_ever_leaves_nothing_behind(postgres_url: str, 
         await backend.mark_as_done("b", 1, expires=0)
         await admin.execute("DELETE FROM celery_taskmeta WHERE task_id = 'a'")
         assert await backend.cleanup() == 0
-        assert [row[0] for row in await admin.fetch("SELECT id FROM celery_taskmeta_expiry")] == ["b"]
+        assert await with_own_expiry(admin) == {"b"}
 
 
 # -- time -----------------------------------------------------------------------------------------------------------
@@ -251,26 +246,15 @@ async def test_results_of_a_session_in_another_time_zone(
         assert await backend.restore_group("g") is not None
 
         for table in ("celery_taskmeta", "celery_tasksetmeta"):
-            await _pass_time(postgres_url, table, 3500)
+            await pass_time(admin, 3500, table=table)
         assert await backend.exists("a")
         assert await backend.cleanup() == 0
         for table in ("celery_taskmeta", "celery_tasksetmeta"):
-            await _pass_time(postgres_url, table, 200)
+            await pass_time(admin, 200, table=table)
         assert not await backend.exists("a")
         assert await backend.restore_group("g") is None
         assert await backend.cleanup() == 2
         assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry") == 0
-
-
-async def _pass_time(url: str, table: str, seconds: int) -> None:
-    """Make all rows of a table older."""
-    ago = f"interval '{seconds} seconds'"
-    async with session(url, session_replication_role="replica") as past:
-        await past.execute(f"UPDATE {table} SET date_done = date_done - {ago}")
-        await past.execute(
-            f"UPDATE {table}_expiry SET date_done = date_done - {ago}, stored_at = stored_at - {ago}, "
-            f"expires_at = expires_at - {ago}"
-        )
 
 
 async def test_our_own_sessions_may_have_any_time_zone(postgres_url: str) -> None:
@@ -304,7 +288,7 @@ async def test_a_celery_worker_whose_libpq_has_a_time_zone(postgres_url: str, mo
 
 @pytest.mark.parametrize("minutes", [-20, 20])
 async def test_a_worker_whose_clock_is_wrong_stores_what_readers_see(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch, minutes: int
+    postgres_url: str, admin: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch, minutes: int
 ) -> None:
     class Wrong(datetime):
         @classmethod
@@ -317,7 +301,7 @@ async def test_a_worker_whose_clock_is_wrong_stores_what_readers_see(
             assert await backend.mark_as_done("a", 1)
         assert await backend.result("a") == 1
         assert await backend.cleanup() == 0
-        await _pass_time(postgres_url, "celery_taskmeta", 601)
+        await pass_time(admin, 601)
         assert not await backend.exists("a")
         assert await backend.cleanup() == 1
 
@@ -738,10 +722,11 @@ async def test_the_zone_is_that_of_the_database_and_not_of_the_session(
     async with PostgresBackend(postgres_url, expires=3600) as backend:
         await store_as_celery(admin, "a")
         await backend.mark_as_done("b", 1)
-        await _pass_time(postgres_url, "celery_taskmeta", 60)
+        await pass_time(admin, 60)
         assert await backend.cleanup() == 0
         assert await backend.exists("a")
-        assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry") == 0  # nothing had to be noted
+    trigger = "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = 'aioresult_stored'"
+    assert "Tokyo" not in "".join(row[0] for row in await admin.fetch(trigger))
 
 
 async def test_an_hour_that_a_time_zone_has_twice_deletes_nothing_early(
@@ -765,18 +750,20 @@ async def test_an_hour_that_a_time_zone_has_twice_deletes_nothing_early(
 
 
 @pytest.mark.parametrize("how", ["member", "part"])
-async def test_a_worker_with_a_shorter_default_takes_nothing_from_a_group(postgres_url: str, how: str) -> None:
+async def test_a_worker_with_a_shorter_default_takes_nothing_from_a_group(
+    postgres_url: str, admin: asyncpg.Connection[Any], how: str
+) -> None:
     async with PostgresBackend(postgres_url, expires=1000) as web, PostgresBackend(postgres_url, expires=10) as worker:
         await web.save_group("g", web.group(["a"]))
         if how == "member":
             await worker.mark_as_done("a", 1, request=TaskRequest(id="a", group="g"))
         else:
             await worker.on_chord_part_return("g", "a", "SUCCESS", 1, 0)
-        await _pass_time(postgres_url, "celery_tasksetmeta", 500)
+        await pass_time(admin, 500, table="celery_tasksetmeta")
         assert await web.cleanup() == 0
         assert await web.restore_group("g") is not None
         assert await worker.restore_group("g") is None
-        await _pass_time(postgres_url, "celery_tasksetmeta", 501)
+        await pass_time(admin, 501, table="celery_tasksetmeta")
         assert await web.restore_group("g") is None
         assert await web.cleanup() == 1
 
