@@ -1394,8 +1394,9 @@ async def test_cleanup_goes_in_bounded_batches(
             CREATE TRIGGER note AFTER DELETE ON celery_taskmeta REFERENCING OLD TABLE AS gone
                 EXECUTE FUNCTION note()""")
         assert await backend.cleanup() == 2_500
-        sizes = await admin.fetch("SELECT size FROM batches WHERE size > 0 ORDER BY size")
-        assert [row[0] for row in sizes] == [500, 1_000, 1_000]
+        sizes = [row[0] for row in await admin.fetch("SELECT size FROM batches")]
+        assert sum(sizes) == 2_500
+        assert max(sizes) <= 1_000  # not how many batches: rows that were slow to be stored are in some of their own
 
 
 async def test_cleanup_passes_over_what_somebody_is_writing(postgres_url: str, admin: asyncpg.Connection[Any]) -> None:
