@@ -77,7 +77,8 @@ class RedisSite(Site):
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[redis.asyncio.Redis]:
-        async with redis.asyncio.Redis.from_url(self.url()) as client:
+        # redis-py gives up a connect after five seconds; the event loop may be busy with ten thousand waiters.
+        async with redis.asyncio.Redis.from_url(self.url(), socket_connect_timeout=None) as client:
             yield client
 
     def stop(self, how: str) -> None:
@@ -179,7 +180,7 @@ class PostgresSite(Site):
         )
 
 
-async def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+async def eventually(condition: Callable[[], Any], seconds: float = 100.0) -> None:
     """As `tests.harness.until`, at the pace of servers, and with a bound."""
     async with asyncio.timeout(seconds):
         while True:

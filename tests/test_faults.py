@@ -245,11 +245,12 @@ async def _at_most(left: Awaitable[int], right: int) -> bool:
 @pytest.mark.parametrize("which", ["subscriptions", "commands", "all"])
 async def test_connections_killed_over_and_over(site: Site, which: str) -> None:
     async def kill(load: Load) -> None:
-        accepted, times = load.proxy.accepted, round(seconds(0.6, 5) / 0.05)
-        for _ in range(times):
+        times = round(seconds(0.6, 5) / 0.05)
+        enough = load.proxy.accepted + times / 3
+        while times > 0 or load.proxy.accepted < enough:
             await site.kill(which)
             await asyncio.sleep(0.05)
-        assert load.proxy.accepted >= accepted + times / 3
+            times -= 1
 
     await survive(site, kill)
 
@@ -306,7 +307,7 @@ async def test_connections_cut_in_the_middle_of_anything(site: Site) -> None:
     async def cut(load: Load) -> None:
         load.proxy.behaviour = cut_anywhere(load.chance)
         await asyncio.sleep(seconds(1, 20))
-        assert load.proxy.cuts >= 3
+        await eventually(lambda: _at_most(_value(3), load.proxy.cuts))
 
     await survive(site, cut)
 
