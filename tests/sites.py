@@ -77,8 +77,8 @@ class RedisSite(Site):
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[redis.asyncio.Redis]:
-        # redis-py gives up a connect after five seconds; the event loop may be busy with ten thousand waiters.
-        async with redis.asyncio.Redis.from_url(self.url(), socket_connect_timeout=None) as client:
+        # redis-py gives up after five seconds; the event loop may be busy with ten thousand waiters for longer.
+        async with redis.asyncio.Redis.from_url(self.url(), socket_timeout=60, socket_connect_timeout=60) as client:
             yield client
 
     def stop(self, how: str) -> None:
