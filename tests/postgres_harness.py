@@ -120,9 +120,3 @@ async def pass_time(
             f"expires_at = expires_at - {ago} WHERE id = ANY($1) OR $1 = '{{}}'",
             list(ids),
         )
-
-
-async def with_own_expiry(connection: asyncpg.Connection[Any]) -> set[str]:
-    """The ids whose storer said when they expire."""
-    rows = await connection.fetch("SELECT id FROM celery_taskmeta_expiry WHERE expires_at IS NOT NULL")
-    return {row[0] for row in rows}
