@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 from ...exceptions import ImproperlyConfigured
 from ...urls import hide_password
 
-__all__ = ["Dsn", "parse_dsn", "plain_dsn", "with_connect_args"]
+__all__ = ["Dsn", "parse_dsn", "with_connect_args"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -134,7 +134,7 @@ def parse_dsn(url: str) -> Dsn:
 
     :raises ImproperlyConfigured: an option is unknown, or asks for what asyncpg cannot do; names the option.
     """
-    base, _, query = plain_dsn(url).partition("?")
+    base, _, query = _plain_dsn(url).partition("?")
     try:
         options = _joined(_pairs(query))
         kept, arguments = _translated(options, base)
@@ -161,7 +161,7 @@ def with_connect_args(url: str, connect_args: Mapping[str, Any]) -> str:
     return f"{base}?{urlencode(pairs)}" if pairs else base
 
 
-def plain_dsn(url: str) -> str:
+def _plain_dsn(url: str) -> str:
     """``url`` with a scheme that asyncpg knows.
 
     An ``@``, ``/``, ``?`` or ``#`` of a password that stands for itself would be taken for the end of it, and the rest

@@ -12,10 +12,10 @@ from ...exceptions import DecodeError
 from ...meta import TaskMeta
 from ...serialization import Codec
 
-__all__ = ["MAX_NOTE_LENGTH", "CeleryRows", "moment", "text_writer"]
+__all__ = ["CeleryRows", "moment"]
 
 #: As Celery's tables are made.
-MAX_NOTE_LENGTH: Final = 155
+_MAX_NOTE_LENGTH: Final = 155
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -32,7 +32,7 @@ class CeleryRows:
     def __init__(self, codec: Codec, optional: Sequence[str], encoding: str) -> None:
         self._codec = codec
         self._optional = optional
-        self._write = text_writer(encoding)
+        self._write = _text_writer(encoding)
 
     def encode(self, meta: TaskMeta) -> tuple[Any, ...]:
         """The columns of the result, from ``status`` on; no more than `PLAIN_COLUMNS` if the others are null."""
@@ -56,7 +56,7 @@ class CeleryRows:
         if column in ("args", "kwargs"):
             return self._codec.dumps(extra[column], column) if column in extra else None
         value = extra.get(column)
-        return value if column == "retries" else self.text(value, MAX_NOTE_LENGTH)
+        return value if column == "retries" else self.text(value, _MAX_NOTE_LENGTH)
 
     def text(self, value: object, limit: int | None = None) -> str | None:
         """``value``, a note beside the result that must not cost it, as a column of text takes it."""
@@ -93,7 +93,7 @@ def moment(task_id: str, seconds: float | None) -> datetime | None:
         raise DecodeError(f"the date_done of task {task_id} cannot be read: {exc}") from exc
 
 
-def text_writer(encoding: str) -> Callable[[str], str]:
+def _text_writer(encoding: str) -> Callable[[str], str]:
     """A function that makes of any text one that a database of this encoding can hold, with escapes in it."""
     try:
         python = codecs.lookup(re.sub("^WIN", "cp", encoding).replace("KOI8", "KOI8_")).name

@@ -24,7 +24,6 @@ __all__ = [
     "functions",
     "instant_sql",
     "literal_sql",
-    "quoted",
     "schema_sql",
     "trigger_sql",
 ]
@@ -57,7 +56,7 @@ def _text(name: str) -> str:
     return files(__package__).joinpath(name).read_text("utf-8")
 
 
-def quoted(name: str) -> str:
+def _quoted(name: str) -> str:
     """``name`` as an identifier in SQL. Raises `ImproperlyConfigured` for what cannot be one."""
     if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER or any(each in name for each in _DOLLARS):
         raise ImproperlyConfigured(
@@ -87,7 +86,7 @@ class Tables:
             getattr(self, name)
 
     def _qualified(self, name: str) -> str:
-        return quoted(name) if self.schema is None else f"{quoted(self.schema)}.{quoted(name)}"
+        return _quoted(name) if self.schema is None else f"{_quoted(self.schema)}.{_quoted(name)}"
 
     @property
     def tasks(self) -> str:
@@ -249,8 +248,8 @@ def _create_schema(schema: str) -> str:
     # Not IF NOT EXISTS: that asks for the right to create schemas before it looks.
     return f"""DO $aioresult$
 BEGIN
-    IF to_regnamespace({literal_sql(quoted(schema))}) IS NULL THEN
-        CREATE SCHEMA {quoted(schema)};
+    IF to_regnamespace({literal_sql(_quoted(schema))}) IS NULL THEN
+        CREATE SCHEMA {_quoted(schema)};
     END IF;
 END
 $aioresult$;"""
