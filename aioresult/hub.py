@@ -239,12 +239,13 @@ class Hub:
     def receive(self, task_id: str, outcome: Outcome, mark: Hashable = None, remember: bool = True) -> None:
         """Pass on a meta, or the error that stands in its place.
 
-        A state that is not final is not told to later waiters unless ``remember`` is true.
+        With ``remember=False`` it is no state but an event: later waiters are not told, and what a read brings is not
+        older than it.
         """
         topic = self._topics.get(task_id)
         if topic is not None:
-            topic.heard += 1
             if remember:
+                topic.heard += 1
                 self._pass_on(task_id, topic, outcome, mark)
             else:
                 self._tell(task_id, topic, outcome)

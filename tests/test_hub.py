@@ -287,6 +287,24 @@ async def test_waiters_hear_of_every_state_until_the_last(source: ScriptedSource
     assert heard == [STARTED, "PROGRESS", SUCCESS]
 
 
+async def test_an_event_during_a_read_does_not_hide_what_the_read_finds(source: ScriptedSource) -> None:
+    """An event is no newer state: without what the read finds, whatever was before the event would stay unknown."""
+    heard: list[str] = []
+
+    class Listener:
+        def receive(self, task_id: str, outcome: Outcome) -> None:
+            assert isinstance(outcome, TaskMeta)
+            heard.append(outcome.status)
+
+    source.store("a", STARTED)
+    source.hub.watch("a", Listener(), look=False)
+    await source.drain_until(lambda: source.calls[-1:] == [("read", ("a",))])
+    await source.advance()  # the read is executed, and not answered
+    source.hub.receive("a", TaskMeta("a", "EVENT"), remember=False)
+    await source.drain()
+    assert heard == ["EVENT", STARTED]
+
+
 async def test_an_error_in_place_of_a_meta_reaches_those_who_wait_for_that_id_alone(source: ScriptedSource) -> None:
     """Invariant 6."""
     broken, sound = watch(source, "broken"), watch(source, "sound")
