@@ -19,6 +19,14 @@
     │   │   └── ContentDisallowed   … because its serializer is not in ``accept``
     │   └── ResultTooLargeError     past ``max_result_size``, on the way in or out
     ├── TimeoutError                the caller's own deadline passed                                 (TimeoutError)
+    ├── OutputError                 the output of a running task; ``cursor`` says where to go on
+    │   ├── OutputRestarted         another attempt writes it from the beginning
+    │   ├── OutputGap               chunks are gone: trimmed, evicted, lost with the server
+    │   ├── OutputSuperseded        told to a producer: another attempt has the output
+    │   ├── OutputFull              more is unsent, or kept, than may be
+    │   └── InvalidCursor           a cursor that is none of ours                                    (ValueError)
+    ├── WorkerLostError             the process that ran the task has died; another one may run it
+    ├── Retry                       raised by a task that is to run again
     ├── ChordClaimLost              the lease on a chord ran out before its callback was dispatched
     ├── IncompleteStream            a tree of results was walked before all of it had finished
     ├── CyclicResultError           stored results name each other in a circle, or nest without end  (ValueError)
@@ -52,14 +60,22 @@ __all__ = [
     "EncodeError",
     "ImproperlyConfigured",
     "IncompleteStream",
+    "InvalidCursor",
+    "OutputError",
+    "OutputFull",
+    "OutputGap",
+    "OutputRestarted",
+    "OutputSuperseded",
     "RemoteError",
     "RemoteTraceback",
     "ResultTooLargeError",
+    "Retry",
     "SerializationError",
     "TaskError",
     "TaskRevokedError",
     "TimeoutError",
     "UsageError",
+    "WorkerLostError",
     "WrongEventLoopError",
 ]
 
@@ -141,6 +157,67 @@ class ResultTooLargeError(SerializationError):
 
 class TimeoutError(AioResultError, builtins.TimeoutError):
     """The caller's deadline passed. The task goes on; wait for it again at any time."""
+
+
+class OutputError(AioResultError):
+    """Something about the output of a running task."""
+
+
+class OutputRestarted(OutputError):
+    """Another attempt of the task writes the output from the beginning: what was read before is void.
+
+    ``cursor`` is the beginning of the new output.
+    """
+
+    def __init__(self, message: str, cursor: str = "") -> None:
+        super().__init__(message, cursor)
+        self.cursor = cursor
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class OutputGap(OutputError):
+    """``missed`` chunks are gone: trimmed, evicted, or lost with the server. ``cursor`` goes on behind them."""
+
+    def __init__(self, message: str, missed: int = 0, cursor: str = "") -> None:
+        super().__init__(message, missed, cursor)
+        self.missed = missed
+        self.cursor = cursor
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class OutputSuperseded(OutputError):
+    """Told to a producer: another attempt of the task has opened the output. Stop."""
+
+
+class OutputFull(OutputError):
+    """`Output.send_nowait`, and more is unsent than may be; or the log is full, with ``on_full="fail"``."""
+
+
+class InvalidCursor(OutputError, ValueError):
+    """A cursor that is none of ours. Cursors come from browsers."""
+
+
+class WorkerLostError(AioResultError):
+    """The process that ran the task has not been heard of for its lease.
+
+    That is not stored, and no end: the queue may run the task again. Await it again to wait for that.
+    """
+
+
+class Retry(AioResultError):
+    """Raised by the body of `aioresult.Backend.running`: the task is to run again, and is stored as RETRY.
+
+    ``exc`` is why, and is what is stored; without it the `Retry` itself is. Celery's ``celery.exceptions.Retry`` means
+    the same there.
+    """
+
+    def __init__(self, message: str = "", exc: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.exc = exc
 
 
 class ChordClaimLost(AioResultError):
