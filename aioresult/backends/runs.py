@@ -1,0 +1,190 @@
+"""What a store keeps of a running task: the log of its output and the note of its run.
+
+The memory backend uses these classes; for the authors of other backends they are the reference of what a `Flush` and a
+`RunStep` do. No I/O, no clock but the one that is passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+from ..exceptions import OutputSuperseded
+from ..log import START, Ask, Entry, Flush, Place
+from ..record import Record
+from ..run import RunOp, RunState, RunStep, Verdict
+from ..states import FAILURE, READY_STATES, RETRY, REVOKED, SUCCESS
+
+__all__ = ["Log", "Note", "superseded"]
+
+
+class Log:
+    """The output of one task. Entries are in order of ``(epoch, last)``; all of them are of one epoch."""
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque()
+        #: Which producer opened it.
+        self.writer: str = ""
+        self.expires_at: float = math.inf
+
+    @property
+    def top(self) -> Place:
+        """The end of it; `START` if nothing was written."""
+        return Place(self.entries[-1].epoch, self.entries[-1].last) if self.entries else START
+
+    def take(self, flush: Flush, now: float) -> tuple[int, bool]:
+        """The epoch of the log after the flush, and whether its message is to be sent. ``now``: seconds.
+
+        Raises `OutputSuperseded` if a newer epoch has the log.
+        """
+        top, epoch, news = self.top, flush.epoch, bool(flush.data or flush.state)
+        if not epoch:
+            if self.entries and self.writer == flush.writer:
+                return top.epoch, False  # this very flush, repeated after its reply was lost
+            if flush.run and self.entries and self.entries[-1].state == SUCCESS:
+                raise superseded(flush.task_id)
+            epoch = max(int(now * 1000), top.epoch + 1)  # also where the clock was set back
+            self.entries.clear()
+            self.writer = flush.writer
+        elif top.epoch > epoch:
+            raise superseded(flush.task_id)
+        elif (epoch, flush.last) <= top:
+            news = False  # a repetition
+        elif epoch > top.epoch:
+            self.entries.clear()
+            self.writer = ""
+        if news:
+            self.entries.append(Entry(epoch, flush.last, flush.data, flush.state))
+            while self.entries[0].last < flush.keep_from:
+                self.entries.popleft()
+        return epoch, news
+
+    def end(self, own: Place | None, void: bool) -> Place | None:
+        """Behind which place an end mark goes: ``own``, unless the output that is there is ``void``, for an older run
+        has succeeded. Then it goes into an epoch of its own: the readers of the void output are told, and its writer.
+        """
+        top = self.top
+        if not void or (own is not None and top.epoch <= own.epoch):
+            return own
+        return None if self.entries and self.entries[-1].state else Place(top.epoch + 1, 0)
+
+    def page(self, ask: Ask) -> tuple[tuple[Entry, ...], bool, Place]:
+        """The entries behind a place, whether there are more, and the end of the log."""
+        after = ask.after
+        if after is None:
+            return tuple(self.entries)[-1:], False, self.top
+        found = [entry for entry in self.entries if (entry.epoch, entry.last) > after]
+        return tuple(found[: ask.limit]), len(found) > ask.limit, self.top
+
+
+class Taken(NamedTuple):
+    """What a `RunStep` comes to, beside the change of the note."""
+
+    verdict: Verdict
+    #: To be stored and published.
+    store: Record | None = None
+    #: The state of the end mark that the output gets at the step's place; empty for none.
+    mark: str = ""
+    #: Whether the output of another run is void, for this one has succeeded; see `Log.end`.
+    void: bool = False
+    #: Whether the worker of the run is to be told that the run is to stop.
+    tell: bool = False
+
+
+class Note:
+    """What is known of the last run of a task that started."""
+
+    def __init__(self) -> None:
+        self.run: str = ""
+        self.worker: str = ""
+        #: Whether that run has ended.
+        self.over: bool = True
+        #: What is stored if the task is to be stopped, and why; ``None`` if nobody asked for that.
+        self.wish: Record | None = None
+        self.reason: str = ""
+        self.expires_at: float = math.inf
+
+    def take(self, step: RunStep, status: str | None, same: bool) -> Taken:
+        """Do the step. ``status`` is the state that is stored, ``same`` whether that is the step's own record."""
+        others = self.run not in ("", step.run)
+        match step.op:
+            case RunOp.START:
+                return self._start(step, status)
+            case RunOp.STORE:
+                if others:
+                    return Taken(Verdict.SUPERSEDED)
+                return Taken(Verdict.KEPT) if self.run and self.over else _put(step.record, status, same)
+            case RunOp.FINISH:
+                return self._finish(step, status, same, others)
+            case RunOp.RELEASE if not others:
+                self._end(step.run)
+                return self._revoked(status) if self.wish is not None else Taken(Verdict.NOTED)
+            case RunOp.REVOKE:
+                return self._revoke(step, status)
+        return Taken(Verdict.SUPERSEDED if step.op is RunOp.RELEASE else Verdict.NOTED)
+
+    def _start(self, step: RunStep, status: str | None) -> Taken:
+        if status == SUCCESS and step.skip_done:
+            return Taken(Verdict.DONE)
+        if status == REVOKED or self.wish is not None:
+            self._end(self.run)
+            return self._revoked(status)
+        self.run, self.worker, self.over = step.run, step.worker, False
+        begun = Verdict.AGAIN if status == SUCCESS else Verdict.STARTED
+        return Taken(begun, _put(step.record, status, same=False).store)
+
+    def _finish(self, step: RunStep, status: str | None, same: bool, others: bool) -> Taken:
+        if step.state != SUCCESS:
+            if others:
+                return Taken(Verdict.SUPERSEDED)
+            if self.run and self.over:  # this very step, repeated; or the task was revoked, as of a dead worker
+                if status == REVOKED != step.state:
+                    return Taken(Verdict.REVOKED)
+                return Taken(Verdict.STORED if same else Verdict.KEPT)
+        if not others:
+            self._end(step.run)
+            if step.state == RETRY and self.wish is not None:
+                return self._revoked(status)
+            if step.state in READY_STATES:
+                self.wish = None
+        mark = step.state if step.state in READY_STATES else ""
+        taken = _put(step.record, status, same)
+        return taken._replace(mark=mark, void=others and taken.verdict is Verdict.STORED)
+
+    def _revoke(self, step: RunStep, status: str | None) -> Taken:
+        if status == SUCCESS:
+            return Taken(Verdict.DONE)
+        running = bool(self.run) and not self.over and self.worker not in ("", step.gone)
+        if not running and status == FAILURE:
+            return Taken(Verdict.DONE)
+        self.wish, self.reason = step.record, step.reason
+        if running:
+            return Taken(Verdict.ASKED, tell=True)
+        self._end(self.run)
+        return self._revoked(status)
+
+    def _end(self, run: str) -> None:
+        self.run, self.worker, self.over = run, "", True
+
+    def _revoked(self, status: str | None) -> Taken:
+        return Taken(Verdict.REVOKED, None if status in (SUCCESS, REVOKED) else self.wish, mark=REVOKED)
+
+    def state(self, verdict: Verdict) -> RunState:
+        """What the step that had this verdict has found."""
+        under_way = (self.run, self.worker) if not self.over else ("", "")
+        return RunState(verdict, *under_way, None if self.wish is None else self.reason)
+
+
+def _put(record: Record | None, status: str | None, same: bool) -> Taken:
+    """As `Backend._store` decides."""
+    if record is None:
+        return Taken(Verdict.NOTED)
+    if status == SUCCESS or (record.custom and status in READY_STATES):
+        return Taken(Verdict.STORED if same else Verdict.KEPT)
+    return Taken(Verdict.STORED, record)
+
+
+def superseded(task_id: str) -> OutputSuperseded:
+    """The error for a producer whose output another one has."""
+    return OutputSuperseded(f"another attempt of task {task_id} writes its output now: stop this one")
