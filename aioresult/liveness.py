@@ -1,0 +1,261 @@
+"""Whether the workers live: the lease of this process, and the news of others whose lease is over.
+
+Each process that runs tasks has one lease, however many tasks it runs; the note of a run names the process. A beat
+renews the lease. It also removes the workers whose lease is over and publishes them, so that the survivors find the
+dead. A process that only waits beats, too, without a lease of its own: so the death of the last worker is found.
+
+After an outage of the server every worker seems dead until its next beat. So a process removes others only while its
+own beats have gone through for a whole lease, which the server checks once more: a beat that a frozen server carries
+out late removes nobody. A waiter that finds a lease missing, without being told of a death, looks again after a lease,
+and believes it only if its own beats went through as well. No clock but the server's counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+from uuid import uuid4
+
+from .exceptions import AioResultError, BackendConnectionError, WorkerLostError
+from .retry import Backoff
+from .run import WORKERS_TOPIC, RunOp, RunState, RunStep
+from .tasks import EMPTY, StandingTask, twin
+from .waiter import Outcome, Waiter
+
+__all__ = ["Beats", "LifeStore", "Liveness", "Tell"]
+
+logger: logging.Logger = logging.getLogger("aioresult")
+
+#: What is called when the worker of a task is lost, or nothing more can be known of it.
+Tell = Callable[[Exception], None]
+
+
+class LifeStore(Protocol):
+    """What liveness needs of a backend."""
+
+    lease: float
+
+    def watch_topic(self, topic: str, waiter: Waiter, look: bool = True) -> None: ...
+    def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
+    async def beat(self, worker: str, lease: float, last: float | None = None, persist: bool = False) -> float: ...
+    async def alive(self, workers: Sequence[str]) -> Sequence[bool]: ...
+    async def run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]: ...
+
+
+class Beats:
+    """When this process may remove others: by the server's clock, which each beat returns. ``lease`` is in seconds."""
+
+    def __init__(self, lease: float) -> None:
+        self._lease = lease
+        self._since: float | None = None
+        self._last: float | None = None
+
+    @property
+    def last(self) -> float | None:
+        """The last beat, if the beats have gone through for a whole lease without a gap; otherwise ``None``."""
+        if self._since is None or self._last is None or self._last - self._since < self._lease:
+            return None
+        return self._last
+
+    def went_through(self, now: float) -> float:
+        """A beat has returned ``now``. Returns the seconds since the beat before it."""
+        gap = 0.0 if self._last is None else now - self._last
+        if self._since is None or gap > self._lease / 2:
+            self._since = now
+        self._last = now
+        return gap
+
+    def failed(self) -> None:
+        """A beat has not reached the server."""
+        self._since = None
+
+
+class Liveness:
+    """The lease of one open backend, and the tasks whose workers are watched for its waiters."""
+
+    def __init__(self, store: LifeStore) -> None:
+        self._store = store
+        #: Names this process, for as long as its backend is open.
+        self.worker: str = uuid4().hex
+        self._works = False
+        self._beats = Beats(store.lease)
+        #: Set while there is any reason to beat.
+        self._needed = asyncio.Event()
+        self._beating = StandingTask(self._beat_on, "aioresult-beat", self._needed.is_set)
+        self._watched: dict[str, dict[Tell, None]] = {}
+        #: The tasks to look at, and whether there is anything to do.
+        self._due: dict[str, None] = {}
+        self._looking = asyncio.Event()
+        self._looks = StandingTask(self._look_on, "aioresult-liveness", lambda: bool(self._watched))
+        #: The workers that were announced as gone.
+        self._gone: set[str] = set()
+        #: Whether the hub tells of the workers; an error is the last that it tells.
+        self._listens = False
+        #: By task, the run whose worker has no lease, and since when that has been so, by the event loop's clock.
+        self._suspects: dict[str, tuple[str, float]] = {}
+        self._reminders: set[asyncio.TimerHandle] = set()
+
+    # -- the worker's side ------------------------------------------------------------------------------------------
+
+    async def work(self) -> None:
+        """Return once this process has a lease. Raises `BackendConnectionError` if the server cannot be reached."""
+        if not self._works:
+            self._beats.went_through(await self._store.beat(self.worker, self._store.lease, persist=True))
+            self._works = True
+            self._needed.set()
+            self._beating.start()
+
+    async def _beat_on(self) -> None:
+        lease = self._store.lease
+        # After an outage every worker is to beat before anybody has waited for a lease.
+        backoff = Backoff(min(0.05, lease / 12), min(2.0, lease / 6))
+        while True:
+            await self._needed.wait()
+            try:
+                now = await self._store.beat(self.worker if self._works else "", lease, self._beats.last)
+            except BackendConnectionError:
+                self._beats.failed()
+                await asyncio.sleep(backoff.pause())
+                continue
+            except AioResultError as exc:
+                self._beats.failed()
+                logger.error("no sign of life could be given: %s", exc)
+                await asyncio.sleep(lease / 3)
+                continue
+            backoff.reset()
+            if self._beats.went_through(now) > lease and self._works:
+                logger.warning(
+                    "no sign of life went out for longer than lease=%g seconds: others may have taken this worker for "
+                    "dead. The server was away, or the event loop was blocked",
+                    lease,
+                )
+            await asyncio.sleep(lease / 3)
+
+    async def close(self) -> None:
+        """No more beats, no more news."""
+        for reminder in self._reminders:
+            reminder.cancel()
+        await self._beating.stop()
+        await self._looks.stop()
+
+    @property
+    def works(self) -> bool:
+        """Whether this process has a lease."""
+        return self._works
+
+    # -- the waiter's side ------------------------------------------------------------------------------------------
+
+    def watch(self, task_id: str, tell: Tell) -> None:
+        """Have ``tell`` called, once, when the worker that runs the task is lost. Pair it with `unwatch`."""
+        self._watched.setdefault(task_id, {})[tell] = None
+        self._look(task_id)
+        if not self._listens:
+            self._listens = True
+            self._store.watch_topic(WORKERS_TOPIC, self, look=False)
+            self._needed.set()
+            self._beating.start()
+            self._looks.start()
+
+    def unwatch(self, task_id: str, tell: Tell) -> None:
+        """End what `watch` began; harmless if it has ended."""
+        tells = self._watched.get(task_id)
+        if tells is None or tell not in tells:
+            return
+        del tells[tell]
+        if not tells:
+            del self._watched[task_id]
+            # Or an instant without a lease, much later, would seem to last since then.
+            self._suspects.pop(task_id, None)
+            if not self._watched:
+                if not self._works:
+                    self._needed.clear()
+                self._listens = False
+                self._store.unwatch(WORKERS_TOPIC, self)
+                self._gone.clear()
+
+    def receive(self, topic: str, outcome: Outcome) -> None:
+        """News of the workers (`aioresult.waiter.Waiter`)."""
+        if isinstance(outcome, Exception):
+            self._listens = False  # whoever comes from now on listens anew
+            for task_id in tuple(self._watched):
+                self._tell(task_id, outcome)
+            return
+        if outcome.result is None:  # subscribed: whatever was published before was not heard
+            self._suspects.clear()
+        else:
+            self._gone.add(outcome.result)
+        self._look(*self._watched)
+
+    def _look(self, *task_ids: str) -> None:
+        self._due.update(dict.fromkeys(task_ids))
+        self._looking.set()
+
+    async def _look_on(self) -> None:
+        backoff = Backoff()
+        self._look(*self._watched)
+        while True:
+            await self._looking.wait()
+            self._looking.clear()
+            due = [task_id for task_id in self._due if task_id in self._watched]
+            self._due.clear()
+            try:
+                if due:
+                    await self._examine(due)
+                backoff.reset()
+            except BackendConnectionError:
+                self._suspects.clear()
+                self._look(*due)
+                await asyncio.sleep(backoff.pause())
+            except AioResultError as exc:
+                for task_id in due:
+                    self._tell(task_id, exc)
+
+    async def _examine(self, task_ids: Sequence[str]) -> None:
+        """Tell what there is to tell of these tasks, or come back to it after a lease."""
+        gone = set(self._gone)
+        states = await self._store.run_steps([RunStep(RunOp.READ, task_id) for task_id in task_ids])
+        runs: dict[str, RunState] = {}
+        for task_id, state in zip(task_ids, states, strict=True):
+            if isinstance(state, BackendConnectionError):
+                raise state
+            if not isinstance(state, RunState) or self._suspects.get(task_id, (state.run,))[0] != state.run:
+                self._suspects.pop(task_id, None)  # that was another run
+            if isinstance(state, Exception):
+                self._tell(task_id, state)
+            elif isinstance(state, RunState) and state.worker:
+                runs[task_id] = state
+        workers = sorted({state.worker for state in runs.values()})
+        lives = dict(zip(workers, await self._store.alive(workers) if workers else (), strict=True))
+        self._gone -= gone
+        now, lease = asyncio.get_running_loop().time(), self._store.lease
+        for task_id, state in runs.items():
+            if task_id not in self._watched:  # its watchers have left meanwhile
+                continue
+            if lives[state.worker]:
+                self._suspects.pop(task_id, None)
+                continue
+            waited = now - self._suspects.setdefault(task_id, (state.run, now))[1]
+            if state.worker in gone or (waited >= lease and self._beats.last is not None):
+                self._tell(task_id, WorkerLostError(_LOST.format(task_id)))
+            else:  # if the beats of this process had a gap, then so may the worker's
+                self._remind(task_id, max(lease - waited, lease / 3))
+
+    def _remind(self, task_id: str, seconds: float) -> None:
+        def remember() -> None:
+            self._reminders.discard(reminder)
+            self._look(task_id)
+
+        reminder = asyncio.get_running_loop().call_later(seconds + 0.01, remember, context=EMPTY)
+        self._reminders.add(reminder)
+
+    def _tell(self, task_id: str, error: Exception) -> None:
+        for tell in tuple(self._watched.get(task_id, ())):
+            tell(twin(error))
+
+
+_LOST = (
+    "the process that ran task {} has not been heard of for its lease; the queue may run the task again: "
+    "await it again to wait for that"
+)
