@@ -35,19 +35,33 @@ from .exceptions import (
     EncodeError,
     ImproperlyConfigured,
     IncompleteStream,
+    InvalidCursor,
+    OutputError,
+    OutputFull,
+    OutputGap,
+    OutputRestarted,
+    OutputSuperseded,
     RemoteError,
     ResultTooLargeError,
+    Retry,
     SerializationError,
     TaskError,
     TaskRevokedError,
     TimeoutError,
     UsageError,
+    WorkerLostError,
     WrongEventLoopError,
 )
 from .joins import as_completed, gather, wait
+from .log import TAIL
 from .meta import TaskMeta, TaskRequest
+from .output import Keep, Output
+from .progress import GroupProgress
 from .registry import by_name, by_url, connect
 from .result import AsyncResult, GroupResult, ResultBase, ResultSet, result_from_tuple
+from .running import Running, current_task
+from .stream import OutputPage, OutputStream
+from .updates import Updates
 
 __version__ = "0.1.0"
 
@@ -55,6 +69,7 @@ __all__ = [
     "ALL_COMPLETED",
     "FIRST_COMPLETED",
     "FIRST_EXCEPTION",
+    "TAIL",
     "AioResultError",
     "AsyncResult",
     "Backend",
@@ -73,14 +88,27 @@ __all__ = [
     "DecodeError",
     "EagerResult",
     "EncodeError",
+    "GroupProgress",
     "GroupResult",
     "ImproperlyConfigured",
     "IncompleteStream",
+    "InvalidCursor",
+    "Keep",
+    "Output",
+    "OutputError",
+    "OutputFull",
+    "OutputGap",
+    "OutputPage",
+    "OutputRestarted",
+    "OutputStream",
+    "OutputSuperseded",
     "ReadyChord",
     "RemoteError",
     "ResultBase",
     "ResultSet",
     "ResultTooLargeError",
+    "Retry",
+    "Running",
     "SerializationError",
     "StoredType",
     "TaskError",
@@ -88,12 +116,15 @@ __all__ = [
     "TaskRequest",
     "TaskRevokedError",
     "TimeoutError",
+    "Updates",
     "UsageError",
+    "WorkerLostError",
     "WrongEventLoopError",
     "as_completed",
     "by_name",
     "by_url",
     "connect",
+    "current_task",
     "gather",
     "result_from_tuple",
     "states",

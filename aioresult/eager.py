@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar, cast
 
+from .live import OnLost
 from .meta import TaskMeta
 from .result import AsyncResult
 from .seconds import Timeout, checked_timeout
@@ -27,7 +28,13 @@ class EagerResult(AsyncResult[T]):
         super().__init__(id, None)
         self._outcome = TaskMeta(id, state, value, traceback)
 
-    async def get(self, timeout: Timeout = None, propagate: bool = True, follow_parents: bool = True) -> T:
+    async def get(
+        self,
+        timeout: Timeout = None,
+        propagate: bool = True,
+        follow_parents: bool = True,
+        on_lost: OnLost = "wait",
+    ) -> T:
         """The value, or the exception raised; never waits."""
         checked_timeout(timeout)
         return cast("T", raise_or_return(self.outcome) if propagate else self.value())

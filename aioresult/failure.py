@@ -14,15 +14,24 @@ See CVE-2021-23727 for what happens otherwise.
 from __future__ import annotations
 
 import sys
+import traceback as tracebacks
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, cast
 
-from .exceptions import AioResultError, ChordError, RemoteError, RemoteTraceback, TaskError, TaskRevokedError
+from .exceptions import (
+    AioResultError,
+    ChordError,
+    RemoteError,
+    RemoteTraceback,
+    TaskError,
+    TaskRevokedError,
+    UsageError,
+)
 from .states import REVOKED
 
-__all__ = ["dump_exception", "load_exception", "safe_repr", "safe_text"]
+__all__ = ["dump_exception", "load_exception", "safe_repr", "safe_text", "traceback_of"]
 
 _CELERY = "celery.exceptions"
 #: Our own classes that Celery has too: stored under Celery's name, so that its readers raise theirs.
@@ -196,3 +205,17 @@ def _stand_in(module: object, name: str) -> type[RemoteError]:
 
 def _printable(name: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in name[:_MAX_NAME])
+
+
+def traceback_of(exc: BaseException, given: str | None = None) -> str | None:
+    """The traceback to store with ``exc``. Raises `UsageError` for what was never raised."""
+    if not isinstance(exc, BaseException):
+        raise UsageError(f"a task fails with an exception, not with {exc!r}; store_result takes any value")
+    if given is not None:
+        return given
+    try:
+        # Past an attribute of the class's own: nothing about an exception may keep it from being stored.
+        raised = vars(BaseException)["__traceback__"].__get__(exc) is not None
+        return "".join(tracebacks.format_exception(exc)) if raised else None
+    except Exception:
+        return None

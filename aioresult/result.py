@@ -15,9 +15,11 @@ from .exceptions import CyclicResultError, DecodeError, UsageError
 from .handle import ResultStore, look_up
 from .hub import chunked
 from .lineage import Lineage
+from .live import LiveResult, OnLost
 from .meta import ResultTuple, TaskMeta
-from .news import News, value_of
-from .seconds import Timeout, checked_timeout
+from .news import value_of
+from .progress import GroupProgress, progress_of
+from .seconds import Seconds, Timeout, checked_timeout
 from .states import FAILURE, SUCCESS
 from .tree import ResultBase, check_nesting, checked_id, parents_of, raise_or_return, same_store, unpack
 from .waiter import Outcome
@@ -33,7 +35,7 @@ _MAX_NODES = 1_000_000
 _FORGOTTEN_TOGETHER = 2_000
 
 
-class AsyncResult(News, Generic[T]):
+class AsyncResult(LiveResult, Generic[T]):
     """A handle on the result of one task. ``await`` it for the value, or for the exception that the task raised.
 
     Two handles are equal if they are of the same id in the same store; a handle also equals its id. Once ready, the
@@ -65,7 +67,13 @@ class AsyncResult(News, Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self.get().__await__()
 
-    async def get(self, timeout: Timeout = None, propagate: bool = True, follow_parents: bool = True) -> T:
+    async def get(
+        self,
+        timeout: Timeout = None,
+        propagate: bool = True,
+        follow_parents: bool = True,
+        on_lost: OnLost = "wait",
+    ) -> T:
         """Wait until the task is over and return its value.
 
         :param timeout: seconds; ``None`` waits for ever, 0 looks once. The task itself goes on.
@@ -73,12 +81,18 @@ class AsyncResult(News, Generic[T]):
         :param follow_parents: a parent that failed or was revoked ends the wait, for then this task never runs: its
             exception takes the place of this task's. It does so also if this task has failed itself, as the callback
             of a chord does. If several parents failed, it is the one that failed first. A success is never affected.
+        :param on_lost: ``"raise"``: `WorkerLostError` when the process that runs the task dies (see
+            `aioresult.Backend.running`); ``"wait"``, the default: wait for the next attempt.
         :raises TimeoutError: the time is up.
         :raises Exception: what the task raised, of its own class where that is imported here, else a `RemoteError`;
             the worker's traceback is its ``__cause__``. Each call raises an instance of its own.
         :raises TaskRevokedError: the task was revoked.
         :raises BackendError, SerializationError: the result could not be had or read.
         """
+        if on_lost != "wait":
+            if on_lost != "raise":
+                raise UsageError(f"on_lost is 'raise' or 'wait', not {on_lost!r}")
+            return await self.backend.unless_lost(self.id, self.get(timeout, propagate, follow_parents))
         timeout = checked_timeout(timeout)
         if self.ignored:
             return cast("T", None)
@@ -236,6 +250,15 @@ class ResultSet(ResultBase):
             async for finished in completions:
                 for leaf, _ in finished:
                     yield leaf
+
+    def progress(self, interval: Seconds = 0.1) -> AsyncGenerator[GroupProgress, None]:
+        """How many members are over, as ``async for progress in group.progress()``: now, and whenever that changes.
+
+        The last one has ``done == total``. An exception of a task is not raised, but counted.
+
+        :param interval: seconds between two of them, at least.
+        """
+        return progress_of(Lineage[AsyncResult[Any]]([self._frozen()]), interval, self.id)
 
     # -- looking, without waiting: one round trip per few hundred members -------------------------------------------
 

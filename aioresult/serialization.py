@@ -134,6 +134,10 @@ def reading(what: str) -> Iterator[None]:
         raise error from exc.__cause__ if error is exc else exc
 
 
+def _null(_: str) -> None:
+    """What stands for a number that JSON lacks."""
+
+
 # -- the codec ------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +192,8 @@ class Codec:
         }
         writers = {"json": dialect.json, "msgpack": dialect.msgpack, "pickle": _pickle_dumps}
         self._dumps: Callable[[Any], bytes] = writers[serializer]
+        self._dumps_json: Callable[[Any], bytes] = dialect.json
+        self._dumps_text: Callable[[Any], bytes] = dialect.json  # not for the store: never refused
         self._dumps_meta: Callable[[TaskMeta], bytes] = (
             _json_meta(dialect.text) if serializer == "json" else partial(_dump_fields, self._dumps)
         )
@@ -198,30 +204,59 @@ class Codec:
         def refuse(_: object) -> bytes:
             raise _OnlyReads(reason)
 
-        self._dumps = self._dumps_meta = refuse
+        self._dumps = self._dumps_meta = self._dumps_json = refuse
 
     def dumps(self, value: Any, what: str) -> bytes:
         """``value`` as bytes, compressed if this codec compresses. ``what`` names it in the `EncodeError`."""
         return self._written(self._dumps, value, what)
 
-    def _written(self, dumps: Callable[[T], bytes], value: T, what: str | TaskMeta) -> bytes:
+    def dumps_chunk(self, chunk: Any, what: str) -> bytes:
+        """As `dumps`, of a chunk of an output: always JSON, and not compressed, for chunks are joined as they are."""
+        return self._written(self._dumps_json, chunk, what, "json")
+
+    def loads_chunks(self, data: bytes, what: str) -> list[Any]:
+        """The chunks of an entry of an output, a JSON list. Raises `DecodeError`."""
+        try:  # not `reading`: this is done for every message
+            chunks = self._loads["json"](data)
+            if not isinstance(chunks, list) or not chunks:
+                raise TypeError("it is no list of chunks")
+        except BaseException as exc:
+            error = unreadable(what, exc)
+            raise error from exc.__cause__ if error is exc else exc
+        return chunks
+
+    def dumps_text(self, value: Any, what: str) -> bytes:
+        """``value`` as one line of ASCII that every JSON parser reads, for a browser; also where this codec only reads.
+
+        What JSON lacks is tagged as in the store. NaN and the infinities become null, as in JavaScript.
+        """
+        data = self._written(self._dumps_text, value, what, "json")
+        if b"NaN" in data or b"Infinity" in data:  # perhaps only in a text
+            data = json.dumps(json.loads(data, parse_constant=_null)).encode()
+        return data
+
+    def _written(
+        self, dumps: Callable[[T], bytes], value: T, what: str | TaskMeta, serializer: str | None = None
+    ) -> bytes:
+        """With a ``serializer``: as it is, not compressed."""
         try:
             data = dumps(value)
             if b"__type__" in data:
-                self._check_types(data)
+                self._check_types(data, serializer or self.serializer)
         except KeyboardInterrupt:
             raise
         except _OnlyReads as exc:
             raise ImproperlyConfigured(str(exc)) from None
         except BaseException as exc:  # a __json__ or __reduce__ of the user's own may raise anything
             reason = "it nests too deeply" if isinstance(exc, RecursionError) else safe_text(exc)
-            raise EncodeError(f"{_describe(what)} cannot be stored as {self.serializer}: {reason}") from exc
+            name = serializer or self.serializer
+            raise EncodeError(f"{_describe(what)} cannot be stored as {name}: {reason}") from exc
         if len(data) > self.max_result_size:
             raise ResultTooLargeError(
                 f"{_describe(what)} is {len(data):,} bytes; max_result_size is {self.max_result_size:,}: "
                 f"store a reference to it instead, or raise the bound on both sides"
             )
-        return data if self.compression is None else compress(data, self.compression)
+        return data if self.compression is None or serializer else compress(data, self.compression)
 
     def loads(self, data: bytes, what: str) -> Any:
         """The value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
@@ -245,12 +280,12 @@ class Codec:
         except Exception as exc:
             raise unreadable(what, exc) from exc
 
-    def _check_types(self, data: bytes) -> None:
+    def _check_types(self, data: bytes, serializer: str) -> None:
         """Refuse to store what no reader could read: a dict that looks like a tagged value of kombu's and is none."""
-        if b"__type__" not in data or self.serializer == "pickle":
+        if b"__type__" not in data or serializer == "pickle":
             return
         try:
-            self._check[self.serializer](data)
+            self._check[serializer](data)
         except Exception as exc:
             raise ValueError(
                 f"it holds a dict with the keys __type__ and __value__ that no reader can decode ({safe_text(exc)}); "
@@ -275,7 +310,7 @@ class Codec:
         if self.serializer == "pickle" and _survives_pickle(meta.result):
             with suppress(EncodeError):  # it did so once, and that is no promise
                 return self._written(dumps, meta, meta)
-        data = dump_exception(meta.result, lambda arg: self._check_types(self._dumps(arg)))
+        data = dump_exception(meta.result, lambda arg: self._check_types(self._dumps(arg), self.serializer))
         return self._written(dumps, replace(meta, result=data), meta)
 
     def decode(self, task_id: str, data: bytes) -> TaskMeta:
@@ -320,6 +355,11 @@ class Codec:
     def is_final(self, data: bytes) -> bool:
         """Whether ``data``, a whole stored value, is a task that is over. Raises as `is_success`."""
         return data.startswith(FINAL_HEADS) or self._status_of(data) in READY_STATES
+
+    def status(self, data: bytes) -> str | None:
+        """The state in ``data``, a whole stored value; ``None`` if it is no result. Raises as `is_success`."""
+        status = self._status_of(data)
+        return status if isinstance(status, str) else None
 
     def _status_of(self, data: bytes) -> object:
         what = "what is stored already"

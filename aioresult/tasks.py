@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +20,7 @@ __all__ = [
     "TURN",
     "SingleFlight",
     "StandingTask",
+    "call_from_finalizer",
     "fail",
     "fail_all",
     "spawn",
@@ -168,6 +170,12 @@ def fail_all(futures: Iterable[asyncio.Future[Any]], error: BaseException) -> No
     for future in futures:
         if not future.done():
             fail(future, twin(error))
+
+
+def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any) -> None:
+    """Call ``callback`` soon. A ``__del__`` runs in whatever thread collects, and perhaps after the loop has ended."""
+    with suppress(RuntimeError):  # the loop was closed, and everything in it has ended
+        loop.call_soon_threadsafe(callback, *args, context=EMPTY)
 
 
 async def uncancelled(cleanup: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -15,13 +15,13 @@ import pytest
 
 import aioresult
 from aioresult import Backend, BackendClosedError, BackendConnectionError, ChordError, TaskMeta
-from aioresult.backends.core import Record
 from aioresult.backends.memory import MemoryStore
 from aioresult.backends.postgres import PostgresBackend
 from aioresult.backends.redis import RedisBackend
 from aioresult.chord import ChordOp, ChordStep
 from aioresult.completion import _Inbox
 from aioresult.hub import Hub
+from aioresult.record import Record
 from aioresult.states import FAILURE, SUCCESS
 from aioresult.waiter import Outcome
 

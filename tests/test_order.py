@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import aioresult
 import aioresult.retry
 from aioresult import Backend, BackendConnectionError, DecodeError
-from aioresult.backends.core import Record
+from aioresult.record import Record
 from aioresult.states import EXCEPTION_STATES, FAILURE, PENDING, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
 
 from .harness import Harness, intercept, until

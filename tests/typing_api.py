@@ -17,16 +17,23 @@ from aioresult import (
     AsyncResult,
     Backend,
     EagerResult,
+    GroupProgress,
     GroupResult,
+    Output,
+    OutputPage,
+    OutputStream,
     ResultBase,
     ResultSet,
+    Running,
     StoredType,
     TaskMeta,
     TaskRequest,
+    Updates,
     as_completed,
     by_name,
     by_url,
     connect,
+    current_task,
     gather,
     result_from_tuple,
     wait,
@@ -181,3 +188,30 @@ async def several(r: AsyncResult[int], g: GroupResult) -> None:
 
 def streamed(r: AsyncResult[int]) -> AsyncIterator[AsyncResult[Any]]:
     return as_completed([r])
+
+
+async def running(backend: Backend, result: AsyncResult[int], group: GroupResult) -> None:
+    async with backend.running("a", TaskRequest(id="a"), track=False, output_expires=60) as task:
+        assert_type(task, Running)
+        assert_type(task.progress(1, 10, "loading", rows=3), None)
+        assert_type(task.output, Output)
+        assert_type(await task.output.send({"any": "value"}), None)
+        task.value = 3
+    assert_type(current_task(), Running | None)
+    assert_type(await backend.run("a", asyncio.sleep, 1, if_done="skip"), Any)
+    async with backend.output("a", keep=aioresult.Keep(chunks=10), on_full="fail") as output:
+        assert_type(output, Output)
+        assert_type(output.cursor, str)
+    assert_type(result.updates(on_lost="wait"), Updates)
+    async for meta in result.updates():
+        assert_type(meta, TaskMeta)
+    async with result.stream(after=aioresult.TAIL, on_lost="wait", on_restart="continue", on_gap="skip") as stream:
+        assert_type(stream, OutputStream[Any])
+        assert_type(stream.cursor, str)
+        async for chunks in stream.batches():
+            assert_type(chunks, list[Any])
+    assert_type(await result.read_output(limit=10, wait=1.5), OutputPage)
+    assert_type(await result.revoke("why"), bool)
+    assert_type(await result.get(on_lost="raise"), int)
+    async for progress in group.progress(interval=1):
+        assert_type(progress, GroupProgress)

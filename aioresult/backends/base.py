@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 from uuid import UUID
 
 from ..chord import (
@@ -18,26 +18,21 @@ from ..chord import (
 )
 from ..dispatch import ready_chords
 from ..exceptions import (
-    BackendConnectionError,
-    BackendGetMetaError,
     DecodeError,
-    SerializationError,
     UsageError,
 )
-from ..hub import chunked
-from ..meta import ResultTuple, SupportsAsTuple, TaskMeta
+from ..meta import ResultTuple, SupportsAsTuple
 from ..result import AsyncResult, GroupResult, ResultBase, result_from_tuple
-from ..seconds import Seconds, Timeout, checked_seconds, checked_timeout
+from ..seconds import Seconds, checked_seconds
 from ..serialization import reading
 from ..states import ALL_STATES
-from ..waiter import LAST_LOOK, Outcome, SingleWaiter, Waiter, timed_out
-from .core import Record, Removal
-from .worker import BackendOptions, WorkerSide, as_tuple, check_state, checked_count, checked_index
+from .live import LiveSide
+from .worker import BackendOptions, as_tuple, check_state, checked_count, checked_index
 
-__all__ = ["Backend", "BackendOptions", "Record"]
+__all__ = ["Backend", "BackendOptions"]
 
 
-class Backend(WorkerSide):
+class Backend(LiveSide):
     """Where results are kept, and the way to be woken when one arrives.
 
     Use it as ``async with aioresult.connect(url) as backend``, or call `open` and `aclose`. A backend belongs to the
@@ -62,6 +57,7 @@ class Backend(WorkerSide):
       the default, for as long as results.
     - ``max_pending_bytes``: bytes of stores that may be queued or on their way; a further store waits until there are
       fewer (default 64 MiB).
+    - ``lease``: seconds without a sign of life after which a worker that runs tasks under `running` counts as dead.
     - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`; called by `mark_as_done`
       and its like for a request that belongs to a chord. Without it, `ready_chords` gets those chords.
     - ``count_requests``: whether `mark_as_done` and its like count the part of a request that belongs to a chord. With
@@ -71,149 +67,6 @@ class Backend(WorkerSide):
     def __init__(self, url: str = "", **options: Unpack[BackendOptions]) -> None:
         super().__init__(url, **options)
         self._chords = Chords(self)
-
-    # -- the reader's side ------------------------------------------------------------------------------------------
-
-    async def get_task_meta(self, task_id: str | UUID) -> TaskMeta:
-        """What is stored of ``task_id`` now; an unknown id reads as PENDING, as in Celery.
-
-        :raises DecodeError: what is stored cannot be read. `ContentDisallowed`: its serializer is not in ``accept``.
-        :raises BackendConnectionError: the server was away for longer than ``retry_for``.
-        """
-        self.check()
-        task_id = self._valid_id(task_id)
-        return cast("TaskMeta | None", await self._fetches.submit(task_id)) or TaskMeta.pending(task_id)
-
-    async def get_many(self, task_ids: Iterable[str | UUID]) -> list[TaskMeta]:
-        """What is stored of each id, in order: one round trip per `fetch_chunk` ids. Raises as `get_task_meta`."""
-        metas: list[TaskMeta] = []
-        for outcome in await self.look_up(task_ids):
-            if isinstance(outcome, Exception):
-                raise outcome
-            metas.append(outcome)
-        return metas
-
-    async def look_up(self, task_ids: Iterable[str | UUID]) -> list[Outcome]:
-        """As `get_many`, but a result that cannot be read is an exception in its place and spoils no other."""
-        self.check()
-        outcomes: list[Outcome] = []
-        for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
-            found = await self._calls.submit(partial(self._outcomes, ids))
-            outcomes += [
-                TaskMeta.pending(task_id) if outcome is None else outcome
-                for task_id, outcome in zip(ids, found, strict=True)
-            ]
-        return outcomes
-
-    def _valid_ids(self, task_ids: Iterable[str | UUID]) -> list[str]:
-        if isinstance(task_ids, (str, UUID)):
-            raise UsageError(f"pass several ids, not {task_ids!r}: a list, a generator, …")
-        return [self._valid_id(task_id) for task_id in task_ids]
-
-    async def exists(self, task_id: str | UUID) -> bool:
-        """Whether anything is stored under ``task_id``: also if it is only pending, or cannot be read."""
-        self.check()
-        try:
-            return await self._fetches.submit(self._valid_id(task_id)) is not None
-        except (SerializationError, BackendGetMetaError):
-            return True
-
-    async def wait_for(self, task_id: str | UUID, timeout: Timeout = None) -> TaskMeta:
-        """The meta of ``task_id`` once the task is over, well or not: this does not raise the task's exception.
-
-        :param timeout: seconds, or a `timedelta`; ``None`` waits for ever, 0 looks once. A result that is stored
-            beats a deadline that has passed: a timeout below a second may take a second more, to read the store.
-        :raises TimeoutError: the time is up.
-        :raises BackendClosedError: the backend was closed meanwhile. Otherwise raises as `get_task_meta`.
-        """
-        self.check()
-        task_id = self._valid_id(task_id)
-        seconds = checked_timeout(timeout)
-        if seconds is not None and seconds <= 0:
-            meta = await self.get_task_meta(task_id)
-            if meta.ready:
-                return meta
-            raise timed_out(f"task {task_id}", seconds)
-        # As `wait_for_topic`, but not through it: with ten thousand who wait, a frame less is two megabytes.
-        waiter = SingleWaiter(f"task {task_id}", seconds)
-        self._hub.watch(task_id, waiter)
-        try:
-            return (await waiter.future).afresh()
-        except TimeoutError:
-            if seconds is None or seconds >= LAST_LOOK:
-                raise
-            found = await self._last_look(task_id)
-            if found is None or not found.ready:
-                raise
-            return found
-        finally:
-            self._hub.unwatch(task_id, waiter)
-            waiter.stop()
-
-    async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None:
-        """Wait for a chord by its topic; for handles.
-
-        Unless the caller is ``patient``, the end of the waiter's timeout is answered with what is stored then.
-        """
-        self.check()
-        self._hub.watch(topic, waiter)
-        try:
-            return await waiter.future
-        except TimeoutError:
-            if patient:
-                raise
-            return await self._last_look(topic)
-        finally:
-            self._hub.unwatch(topic, waiter)
-            waiter.stop()
-
-    async def _last_look(self, topic: str) -> TaskMeta | None:
-        """What is stored, as far as that can be had within a second."""
-        try:
-            async with asyncio.timeout(LAST_LOOK):
-                return cast("TaskMeta | None", await self._fetches.submit(topic))
-        except (TimeoutError, BackendConnectionError):
-            return None
-
-    def watch(self, task_id: str | UUID, waiter: Waiter, look: bool = True) -> None:
-        """Have ``waiter`` told the state of ``task_id`` and of each change: the layer below `wait_for`.
-
-        Pair it with `unwatch`. A final state is the last that the waiter is told. With ``look=False`` nothing is read
-        before the subscription is confirmed: pass it when you have just read the result yourself.
-        """
-        self.check()
-        self._hub.watch(self._valid_id(task_id), waiter, look)
-
-    def unwatch(self, task_id: str | UUID, waiter: Waiter) -> None:
-        """End what `watch` began; harmless if it has ended."""
-        if self._loop is not None:
-            self._hub.unwatch(str(task_id), waiter)
-
-    # -- forgetting -------------------------------------------------------------------------------------------------
-
-    async def forget(self, task_id: str | UUID) -> None:
-        """Remove the result. Does not wake its waiters: the task may yet be run again.
-
-        A store that was called before is removed, one that is called afterwards stays.
-        """
-        self.check()
-        task_id = self._valid_id(task_id)
-        if self._writes.full:  # not to overtake the stores that wait
-            await self._writes.room()
-        await self._writes.submit(Removal(task_id), task_id)
-
-    async def forget_many(self, task_ids: Iterable[str | UUID]) -> None:
-        """Remove many results, in few round trips; see `forget`."""
-        self.check()
-        for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
-            if self._writes.full:
-                await self._writes.room()
-            await asyncio.gather(*(self._writes.submit(Removal(task_id), task_id) for task_id in ids))
-
-    async def cleanup(self) -> int:
-        """Remove what has expired and return how many; 0 where the server expires by itself."""
-        self.check()
-        return await self._call(self._cleanup)
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
@@ -235,7 +88,15 @@ class Backend(WorkerSide):
                 raise UsageError(f"{group!r} cannot be saved as a group: {exc}") from None
         payload = self._encode_group(group_id, members)
         seconds = self.expires if expires is None else checked_seconds("expires", expires)
-        await self._call(partial(self._store_group, group_id, payload, seconds), group_id)
+        _, tuples = members
+        flat = tuples is not None and not any(nested for _, nested in tuples)
+        size = len(tuples) if tuples is not None and flat else None
+        await self._call(partial(self._keep_group, group_id, payload, seconds, size), group_id)
+
+    async def _keep_group(self, group_id: str, payload: bytes, expires: float, size: int | None) -> None:
+        await self._store_group(group_id, payload, expires)
+        if size is not None:
+            await self._count_group(group_id, size, expires)
 
     async def restore_group(self, group_id: str | UUID) -> GroupResult | None:
         """The group saved under this id, or ``None``. Raises `DecodeError` if what is stored is no group."""
@@ -351,11 +212,6 @@ class Backend(WorkerSide):
         """The chords that may be complete; for `aioresult.chord`."""
         self.check()
         return [group_id for group_id in await self._call(self._active_chords) if self._is_id(group_id)]
-
-    def watch_topic(self, topic: str, waiter: Waiter) -> None:
-        """As `watch`, of what is no task; for `aioresult.chord`."""
-        self.check()
-        self._hub.watch(topic, waiter)
 
     def look_again(self, topic: str) -> None:
         """Have what is waited for under ``topic`` read once more, with all that is due; for `aioresult.chord`."""

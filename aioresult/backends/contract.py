@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 from uuid import UUID
 
 from ..chord import ChordState, ChordStep
 from ..dialect import StoredType
 from ..exceptions import ImproperlyConfigured, UsageError
+from ..log import Ask, Flush, Page
 from ..meta import ResultTuple, TaskMeta
+from ..progress import GroupCounts
+from ..record import Record
+from ..run import RunState, RunStep
 from ..seconds import Seconds, checked_seconds
 from ..serialization import Codec
 from ..urls import hide_password
@@ -38,22 +42,7 @@ class CoreOptions(TypedDict, total=False):
     chord_lease: float
     chord_expires: Seconds | None
     max_pending_bytes: int
-
-
-class Record(NamedTuple):
-    """One store, as `Backend._store` gets it."""
-
-    task_id: str
-    #: What `Backend._encode` made of its meta.
-    payload: Any
-    #: Seconds to live; 0 for ever.
-    expires: float
-    #: Store only if nothing is stored under the id.
-    only_new: bool = False
-    #: The group that must live at least as long.
-    group_id: str | None = None
-    #: The state is one of the task's own making, such as PROGRESS: it must not take the place of a final one.
-    custom: bool = False
+    lease: float
 
 
 class Removal:
@@ -107,6 +96,7 @@ class BackendContract(ABC):
         chord_lease: float = 30.0,
         chord_expires: Seconds | None = None,
         max_pending_bytes: int = 64 * 2**20,
+        lease: float = 30.0,
     ) -> None:
         self._url = url
         self.expires: float = checked_seconds("expires", expires or 0.0)
@@ -128,6 +118,9 @@ class BackendContract(ABC):
         if isinstance(max_pending_bytes, bool) or not isinstance(max_pending_bytes, int) or max_pending_bytes < 1:
             raise ImproperlyConfigured(f"max_pending_bytes must be a number of bytes, not {max_pending_bytes!r}")
         self.max_pending_bytes: int = max_pending_bytes
+        self.lease: float = checked_seconds("lease", lease)
+        if not self.lease:
+            raise ImproperlyConfigured("lease must be more than 0 seconds: every worker would seem dead")
         self.codec: Codec = Codec(serializer, accept, compression, max_result_size, types)
 
     def as_uri(self) -> str:
@@ -176,6 +169,10 @@ class BackendContract(ABC):
         """
         return False
 
+    def _append_at_once(self, flush: Flush, done: Callable[[int | None], None]) -> bool:
+        """As `_store_at_once`, of a flush: ``done`` gets the epoch, or ``None``, and then `_append` gets the flush."""
+        return False
+
     async def _versions(self, task_ids: Sequence[str]) -> Sequence[Any]:
         """What tells the result that is stored under each id from any later one; ``None`` where nothing is stored.
 
@@ -218,6 +215,21 @@ class BackendContract(ABC):
     async def _delete_group(self, group_id: str) -> None:
         """Remove it; a missing one does not matter."""
 
+    async def _count_group(self, group_id: str, size: int, expires: float) -> None:  # noqa: B027 - optional
+        """From now on count the members of a saved group that are over, by their index; there are ``size``.
+
+        Optional, with `_group_size` and `_group_counts`; without them the progress of a group is counted by its
+        results. Keep the counts for ``expires`` seconds (0: for ever), and call `_group_news` when they change.
+        """
+
+    async def _group_size(self, group_id: str) -> int | None:
+        """How many members the group has; ``None`` where they are not counted."""
+        return None
+
+    async def _group_counts(self, group_id: str) -> GroupCounts:
+        """How many members of a group are over."""
+        return GroupCounts(0, 0)
+
     async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
         """Take each step atomically, and call `_chord_news` wherever somebody waits for what it brings about.
 
@@ -228,6 +240,46 @@ class BackendContract(ABC):
     async def _active_chords(self) -> Sequence[str]:
         """The chords that may be complete and not finished; others among them do no harm."""
         raise UsageError(f"{type(self).__name__} does not count chords")
+
+    # -- optional: running tasks ------------------------------------------------------------------------------------
+
+    async def _append(self, flushes: Sequence[Flush]) -> Sequence[int | BaseException]:
+        """Put each flush into the log of its task, and call `_output_news` in every process that subscribed to it.
+
+        Optional, with `_pages`, `_run_steps`, `_beat` and `_alive`: a store without them has results and no running
+        tasks. `aioresult.backends.runs.Log` is the reference of what a flush does, `Note` of a run step.
+
+        For each: the epoch of the log; `OutputSuperseded` if a newer one has it, or another run; or the error that is
+        its alone. No two flushes of a call are of one task.
+        """
+        raise UsageError(f"{type(self).__name__} keeps no output of running tasks")
+
+    async def _pages(self, asks: Sequence[Ask]) -> Sequence[Page | BaseException]:
+        """What each look finds: *first* whether the task is over, *then* the log, or both in one snapshot."""
+        raise UsageError(f"{type(self).__name__} keeps no output of running tasks")
+
+    async def _run_steps(self, steps: Sequence[RunStep]) -> Sequence[RunState | BaseException]:
+        """Take each step atomically, in order. What it stores is published as by `_store`.
+
+        A REVOKE that has the verdict ASKED calls `_revoke_news` in the process of that worker.
+        """
+        raise UsageError(f"{type(self).__name__} does not run tasks")
+
+    async def _beat(self, worker: str, lease: float, last: float | None = None) -> float:
+        """Note that ``worker`` lives for ``lease`` more seconds by the server's clock; with a lease of 0, that it ends.
+
+        ``worker`` is empty in a process that runs no tasks. Returns the server's clock, in seconds. With ``last``, what
+        the beat before has returned, the workers whose lease is over are removed, and `_worker_news` is called with
+        each in every process that subscribed to that; two things are no death, but an outage:
+
+        - ``last`` is more than half a lease ago. Then nobody is removed.
+        - A worker's lease has been over for longer than ``lease``. Then it has half a lease more.
+        """
+        raise UsageError(f"{type(self).__name__} does not run tasks")
+
+    async def _alive(self, workers: Sequence[str]) -> Sequence[bool]:
+        """Whether the lease of each worker stands."""
+        raise UsageError(f"{type(self).__name__} does not run tasks")
 
     async def _cleanup(self) -> int:
         """Remove what has expired, where the server does not do so by itself; return how many."""

@@ -31,15 +31,19 @@ from ..exceptions import (
     WrongEventLoopError,
 )
 from ..hub import Finding, Hub
+from ..log import OUTPUT_TOPIC, Ask, Flush, OutputNews, Page
 from ..meta import TaskMeta
+from ..progress import GROUP_TOPIC
+from ..record import Record
 from ..retry import Persistence
+from ..run import WORKER_TOPIC, WORKERS_TOPIC, RunState, RunStep
 from ..serialization import unreadable
 from ..states import EXCEPTION_STATES
 from ..tasks import TURN, spawn, twin, uncancelled
 from ..waiter import Outcome
-from .contract import BackendContract, CoreOptions, Record, Removal
+from .contract import BackendContract, CoreOptions, Removal
 
-__all__ = ["BackendCore", "CoreOptions", "Record", "Removal"]
+__all__ = ["BackendCore", "CoreOptions", "Removal"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
@@ -47,6 +51,8 @@ T = TypeVar("T")
 
 #: How many calls that go into no batch may be in flight at once.
 _PARALLEL_CALLS = 8
+#: Seconds that a good-bye may take.
+_GOODBYE = 1.0
 #: How many ids go into the first read, when it is not known how large the values are.
 _FIRST_READ = 100
 #: By how much the estimate of their size may sink from one read to the next.
@@ -87,7 +93,26 @@ class BackendCore(BackendContract):
         """A backend calls this with each message about a chord; ``ready`` if there may be a callback to dispatch."""
         self._hub.news(CHORD_TOPIC + group_id)
         if ready and self._is_id(group_id):
-            self._hub.receive(READY_TOPIC, TaskMeta(READY_TOPIC, "NEWS", group_id), remember=False)
+            self._tell(READY_TOPIC, group_id)
+
+    def _output_news(self, task_id: str, epoch: int, last: int, data: bytes | None) -> None:
+        """A backend calls this with each message about an output; ``data`` as in `OutputNews`."""
+        self._tell(OUTPUT_TOPIC + task_id, OutputNews(epoch, last, data))
+
+    def _worker_news(self, worker: str) -> None:
+        """A backend calls this with the id of each worker that has died or ended."""
+        self._tell(WORKERS_TOPIC, worker)
+
+    def _group_news(self, group_id: str) -> None:
+        """A backend calls this when the counts of a group have changed."""
+        self._tell(GROUP_TOPIC + group_id, group_id)
+
+    def _revoke_news(self, worker: str, run: str) -> None:
+        """A backend calls this in the process of ``worker`` with each run that is to be stopped."""
+        self._tell(WORKER_TOPIC + worker, run)
+
+    def _tell(self, topic: str, news: object) -> None:
+        self._hub.receive(topic, TaskMeta(topic, "NEWS", news), remember=False)
 
     def _listener_lost(self, reason: BaseException) -> None:
         """A backend calls this when the connection that carries its messages has broken."""
@@ -167,7 +192,25 @@ class BackendCore(BackendContract):
             max_held=self.max_pending_bytes,
             persistence=self._persistence,
         )
-        self._batchers = (self._writes, self._fetches, self._calls, self._steps)
+        self._appends: Batcher[Flush, int] = batcher(
+            self._perform_appends,
+            max_items=self.store_chunk,
+            parallel=self.store_parallel,
+            persistence=self._persistence,
+            at_once=self._append_at_once,
+        )
+        self._looks: Batcher[Ask, Page] = batcher(
+            self._perform_looks, max_items=self.fetch_chunk, parallel=2, persistence=self._persistence
+        )
+        self._runs: Batcher[RunStep, RunState] = batcher(
+            self._perform_runs,
+            max_items=self.store_chunk,
+            parallel=self.store_parallel,
+            max_held=self.max_pending_bytes,
+            persistence=self._persistence,
+        )
+        results = (self._writes, self._fetches, self._calls, self._steps)
+        self._batchers = (*results, self._appends, self._looks, self._runs)
         self._hub.start()
 
     def _settle_change(self) -> None:
@@ -201,9 +244,16 @@ class BackendCore(BackendContract):
         try:
             await self._hub.close(error)
             await asyncio.gather(*(batcher.close(error) for batcher in self._batchers))
+            try:
+                await asyncio.wait_for(self._say_goodbye(), _GOODBYE)
+            except Exception as exc:
+                logger.debug("closed %s without a word: %s", self.as_uri(), exc)
             await self._close()
         finally:
             self._settle_change()
+
+    async def _say_goodbye(self) -> None:
+        """What a subclass tells the server before the connections are closed."""
 
     def _leave_behind(self) -> None:
         """Forget what belongs to an event loop that has ended, or to the process that this one was forked from."""
@@ -271,6 +321,15 @@ class BackendCore(BackendContract):
     async def _perform_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
         return await self._chord_steps(steps)
 
+    async def _perform_appends(self, flushes: Sequence[Flush]) -> Sequence[int | BaseException]:
+        return await self._append(flushes)
+
+    async def _perform_looks(self, asks: Sequence[Ask]) -> Sequence[Page | BaseException]:
+        return await self._pages(asks)
+
+    async def _perform_runs(self, steps: Sequence[RunStep]) -> Sequence[RunState | BaseException]:
+        return await self._run_steps(steps)
+
     def _write_at_once(self, write: Record | Removal, done: Callable[[bool | None], None]) -> bool:
         return isinstance(write, Record) and self._store_at_once(write, done)
 
@@ -313,7 +372,7 @@ class BackendCore(BackendContract):
 
     async def _read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
         """Fetch and decode; a result that cannot be decoded is an error in its place, and harms no other."""
-        if min(task_ids) < "\x01":  # the topics of chords begin with NUL, and so sort before every id
+        if min(task_ids) < "\x01":  # what is waited for and is no task begins with NUL, and so sorts before every id
             return await self._read_topics(task_ids)
         found: list[Finding | None] = []
         while len(found) < len(task_ids):
@@ -335,7 +394,7 @@ class BackendCore(BackendContract):
                 pause_at = now() + TURN
 
     async def _read_topics(self, topics: Sequence[str]) -> Sequence[Finding | None]:
-        """As `_read`, where chords are among what is waited for."""
+        """As `_read`, where not only tasks are waited for."""
         tasks = [topic for topic in topics if not topic.startswith("\x00")]
         chords = [topic for topic in topics if topic.startswith(CHORD_TOPIC)]
         found: dict[str, Finding | None] = dict(zip(tasks, await self._read(tasks) if tasks else (), strict=True))
@@ -346,8 +405,9 @@ class BackendCore(BackendContract):
                 found[topic] = chord_meta(state), (state.count, state.size, state.done, state.failure, state.body_id)
             else:
                 found[topic] = _as_error(state), None
-        # What completed before somebody listened is found by going through all that are active.
-        found[READY_TOPIC] = TaskMeta(READY_TOPIC, "NEWS"), None
+        # Of everything else there is no state: what happened before somebody listened, the waiter looks for itself.
+        for topic in topics:
+            found.setdefault(topic, (TaskMeta(topic, "NEWS"), None))
         return [found[topic] for topic in topics]
 
     def _finding(self, task_id: str, stored: Any) -> Finding:

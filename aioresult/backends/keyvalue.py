@@ -12,11 +12,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 from ..chord import CHORD_TOPIC, READY_TOPIC
-from ..exceptions import DecodeError, ImproperlyConfigured
+from ..exceptions import DecodeError, ImproperlyConfigured, InvalidCursor
+from ..log import OUTPUT_TOPIC, Place
 from ..meta import ResultTuple
-from .base import Backend, BackendOptions, Record
+from ..progress import GROUP_TOPIC
+from ..record import Record
+from ..run import WORKER_TOPIC, WORKERS_TOPIC
+from .base import Backend, BackendOptions
 
-__all__ = ["KeyValueStoreBackend", "Op", "Write"]
+__all__ = ["KeyValueStoreBackend", "Op", "Write", "output_message", "sibling"]
 
 
 class Op(enum.Enum):
@@ -30,7 +34,8 @@ class Op(enum.Enum):
     PUT_IF_ABSENT = enum.auto()
     #: Store; nothing is published.
     PUT = enum.auto()
-    #: Let what is stored live for at least ``expires`` more seconds.
+    #: Let what is stored live for at least ``expires`` more seconds. A store that counts the members of groups notes
+    #: that the one at the index ``member`` is over.
     EXTEND = enum.auto()
     #: Remove; if there is a ``value``, only what is of that version still (`Backend._versions`).
     DELETE = enum.auto()
@@ -44,6 +49,9 @@ class Write(NamedTuple):
     value: bytes = b""
     #: Seconds to live from now; 0 for ever.
     expires: float = 0.0
+    #: Of `Op.EXTEND`; see there.
+    member: int | None = None
+    failed: bool = False
 
 
 class KeyValueStoreBackend(Backend):
@@ -52,7 +60,11 @@ class KeyValueStoreBackend(Backend):
     For authors: six methods, `_open`, `_close`, `_get`, `_write`, `_listen` and `_unlisten`, under the rules of
     `Backend`. Call `_published` with each message that arrives. A store that can take a `ChordStep` atomically counts
     chords, too: implement `_chord_steps` and `_active_chords`, publish on the channel of the group's key whenever a
-    chord completes or fails, and its id on ``_ready_channel`` whenever there may be a callback to dispatch.
+    chord completes or fails, and its id on ``_ready_channel`` whenever there may be a callback to dispatch. For running
+    tasks implement `_append`, `_pages`, `_run_steps`, `_beat` and `_alive`, and publish
+
+    - with each flush, what `output_message` makes of it, on the channel ``sibling(key, ".out")``;
+    - the run that is to stop, on the channel of its worker; the id of a worker that has gone, on ``_workers_channel``.
     """
 
     def __init__(self, url: str = "", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
@@ -67,6 +79,13 @@ class KeyValueStoreBackend(Backend):
         self._group_channel = self._group_prefix.encode()
         #: Where completed chords are announced, and the key of the set of those that may be.
         self._ready_channel = f"{global_keyprefix}aioresult-chords"
+        self._announcements = self._ready_channel.encode()
+        #: The key of the leases of the workers, and where those are announced that have gone.
+        self._workers_channel = f"{global_keyprefix}aioresult-workers"
+        self._worker_prefix = f"{global_keyprefix}aioresult-worker-"
+        #: The subscribed channels of running tasks, and what the hub knows them by. No prefix tells them from results:
+        #: with an id such as "{a}" the output's channel "celery-task-meta-{a}.out" begins like that of a result.
+        self._routes: dict[bytes, str] = {}
 
     @property
     def store_id(self) -> Hashable:
@@ -94,17 +113,47 @@ class KeyValueStoreBackend(Backend):
 
     def _published(self, channel: bytes, value: bytes) -> None:
         """A backend calls this with each message that arrives."""
+        if self._routes and (topic := self._routes.get(channel)) is not None and self._routed(topic, value):
+            return
         if channel.startswith(self._task_channel):
             self._received(_text(channel[len(self._task_channel) :]), value)
         elif channel.startswith(self._group_channel):
             self._chord_news(_text(channel[len(self._group_channel) :]), ready=False)
-        else:
+        elif channel == self._announcements:
             self._chord_news(_text(value), ready=True)
 
+    def _routed(self, topic: str, value: bytes) -> bool:
+        """Pass on a message about a running task or a group; false if it is none.
+
+        Anybody may publish there; and the output of the task "{a}" has the channel of the result of "{a}.out".
+        """
+        if topic.startswith(OUTPUT_TOPIC):
+            cursor, _, data = value.partition(b" ")
+            try:
+                epoch, last = Place.parse(_text(cursor))
+            except InvalidCursor:
+                return False
+            self._output_news(topic.removeprefix(OUTPUT_TOPIC), epoch, last, data or None)
+        elif topic == WORKERS_TOPIC:
+            self._worker_news(_text(value))
+        elif topic.startswith(GROUP_TOPIC):
+            self._group_news(topic.removeprefix(GROUP_TOPIC))
+        else:
+            self._revoke_news(topic.removeprefix(WORKER_TOPIC), _text(value))
+        return True
+
     def _channel(self, topic: str) -> str:
+        if not topic.startswith("\x00"):
+            return self._task_key(topic)
         if topic.startswith(CHORD_TOPIC):
             return self._group_key(topic.removeprefix(CHORD_TOPIC))
-        return self._ready_channel if topic == READY_TOPIC else self._task_key(topic)
+        if topic.startswith(OUTPUT_TOPIC):
+            return sibling(self._task_key(topic.removeprefix(OUTPUT_TOPIC)), ".out")
+        if topic.startswith(WORKER_TOPIC):
+            return self._worker_prefix + topic.removeprefix(WORKER_TOPIC)
+        if topic.startswith(GROUP_TOPIC):
+            return sibling(self._group_key(topic.removeprefix(GROUP_TOPIC)), ".n")
+        return self._ready_channel if topic == READY_TOPIC else self._workers_channel
 
     def _task_key(self, task_id: str) -> str:
         return self._task_prefix + task_id
@@ -119,7 +168,7 @@ class KeyValueStoreBackend(Backend):
         writes = list(map(self._put, records))
         # A group lives at least as long as its members. A write of its own: the two keys need not share a slot.
         groups = [
-            Write(self._group_key(record.group_id), Op.EXTEND, expires=record.expires)
+            Write(self._group_key(record.group_id), Op.EXTEND, b"", record.expires, record.group_index, record.failed)
             for record in records
             if record.group_id
         ]
@@ -137,6 +186,9 @@ class KeyValueStoreBackend(Backend):
         return [outcome if isinstance(outcome, BaseException) else None for outcome in outcomes]
 
     async def _subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
+        for topic in task_ids:
+            if topic.startswith(_ROUTED):
+                self._routes[self._channel(topic).encode("utf-8", "surrogateescape")] = topic
         refused = await self._listen([self._channel(task_id) for task_id in task_ids])
         if not refused:
             return None
@@ -144,6 +196,9 @@ class KeyValueStoreBackend(Backend):
 
     async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
         await self._unlisten([self._channel(task_id) for task_id in task_ids])
+        for topic in task_ids:
+            if topic.startswith(_ROUTED):
+                self._routes.pop(self._channel(topic).encode("utf-8", "surrogateescape"), None)
 
     async def _fetch_group(self, group_id: str) -> bytes | None:
         (value,) = await self._get([self._group_key(group_id)])
@@ -170,6 +225,32 @@ class KeyValueStoreBackend(Backend):
         if not isinstance(value, dict) or "result" not in value:
             raise DecodeError(f"what is stored as group {group_id} is no group")
         return value["result"]
+
+
+#: The topics of which the hub does not know the channels; a worker's begins like that of all workers.
+_ROUTED = (OUTPUT_TOPIC, WORKER_TOPIC.rstrip(), GROUP_TOPIC)
+
+
+def output_message(epoch: int, last: int, data: bytes) -> bytes:
+    """The message about a flush. A long one does not carry the chunks: readers read them, each in its own time."""
+    return b"%d-%d %s" % (epoch, last, data if len(data) <= _MESSAGE_BYTES else b"")
+
+
+#: A message has at most so many bytes of chunks.
+_MESSAGE_BYTES = 16 * 2**10
+
+
+def sibling(key: str, suffix: str) -> str:
+    """The key beside ``key`` in the same hash slot, whatever a Redis Cluster makes of braces in the id or the prefix.
+
+    The slot is that of the text between the first "{" and the next "}", unless it is empty, or else of the whole key
+    (Redis Cluster specification, "Hash tags"). For a key such as "a}b" no name is in its slot; there the rule is void.
+    """
+    start = key.find("{")
+    end = key.find("}", start + 1) if start >= 0 else -1
+    if end > start + 1 or "}" in key:
+        return key + suffix
+    return "{" + key + "}" + suffix
 
 
 def _text(channel: bytes) -> str:

@@ -11,13 +11,19 @@ import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 from time import monotonic
-from typing import Unpack
+from time import time as wall_clock
+from typing import Protocol, TypeVar, Unpack
 
 from ..chord import ChordOp, ChordState, ChordStep
-from ..exceptions import SerializationError
+from ..exceptions import AioResultError, SerializationError
+from ..log import Ask, Flush, Page
+from ..run import RunState, RunStep
 from ..tasks import TURN
 from .base import BackendOptions
-from .keyvalue import KeyValueStoreBackend, Op, Write
+from .keyvalue import KeyValueStoreBackend, Op, Write, output_message, sibling
+from .runs import Log, Note, superseded
+
+_Kept = TypeVar("_Kept", bound="_Expiring")
 
 __all__ = ["MemoryBackend", "MemoryStore"]
 
@@ -99,7 +105,12 @@ class MemoryStore:
         self.values: dict[str, bytes] = {}
         self.listeners: dict[str, set[MemoryBackend]] = {}
         self.chords: dict[str, _Chord] = {}
-        self._chords_left = 100
+        #: Of running tasks, by the key of the result.
+        self.logs: dict[str, Log] = {}
+        self.notes: dict[str, Note] = {}
+        #: Until when the lease of each worker stands.
+        self.workers: dict[str, float] = {}
+        self._kept_left = 100
         self._expiry: dict[str, float] = {}
         self._queue: list[tuple[float, str]] = []
 
@@ -141,24 +152,37 @@ class MemoryStore:
         return None if until is None else until - monotonic()
 
     def delete(self, key: str) -> bool:
-        """Remove; whether there was one."""
+        """Remove, with what belongs to a running task; whether there was a value."""
+        self.logs.pop(key, None)
+        self.notes.pop(key, None)
         self._expiry.pop(key, None)
         self._compact()
         return self.values.pop(key, None) is not None
 
     def purge(self, thoroughly: bool = False) -> int:
-        """Remove what has expired; how many. Chords only when many have come to be, unless ``thoroughly``."""
+        """Remove what has expired; how many. What is no value only when it has become much, or ``thoroughly``."""
         removed, now = 0, monotonic()
         while self._queue and self._queue[0][0] <= now:
             until, key = heapq.heappop(self._queue)
             if self._expiry.get(key) == until:  # not stored anew, or extended, since
-                removed += self.delete(key)
-        if thoroughly or len(self.chords) > 2 * self._chords_left:
-            for key in [key for key, chord in self.chords.items() if chord.expires_at <= now]:
-                del self.chords[key]
-                removed += 1
-            self._chords_left = max(len(self.chords), 100)
+                del self._expiry[key]
+                removed += self.values.pop(key, None) is not None
+        if thoroughly or len(self.chords) + len(self.logs) + len(self.notes) > 2 * self._kept_left:
+            removed += _drop(self.chords, now) + _drop(self.logs, now) + _drop(self.notes, now)
+            self._kept_left = max(len(self.chords) + len(self.logs) + len(self.notes), 100)
         return removed
+
+
+class _Expiring(Protocol):
+    expires_at: float
+
+
+def _drop(kept: dict[str, _Kept], now: float) -> int:
+    """Remove what has expired; how many."""
+    expired = [key for key, value in kept.items() if value.expires_at <= now]
+    for key in expired:
+        del kept[key]
+    return len(expired)
 
 
 class MemoryBackend(KeyValueStoreBackend):
@@ -286,5 +310,101 @@ class MemoryBackend(KeyValueStoreBackend):
     async def _active_chords(self) -> list[str]:
         return [key.removeprefix(self._group_prefix) for key, chord in self.store.chords.items() if not chord.done]
 
+    # -- running tasks ----------------------------------------------------------------------------------------------
+
+    async def _append(self, flushes: Sequence[Flush]) -> list[int | BaseException]:
+        self.store.purge()
+        return [self._append_one(flush) for flush in flushes]
+
+    def _append_one(self, flush: Flush) -> int | BaseException:
+        key, now = self._task_key(flush.task_id), monotonic()
+        note = _current(self.store.notes, key, now)
+        if not flush.epoch and flush.run and note is not None and (note.run != flush.run or note.over):
+            return superseded(flush.task_id)
+        log = _current(self.store.logs, key, now) or Log()
+        try:
+            epoch, news = log.take(flush, wall_clock())
+        except AioResultError as exc:
+            return exc
+        self.store.logs[key] = log
+        if flush.expires is not None:
+            log.expires_at = now + flush.expires if flush.expires else math.inf
+        if news:
+            self._publish(sibling(key, ".out"), output_message(epoch, flush.last, flush.data))
+        return epoch
+
+    async def _pages(self, asks: Sequence[Ask]) -> list[Page | BaseException]:
+        return [self._page(ask) for ask in asks]
+
+    def _page(self, ask: Ask) -> Page:
+        key = self._task_key(ask.task_id)
+        log = _current(self.store.logs, key, monotonic()) or Log()
+        return Page(self._is_final(key), *log.page(ask))
+
+    def _is_final(self, key: str) -> bool:
+        """Whether the task is over: also if that cannot be read, for then its readers are to learn why."""
+        current = self.store.get(key)
+        try:
+            return current is not None and self.codec.is_final(current)
+        except SerializationError:
+            return True
+
+    async def _run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
+        self.store.purge()
+        return [self._run_step(step) for step in steps]
+
+    def _run_step(self, step: RunStep) -> RunState | BaseException:
+        key, now = self._task_key(step.task_id), monotonic()
+        current = self.store.get(key)
+        try:
+            status = None if current is None else self.codec.status(current)
+        except SerializationError as exc:
+            return exc
+        note = _current(self.store.notes, key, now) or Note()
+        worker = note.worker
+        taken = note.take(step, status, step.record is not None and current == step.record.payload)
+        if note.run or note.wish is not None:
+            self.store.notes[key] = note
+        if step.lives is not None:
+            note.expires_at = now + step.lives if step.lives else math.inf
+        if (record := taken.store) is not None:
+            self._do(self._put(record))
+            if record.group_id:
+                self.store.extend(self._group_key(record.group_id), record.expires)
+        log = _current(self.store.logs, key, now) or Log()
+        if taken.mark and (place := log.end(step.output, taken.void)) is not None:
+            epoch, last = place
+            expires = None if step.record is None else step.record.expires
+            self._append_one(Flush(step.task_id, "", epoch, last + 1, state=taken.mark, expires=expires))
+        if taken.tell:
+            self._publish(self._worker_prefix + worker, note.run.encode())
+        return note.state(taken.verdict)
+
+    async def _beat(self, worker: str, lease: float, last: float | None = None) -> float:
+        workers, now = self.store.workers, monotonic()
+        if worker and lease:
+            workers[worker] = now + lease
+        gone = [worker] if worker and not lease and workers.pop(worker, None) is not None else []
+        if last is not None and now - last <= lease / 2:
+            for other, until in tuple(workers.items()):
+                if until + lease <= now:
+                    workers[other] = now + lease / 2
+                elif until <= now:
+                    del workers[other]
+                    gone.append(other)
+        for other in gone:
+            self._publish(self._workers_channel, other.encode())
+        return now
+
+    async def _alive(self, workers: Sequence[str]) -> list[bool]:
+        now = monotonic()
+        return [self.store.workers.get(worker, 0.0) > now for worker in workers]
+
     async def _cleanup(self) -> int:
         return self.store.purge(thoroughly=True)
+
+
+def _current(kept: dict[str, _Kept], key: str, now: float) -> _Kept | None:
+    """What is kept under ``key``, unless it has expired."""
+    found = kept.get(key)
+    return found if found is not None and found.expires_at > now else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import traceback as tracebacks
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -13,12 +12,14 @@ from uuid import UUID
 from ..chain import links_of
 from ..chord import ReadyChord
 from ..exceptions import AioResultError, ChordError, TaskRevokedError, UsageError
+from ..failure import traceback_of
 from ..meta import ResultTuple, SupportsAsTuple, TaskMeta
+from ..record import Record
 from ..seconds import Seconds, checked_seconds
 from ..serialization import CORE_FIELDS
-from ..states import ALL_STATES, FAILURE, PENDING, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
+from ..states import ALL_STATES, FAILURE, PENDING, PROPAGATE_STATES, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
 from ..tasks import fail
-from .core import BackendCore, CoreOptions, Record
+from .core import BackendCore, CoreOptions
 
 __all__ = ["BackendOptions", "WorkerSide", "as_tuple", "check_state", "checked_count", "checked_index"]
 
@@ -107,7 +108,24 @@ class WorkerSide(BackendCore):
         expires: Seconds | None = None,
         only_new: bool = False,
     ) -> asyncio.Future[bool]:
-        """Check everything, encode, and queue: what is wrong with one call must not meet the others of its batch."""
+        record = self.record(task_id, value, state, traceback, request, expires, only_new)
+        return self._writes.submit(record, record.task_id, self._payload_size(record.payload))
+
+    def record(
+        self,
+        task_id: str | UUID,
+        value: Any,
+        state: str,
+        traceback: str | None = None,
+        request: Any = None,
+        expires: Seconds | None = None,
+        only_new: bool = False,
+    ) -> Record:
+        """What `store_result` stores. Raises as that does.
+
+        Everything is checked and encoded before it is queued: what is wrong with one call must not meet the others of
+        its batch.
+        """
         task_id = self._valid_id(task_id)
         custom = state not in ALL_STATES if isinstance(state, str) else True
         if custom:
@@ -118,15 +136,18 @@ class WorkerSide(BackendCore):
         children: Sequence[ResultTuple] = ()
         extra: dict[str, Any] | None = None
         group_id: str | None = None
+        index: int | None = None
         if request is not None:
             children = [as_tuple(child) for child in getattr(request, "children", None) or ()]
             extra = self._extra_fields(request)
             group_id = extra.get("group_id")
+            place = getattr(request, "group_index", None)
+            if group_id is not None and done is not None and type(place) is int:
+                index = place
         payload = self._encode(TaskMeta(task_id, state, value, traceback, children, done, extra))
         default = self.failure_expires if state == FAILURE else self.expires
         seconds = default if expires is None else checked_seconds("expires", expires)
-        record = Record(task_id, payload, seconds, only_new, group_id, custom)
-        return self._writes.submit(record, task_id, self._payload_size(payload))
+        return Record(task_id, payload, seconds, only_new, group_id, custom, index, state in PROPAGATE_STATES)
 
     def _extra_fields(self, request: Any) -> dict[str, Any]:
         """The optional fields, in Celery's order (``Backend._get_result_meta``)."""
@@ -196,13 +217,15 @@ class WorkerSide(BackendCore):
 
         :raises UsageError: besides the reasons of `store_result`, a link of the chain is no signature.
         """
-        traceback = _traceback_of(exc, traceback)
+        traceback = traceback_of(exc, traceback)
         part = None if request is None else self._part_of(request, task_id)
         links = () if request is None else links_of(getattr(request, "chain", None))
-        if links:
-            return await self._fail_with_links(task_id, exc, traceback, request, expires, part, links)
+        parts = self._parts_of(part, links)
         if self._must_wait():
             await self._writes.room()
+        if links:
+            own = self._submit(task_id, exc, FAILURE, traceback, request, expires)
+            return await self._fail_with_links(own, exc, traceback, expires, parts, links)
         kept = await self._submit(task_id, exc, FAILURE, traceback, request, expires)
         if part is not None:
             await self._return_part(part, FAILURE, exc)
@@ -210,21 +233,17 @@ class WorkerSide(BackendCore):
 
     async def _fail_with_links(
         self,
-        task_id: str | UUID,
+        own: asyncio.Future[bool],
         exc: BaseException,
         traceback: str | None,
-        request: Any,
         expires: Seconds | None,
-        part: _Part | None,
+        parts: Sequence[_Part | None],
         links: Sequence[Any],
     ) -> bool:
-        """As `mark_as_failure`, of a task and all that comes after it: in one batch, and none spoils another."""
-        for link in links:
-            self._valid_id(link.id)
-        parts = [part, *(self._part_of(link, link.id) for link in links)]
-        if self._must_wait():
-            await self._writes.room()
-        own = self._submit(task_id, exc, FAILURE, traceback, request, expires)
+        """As `mark_as_failure`, of a task and all that comes after it: in one batch, and none spoils another.
+
+        ``own`` is the store of the task's own failure.
+        """
         stores = [self._submit_link(link, exc, traceback, expires) for link in links]
         kept, *stored = await asyncio.gather(own, *stores, return_exceptions=True)
         if isinstance(kept, BaseException):
@@ -235,6 +254,20 @@ class WorkerSide(BackendCore):
             if isinstance(outcome, BaseException):
                 raise outcome
         return kept
+
+    async def follow_up(self, task_id: str, state: str, value: Any, request: Any, expires: Seconds | None) -> None:
+        """Count the end of a task for its chord, and fail what comes after it in a chain; for `aioresult.running`."""
+        if request is None:
+            return
+        part = self._part_of(request, task_id)
+        links = links_of(getattr(request, "chain", None)) if state == FAILURE else ()
+        if links:
+            stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            stored.set_result(True)
+            parts = self._parts_of(part, links)
+            await self._fail_with_links(stored, value, traceback_of(value), expires, parts, links)
+        elif part is not None:
+            await self._return_part(part, state, value)
 
     def _submit_link(
         self, link: Any, exc: BaseException, traceback: str | None, expires: Seconds | None
@@ -257,7 +290,7 @@ class WorkerSide(BackendCore):
         """The task raised ``exc`` and will run again."""
         if self._must_wait():
             await self._writes.room()
-        return await self._submit(task_id, exc, RETRY, _traceback_of(exc, traceback), request, expires)
+        return await self._submit(task_id, exc, RETRY, traceback_of(exc, traceback), request, expires)
 
     async def mark_as_revoked(
         self, task_id: str | UUID, reason: str = "", request: Any = None, expires: Seconds | None = None
@@ -285,6 +318,10 @@ class WorkerSide(BackendCore):
         index = getattr(request, "group_index", None)
         body = None if chord is True else chord
         return _Part(self._valid_id(group_id), self._valid_id(task_id), checked_index(index), body)
+
+    def _parts_of(self, own: _Part | None, links: Sequence[Any]) -> list[_Part | None]:
+        """The parts of a task and of what comes after it."""
+        return [own, *(self._part_of(link, self._valid_id(link.id)) for link in links)]
 
     async def _return_part(self, part: _Part, state: str, value: Any) -> None:
         """Count the part for its chord, and dispatch the callback if this was the last."""
@@ -346,17 +383,3 @@ def as_tuple(result: SupportsAsTuple | ResultTuple) -> ResultTuple:
     if not isinstance(result, SupportsAsTuple):
         raise UsageError(f"{result!r} is no result, and no result's tuple")
     return result.as_tuple()
-
-
-def _traceback_of(exc: BaseException, given: str | None) -> str | None:
-    """The traceback to store with ``exc``. Raises `UsageError` for what was never raised."""
-    if not isinstance(exc, BaseException):
-        raise UsageError(f"a task fails with an exception, not with {exc!r}; store_result takes any value")
-    if given is not None:
-        return given
-    try:
-        # Past an attribute of the class's own: nothing about an exception may keep it from being stored.
-        raised = vars(BaseException)["__traceback__"].__get__(exc) is not None
-        return "".join(tracebacks.format_exception(exc)) if raised else None
-    except Exception:
-        return None

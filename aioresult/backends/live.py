@@ -1,0 +1,263 @@
+"""Running tasks: the coroutines of a backend for their output, their states, their workers, and how to stop them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from inspect import isawaitable
+from typing import Any, Literal, TypeVar
+from uuid import UUID
+
+from ..exceptions import TaskRevokedError, UsageError
+from ..interruption import Interruption
+from ..liveness import Liveness
+from ..log import Ask, Flush, Page
+from ..output import Keep, Output, Overflow
+from ..progress import GroupCounts
+from ..run import RunOp, RunState, RunStep, Verdict
+from ..running import AlreadyDone, Running, Runs
+from ..seconds import Seconds, checked_seconds
+from ..states import REVOKED, SUCCESS
+from ..stream import OutputPage, OutputStream, Streams
+from ..tree import raise_or_return
+from ..updates import Updates
+from .reader import ReaderSide
+
+__all__ = ["LiveSide"]
+
+T = TypeVar("T")
+
+
+class LiveSide(ReaderSide):
+    """What is called about running tasks; see `aioresult.backends.base.Backend`."""
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        super()._start(loop)
+        #: Of this process while the backend is open: its lease, and the tasks whose workers are watched.
+        self.liveness: Liveness = Liveness(self)
+        self._streams = Streams(self)
+        self._running = Runs(self)
+
+    async def _say_goodbye(self) -> None:
+        await self._running.close()
+        await self.liveness.close()
+        if self.liveness.works:
+            await self._beat(self.liveness.worker, 0.0)
+
+    # -- the worker's side ------------------------------------------------------------------------------------------
+
+    def running(
+        self,
+        task_id: str | UUID,
+        request: Any = None,
+        *,
+        track: bool = True,
+        expires: Seconds | None = None,
+        output_expires: Seconds | None = None,
+    ) -> Running:
+        """Run a task in this process: ``async with backend.running(task_id) as task``. No I/O before it is entered.
+
+        Entering stores STARTED. Inside, ``task.progress(…)`` and ``task.output.send(…)`` tell of the task, and
+        ``task.value = …`` is its result. Leaving stores how the body ended, in one step with the end of the output:
+
+        - it returned: SUCCESS, also if it was cancelled by a revoke and went on.
+        - it raised: FAILURE; with `aioresult.Retry`, or Celery's: RETRY, and the next attempt has the output.
+        - it was cancelled by `revoke`: REVOKED, and `TaskRevokedError` is raised in the place of the cancellation.
+        - it was cancelled by anything else, such as a shutdown, or raised Celery's Ignore or Reject: nothing is stored,
+          and the next attempt begins anew.
+
+        Each attempt is a run of its own. When a queue delivers a task twice, the run that started last decides; of an
+        older one only a success counts.
+
+        :param request: what is known of the task; see `store_result`. Its chord and its chain are taken care of.
+        :param track: store STARTED, with the process id and the host name, as Celery's ``task_track_started``.
+        :param expires: seconds to keep the result, instead of the backend's default; 0 for ever.
+        :param output_expires: the same for the output; by default as long as results are kept.
+        :raises TaskRevokedError: on entering: the task was revoked before; on leaving: while it ran. It is stored.
+        :raises BackendError: nothing could be stored; see `store_result`.
+        """
+        return self._run(task_id, request, track, expires, output_expires)
+
+    def _run(
+        self,
+        task_id: str | UUID,
+        request: Any,
+        track: bool = True,
+        expires: Seconds | None = None,
+        output_expires: Seconds | None = None,
+        skip_done: bool = False,
+    ) -> Running:
+        return Running(
+            self._running,
+            self,
+            self._valid_id(task_id),
+            request,
+            track=bool(track),
+            expires=None if expires is None else checked_seconds("expires", expires),
+            lives=self._lifetime(expires),
+            output_expires=self._lifetime(output_expires),
+            skip_done=skip_done,
+        )
+
+    def _lifetime(self, expires: Seconds | None) -> float:
+        return self.expires if expires is None else checked_seconds("expires", expires)
+
+    async def run(
+        self,
+        task_id: str | UUID,
+        function: Callable[..., Any],
+        *args: Any,
+        request: Any = None,
+        if_done: Literal["run", "skip"] = "run",
+        **kwargs: Any,
+    ) -> Any:
+        """``await function(*args, **kwargs)`` inside `running`, and return what it returns.
+
+        ``function`` is a coroutine function; a plain function is called in the event loop. Inside,
+        `aioresult.current_task` is the task.
+
+        :param if_done: with ``"skip"`` a task that has succeeded before is not run again: its stored value is returned.
+        :raises Exception: what the function raises. For the rest see `running`.
+        """
+        if if_done not in ("run", "skip"):
+            raise UsageError(f"if_done is 'run' or 'skip', not {if_done!r}")
+        try:
+            async with self._run(task_id, request, skip_done=if_done == "skip") as task:
+                value = function(*args, **kwargs)
+                task.value = await value if isawaitable(value) else value
+            return task.value
+        except AlreadyDone:
+            pass
+        meta = await self.wait_for(task_id)
+        if meta.status == SUCCESS:  # the worker that ran it may have died before it counted the part of a chord
+            await self.follow_up(str(task_id), SUCCESS, meta.result, request, None)
+        return raise_or_return(meta)
+
+    def output(
+        self,
+        task_id: str | UUID,
+        *,
+        keep: Keep | None = None,
+        on_full: Overflow = "trim",
+        expires: Seconds | None = None,
+    ) -> Output:
+        """The output of a task that another framework runs: ``async with backend.output(task_id) as out``.
+
+        Inside `running` use ``task.output`` instead. If two producers open the output of one task, the last one has it.
+
+        :param keep: how much of it the log keeps: ``Keep(chunks=10_000, bytes=4 * 2**20)`` by default.
+        :param on_full: what then becomes of it: ``"trim"``: the oldest chunks are dropped; ``"fail"``: `OutputFull`.
+        :param expires: seconds that it is kept after the last chunk; by default as long as results are.
+        """
+        self.check()
+        return Output(self, self._valid_id(task_id), expires=self._lifetime(expires), keep=keep, on_full=on_full)
+
+    # -- the reader's side ------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        task_id: str | UUID,
+        after: str | None = None,
+        on_lost: str = "raise",
+        on_restart: str = "raise",
+        on_gap: str = "raise",
+    ) -> OutputStream[Any]:
+        """See `aioresult.AsyncResult.stream`."""
+        self.check()
+        return self._streams.stream(self._valid_id(task_id), after, on_lost, on_restart, on_gap)
+
+    async def read_output(
+        self, task_id: str | UUID, after: str | None = None, limit: int = 500, wait: Seconds = 0.0
+    ) -> OutputPage:
+        """See `aioresult.AsyncResult.read_output`."""
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise UsageError(f"limit is a number of chunks, at least 1, not {limit!r}")
+        async with self.stream(task_id, after, on_lost="wait") as stream:
+            return await stream.page(limit, checked_seconds("wait", wait))
+
+    def updates(self, task_id: str | UUID, on_lost: str = "raise") -> Updates:
+        """See `aioresult.AsyncResult.updates`."""
+        self.check()
+        return Updates(self, self._valid_id(task_id), on_lost)
+
+    async def revoke(self, task_id: str | UUID, reason: str = "") -> bool:
+        """See `aioresult.AsyncResult.revoke`."""
+        self.check()
+        task_id = self._valid_id(task_id)
+        record = self.record(task_id, TaskRevokedError(reason), REVOKED)
+        step = RunStep(RunOp.REVOKE, task_id, lives=self.expires, record=record, reason=reason)
+        found = await self.submit_run_step(step)
+        if found.verdict is Verdict.ASKED:
+            (lives,) = await self.alive([found.worker])
+            if not lives:  # it would never hear of it
+                found = await self.submit_run_step(step._replace(gone=found.worker))
+        return found.verdict is not Verdict.DONE
+
+    async def unless_lost(self, task_id: str, waiting: Coroutine[Any, Any, T]) -> T:
+        """What ``waiting`` returns. Raises `WorkerLostError` when the worker of the task is lost; for handles."""
+        interruption, liveness = Interruption(), self.liveness
+        interruption.enter()
+        try:
+            liveness.watch(task_id, interruption.interrupt)
+            result = await waiting
+        except BaseException as exc:
+            if interruption.leave(exc) and interruption.reason is not None:
+                raise interruption.reason from None
+            raise
+        finally:
+            waiting.close()
+            liveness.unwatch(task_id, interruption.interrupt)
+        interruption.leave(None)
+        return result
+
+    async def group_size(self, group_id: str) -> int | None:
+        """How many members a saved group has, where the store counts them; for handles."""
+        return await self._call(partial(self._group_size, self._valid_id(group_id)))
+
+    async def group_counts(self, group_id: str) -> GroupCounts:
+        """How many members of such a group are over; for handles."""
+        return await self._call(partial(self._group_counts, self._valid_id(group_id)))
+
+    # -- for `aioresult.output`, `stream`, `running` and `liveness` -------------------------------------------------
+
+    def dumps_chunk(self, task_id: str, chunk: Any) -> bytes:
+        """A chunk of the task's output as it is stored."""
+        return self.codec.dumps_chunk(chunk, f"a chunk of the output of task {task_id}")
+
+    def dumps_text(self, task_id: str, value: Any) -> bytes:
+        """A chunk of the task's output, or its progress, as JSON for a browser."""
+        return self.codec.dumps_text(value, f"what task {task_id} tells")
+
+    def loads_chunks(self, task_id: str, data: bytes) -> list[Any]:
+        """The chunks of an entry of the task's output."""
+        return self.codec.loads_chunks(data, f"the output of task {task_id}")
+
+    def append(self, flush: Flush) -> asyncio.Future[int]:
+        """Put a flush into the log; the epoch that it has there."""
+        self.check()
+        return self._appends.submit(flush, flush.task_id, len(flush.data))
+
+    async def page(self, ask: Ask) -> Page:
+        """A look into the log."""
+        return await self._looks.submit(ask)
+
+    def submit_run_step(self, step: RunStep) -> asyncio.Future[RunState]:
+        """Take a step; steps of one task are taken in the order in which they were submitted."""
+        self.check()
+        size = 0 if step.record is None else self._payload_size(step.record.payload)
+        return self._runs.submit(step, step.task_id, size)
+
+    async def run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
+        """Many steps, with errors in their places."""
+        return await asyncio.gather(*map(self.submit_run_step, steps), return_exceptions=True)
+
+    async def beat(self, worker: str, lease: float, last: float | None = None, persist: bool = False) -> float:
+        """A sign of life. Only with ``persist`` it is tried again: a beat that is late is of no use."""
+        if persist:
+            return await self._call(partial(self._beat, worker, lease, last))
+        return await self._beat(worker, lease, last)
+
+    async def alive(self, workers: Sequence[str]) -> Sequence[bool]:
+        """Whether the lease of each worker stands."""
+        return await self._call(partial(self._alive, workers))

@@ -1,0 +1,362 @@
+"""The output of a running task as its producer writes it: `Output`.
+
+What is sent is kept until the store has it, and goes out in flushes: one at a time, because two could change places and
+the store would refuse the first for good. What is sent while one is on its way is the next, so that the price of a
+flush is shared by whatever waits for it, and no timer is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol, Self
+from uuid import uuid4
+
+from .exceptions import BackendClosedError, OutputFull, OutputSuperseded, UsageError
+from .log import CLOSED, Flush, Place
+from .tasks import EMPTY, fail_all, twin
+
+__all__ = ["Keep", "Kept", "Output", "OutputStore", "Overflow", "joined"]
+
+#: What becomes of a log that is full: the oldest chunks are dropped, or nothing more is taken.
+Overflow = Literal["trim", "fail"]
+
+#: More than that is not kept unsent: a producer waits.
+UNSENT_CHUNKS = 256
+UNSENT_BYTES = 2**20
+#: A flush has at most so many bytes, or one chunk.
+_FLUSH_BYTES = 64 * 2**10
+#: Seconds after which a flush lets the log live on; a producer that sends nothing does so after a quarter of its life.
+_RENEW_AFTER = 1.0
+
+
+class Keep(NamedTuple):
+    """How much of an output the log keeps. What comes before that is dropped, and a reader that needs it is told."""
+
+    chunks: int = 10_000
+    bytes: int = 4 * 2**20
+
+
+class OutputStore(Protocol):
+    """What an output needs of a backend."""
+
+    def check(self) -> None: ...
+    def dumps_chunk(self, task_id: str, chunk: Any) -> bytes: ...
+    def append(self, flush: Flush) -> asyncio.Future[int]: ...
+
+
+class Kept:
+    """What the log of an output keeps: two numbers for each entry."""
+
+    def __init__(self, keep: Keep | None) -> None:
+        self.keep: Keep = Keep() if keep is None else Keep(*keep)
+        if min(self.keep) < 1:
+            raise UsageError(f"keep is at least one chunk and one byte, not {keep}")
+        #: Of each entry the number of its last chunk, and how many chunks and bytes it has.
+        self._entries: deque[tuple[int, int, int]] = deque()
+        self._chunks = self._bytes = 0
+
+    def note(self, last: int, chunks: int, size: int) -> int:
+        """Count an entry in. Returns the last chunk of the oldest entry to keep, if others are too many; else 0."""
+        self._entries.append((last, chunks, size))
+        self._chunks += chunks
+        self._bytes += size
+        dropped = False
+        while len(self._entries) > 1 and (self._chunks > self.keep.chunks or self._bytes > self.keep.bytes):
+            _, chunks, size = self._entries.popleft()
+            self._chunks -= chunks
+            self._bytes -= size
+            dropped = True
+        return self._entries[0][0] if dropped else 0
+
+
+def joined(chunks: Iterable[bytes]) -> bytes:
+    """Encoded chunks as the JSON list that is an entry of the log."""
+    return b"[" + b",".join(chunks) + b"]"
+
+
+class Output:
+    """The output of a task, which any number of readers may follow: ``await output.send(chunk)``.
+
+    Made by `aioresult.Backend.output`, and by `aioresult.Backend.running` as ``task.output``. As an async context
+    manager it is flushed and closed by leaving the block; by an exception it is flushed, and left open for the task to
+    end. Sending from another thread: ``loop.call_soon_threadsafe(output.send_nowait, chunk)``.
+    """
+
+    def __init__(
+        self,
+        store: OutputStore,
+        task_id: str,
+        *,
+        expires: float,
+        keep: Keep | None = None,
+        on_full: Overflow = "trim",
+        run: str = "",
+    ) -> None:
+        if on_full not in ("trim", "fail"):
+            raise UsageError(f"on_full is 'trim' or 'fail', not {on_full!r}")
+        self._kept = Kept(keep)
+        self._store = store
+        self.task_id: str = task_id
+        self._expires = expires
+        self._fails_when_full = on_full == "fail"
+        self._run = run
+        self._writer = uuid4().hex
+        self._loop = asyncio.get_running_loop()
+        self._epoch = 0
+        #: The last chunk that the store has; that was flushed; that was sent.
+        self._stored = self._flushed = self._sent = 0
+        self._sent_bytes = 0
+        self._unsent: deque[bytes] = deque()
+        self._unsent_bytes = 0
+        #: What is on its way, or is to be sent again.
+        self._flush: Flush | None = None
+        #: The flush is to be sent again, at the next call: it did not go through.
+        self._stalled = False
+        self._scheduled = self._closed = self._stopped = False
+        #: Why nothing can be sent any more; why the last flush did not go through, if no caller was told.
+        self._broken: Exception | None = None
+        self._trouble: Exception | None = None
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._renewed_at = 0.0
+        self._renewal: asyncio.TimerHandle | None = None
+
+    # -- sending ----------------------------------------------------------------------------------------------------
+
+    async def send(self, chunk: Any) -> None:
+        """Send ``chunk``, any value that JSON holds; it is encoded now, so it may be changed afterwards.
+
+        Returns at once, unless 256 chunks or a megabyte are unsent: then once there is room. If this raises, the chunk
+        was not taken.
+
+        :raises EncodeError: JSON cannot hold it. `ResultTooLargeError`: it is larger than ``max_result_size``.
+        :raises OutputSuperseded: another attempt of the task writes the output; nothing can be sent any more.
+        :raises OutputFull: the log is full, with ``on_full="fail"``.
+        :raises BackendError: what was sent before is not stored yet. It is kept, in order, and tried again; so may this
+            chunk be.
+        """
+        data = self._encoded(chunk)
+        if self._unsent_is_full():
+            await self._until(lambda: not self._unsent_is_full())
+            self._check()  # it may have been closed meanwhile
+        self._add(data)
+
+    def send_nowait(self, chunk: Any) -> None:
+        """As `send`, for plain callbacks: raises `OutputFull` where `send` would wait."""
+        data = self._encoded(chunk)
+        if self._unsent_is_full():
+            raise OutputFull(
+                f"{len(self._unsent):,} chunks of the output of task {self.task_id} are unsent; "
+                f"'await output.send(chunk)' waits until there is room"
+            )
+        self._add(data)
+
+    async def flush(self) -> None:
+        """Return once the store has all that was sent so far. Raises as `send`."""
+        self._check()
+        self._trouble = None  # it is tried again, and that is what is told here
+        sent = self._sent
+        await self._until(lambda: self._stored >= sent)
+
+    async def close(self) -> None:
+        """Flush, and end the output: its readers stop. May be called twice, also after it has failed."""
+        if self._stopped:
+            return
+        await self.settle()
+        if not self.ended:
+            self._post(self._flush_of(self._sent + 1, b"", CLOSED))
+            await self._until(lambda: self.ended)
+        self.stop()
+
+    async def settle(self) -> None:
+        """Take nothing more, and return once the store has all that was sent.
+
+        May be called twice. Raises as `flush`.
+        """
+        if self._broken is not None:
+            raise twin(self._broken)
+        self._store.check()
+        self._closed, self._trouble = True, None
+        if self._stalled:
+            self._again()
+        await self._until(self._is_idle)
+
+    def refuse(self, error: Exception) -> None:
+        """Let every `send` raise ``error``."""
+        self._broken = error
+        self.stop()
+
+    def stop(self) -> None:
+        """Send nothing more; no I/O."""
+        self._closed = self._stopped = True
+        if self._renewal is not None:
+            self._renewal.cancel()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._closed
+
+    @property
+    def ended(self) -> bool:
+        """Whether the store has the end mark."""
+        return self._stored > self._sent
+
+    @property
+    def place(self) -> Place | None:
+        """The end of what was sent; ``None`` while the store has nothing of it."""
+        return Place(self._epoch, self._sent) if self._epoch else None
+
+    @property
+    def cursor(self) -> str:
+        """Where a reader that wants only what is sent from now on begins: see `aioresult.AsyncResult.stream`."""
+        return str(Place(self._epoch, self._sent))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if exc is None:
+            await self.close()
+        else:
+            try:
+                await self.flush()
+            finally:
+                self.stop()
+
+    def __repr__(self) -> str:
+        return f"<Output of {self.task_id}, {self._sent:,} chunks sent>"
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def _encoded(self, chunk: Any) -> bytes:
+        """``chunk`` as bytes, if it may be sent at all."""
+        self._check()
+        error, self._trouble = self._trouble, None
+        if error is not None:
+            raise error  # once: why the last flush did not go through
+        data = self._store.dumps_chunk(self.task_id, chunk)
+        keep = self._kept.keep
+        if self._fails_when_full and (self._sent >= keep.chunks or self._sent_bytes + len(data) > keep.bytes):
+            raise OutputFull(
+                f"the output of task {self.task_id} is full: {self._sent:,} chunks, {self._sent_bytes:,} bytes; "
+                f"raise keep, or pass on_full='trim'"
+            )
+        return data
+
+    def _check(self) -> None:
+        """Raise why nothing can be sent; begin to send the last flush again if it did not go through."""
+        if self._broken is not None:
+            raise twin(self._broken)
+        self._store.check()
+        if self._closed:
+            raise UsageError(f"the output of task {self.task_id} was closed")
+        if self._stalled:
+            self._again()
+
+    def _is_idle(self) -> bool:
+        """Whether nothing is to be sent, nor on its way: there is never more than one flush on its way."""
+        return self._flush is None and not self._unsent
+
+    def _unsent_is_full(self) -> bool:
+        return len(self._unsent) >= UNSENT_CHUNKS or self._unsent_bytes >= UNSENT_BYTES
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            if self._broken is not None:
+                raise twin(self._broken)
+            turn: asyncio.Future[None] = self._loop.create_future()
+            self._waiting.add(turn)
+            try:
+                await turn
+            finally:
+                self._waiting.discard(turn)
+
+    def _add(self, data: bytes) -> None:
+        self._sent += 1
+        self._sent_bytes += len(data)
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        if self._flush is None and not self._scheduled:
+            # Soon, not now: what is sent in the same turn of the event loop is in the same flush.
+            self._scheduled = True
+            self._loop.call_soon(self._send_some, context=EMPTY)
+
+    def _send_some(self) -> None:
+        """Begin the next flush, if there is anything to send and none is on its way."""
+        self._scheduled = False
+        if self._flush is not None or not self._unsent or self._broken is not None:
+            return
+        chunks = [self._unsent.popleft()]
+        size = len(chunks[0])
+        while self._unsent and size + len(self._unsent[0]) <= _FLUSH_BYTES:
+            chunks.append(self._unsent.popleft())
+            size += len(chunks[-1])
+        self._unsent_bytes -= size
+        self._flushed += len(chunks)
+        keep_from = 0 if self._fails_when_full else self._kept.note(self._flushed, len(chunks), size)
+        self._post(self._flush_of(self._flushed, joined(chunks), keep_from=keep_from))
+
+    def _flush_of(self, last: int, data: bytes, state: str = "", keep_from: int = 0) -> Flush:
+        now = self._loop.time()
+        expires = None
+        if not (self._epoch and data) or now - self._renewed_at >= _RENEW_AFTER:
+            expires, self._renewed_at = self._expires, now
+        return Flush(self.task_id, self._writer, self._epoch, last, data, state, keep_from, expires, self._run)
+
+    def _post(self, flush: Flush) -> None:
+        self._flush = flush
+        try:
+            self._store.append(flush).add_done_callback(self._posted, context=EMPTY)
+        except Exception as exc:  # the backend was closed meanwhile
+            self._failed(exc)
+
+    def _again(self) -> None:
+        """Send the flush once more that did not go through, unchanged: the store may have it already."""
+        self._stalled = False
+        if self._flush is not None:
+            self._post(self._flush)
+
+    def _posted(self, stored: asyncio.Future[int]) -> None:
+        error = stored.exception()
+        flush = self._flush
+        if error is not None or flush is None:
+            self._failed(error if isinstance(error, Exception) else UsageError("the flush was cancelled"))
+            return
+        if not self._epoch:
+            self._epoch = stored.result()
+            self._renew_soon()
+        self._stored = max(self._stored, flush.last)
+        self._flush = None
+        self._wake()
+        self._send_some()
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, (OutputSuperseded, BackendClosedError)):
+            self.refuse(error)
+        else:
+            self._stalled = True
+            self._trouble = None if self._waiting else error
+        waiting, self._waiting = self._waiting, set()
+        fail_all(waiting, error)
+
+    def _wake(self) -> None:
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_result(None)
+
+    # -- the life of the log ----------------------------------------------------------------------------------------
+
+    def _renew_soon(self) -> None:
+        if self._expires and not self._closed:
+            self._renewal = self._loop.call_later(self._expires / 4, self._renew, context=EMPTY)
+
+    def _renew(self) -> None:
+        """Let the log live on although nothing is sent."""
+        if self._flush is None and not self._scheduled:
+            self._post(self._flush_of(self._flushed, b""))
+        self._renew_soon()

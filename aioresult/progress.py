@@ -1,0 +1,174 @@
+"""`GroupProgress`: how much of a group is over, while the rest of it runs.
+
+A store may count the members of a saved group, by the index that their requests have. Then a group of any size costs
+one subscription, and one small read for each change that is shown. Members whose results are stored without an index,
+as by a process that does not count, are found by looking: at first, and when nothing has changed for a while. From then
+on, and where nothing is counted, each member is waited for (`Completions`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Final, NamedTuple, TypeVar
+
+from .completion import Completions, L
+from .exceptions import BackendConnectionError
+from .handle import ResultStore, is_over, look_up
+from .lineage import Lineage
+from .retry import Backoff
+from .seconds import Seconds, checked_seconds
+from .tasks import twin
+from .waiter import Outcome
+
+__all__ = ["GROUP_TOPIC", "GroupCounts", "GroupProgress", "progress_of"]
+
+T = TypeVar("T")
+
+#: What the hub knows the counts of a group by, before the group's id.
+GROUP_TOPIC: Final = "\x00group "
+#: Seconds without a change after which the members are looked at, at first and at most; the pause doubles.
+_FIRST_LOOK, _LAST_LOOK = 1.0, 60.0
+
+
+class GroupProgress(NamedTuple):
+    """How far a group is."""
+
+    #: Members that are over, the failed ones among them.
+    done: int
+    #: Members that failed, were revoked, or wait for a parent that did.
+    failed: int
+    #: Members in all; those of nested groups count one by one.
+    total: int
+
+
+class GroupCounts(NamedTuple):
+    """What a store has counted of a group."""
+
+    succeeded: int
+    failed: int
+
+
+async def progress_of(
+    lineage: Lineage[L], interval: Seconds, group_id: str | None
+) -> AsyncGenerator[GroupProgress, None]:
+    """See `aioresult.GroupResult.progress`."""
+    pause = checked_seconds("interval", interval)
+    total = len(lineage.leaves)
+    shown: GroupProgress | None = None
+    stores = {leaf.store for leaf in lineage.leaves}
+    if group_id is not None and not lineage.ancestors and len(stores) == 1:
+        (store,) = stores
+        if store is not None:
+            counter = _Counter(lineage, store, group_id)
+            try:
+                while (counts := await counter.next()) is not None:
+                    progress = GroupProgress(counts.succeeded + counts.failed, counts.failed, total)
+                    if progress != shown:
+                        shown = progress
+                        yield progress
+                    if progress.done >= total:
+                        return
+                    await asyncio.sleep(pause)
+            finally:
+                counter.stop()
+    await look_up(lineage.leaves)
+    known = [leaf.outcome for leaf in lineage.leaves if leaf.ignored or is_over(leaf)]
+    if len(known) < total or not total:
+        progress = GroupProgress(len(known), sum(map(_failed, known)), total)
+        if progress != shown:
+            shown = progress
+            yield progress
+    done = failed = 0
+    with Completions(lineage) as completions:
+        async for finished in completions:
+            done += len(finished)
+            failed += sum(_failed(outcome) for _, outcome in finished)
+            progress = GroupProgress(done, failed, total)
+            if shown is None or (done >= shown.done and progress != shown):
+                shown = progress
+                yield progress
+                if done < total:
+                    await asyncio.sleep(pause)
+
+
+class _Counter:
+    """Reads the counts of one group, as long as they can be believed."""
+
+    def __init__(self, lineage: Lineage[Any], store: ResultStore, group_id: str) -> None:
+        self._leaves = lineage.leaves
+        self._store = store
+        self._group_id = group_id
+        self._watching = False
+        self._counted = 0
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+        self._patience = _FIRST_LOOK
+
+    def receive(self, topic: str, outcome: Outcome) -> None:
+        """The counts have changed, or may have (`aioresult.waiter.Waiter`)."""
+        if isinstance(outcome, Exception):
+            self._error = outcome
+        self._news.set()
+
+    async def next(self) -> GroupCounts | None:
+        """The counts: the present ones at first, then at the next change. ``None`` if they are not to be believed."""
+        if self._watching:
+            if not await self._changed() and not await self._right():
+                return None
+            counts = await self._counts()
+        else:
+            if await _patiently(self._store.group_size, self._group_id) != len(self._leaves):
+                return None
+            counts = await self._counts()
+            if not sum(counts) and not await self._right():
+                return None
+            self._store.watch_topic(GROUP_TOPIC + self._group_id, self, look=False)
+            self._watching = True
+        if sum(counts) < self._counted:  # they were lost
+            return None
+        self._counted = sum(counts)
+        return counts
+
+    async def _counts(self) -> GroupCounts:
+        counts: GroupCounts = await _patiently(self._store.group_counts, self._group_id)
+        return counts
+
+    async def _changed(self) -> bool:
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._news.wait()
+        except TimeoutError:
+            self._patience = min(2 * self._patience, _LAST_LOOK)
+            return False
+        if self._error is not None:
+            raise twin(self._error)
+        self._news.clear()
+        self._patience = _FIRST_LOOK
+        return True
+
+    async def _right(self) -> bool:
+        """Whether no more members are over than were counted. Looks at those that are not known to be over."""
+        await look_up(self._leaves)
+        over = sum(is_over(leaf) for leaf in self._leaves)
+        return sum(await self._counts()) >= over
+
+    def stop(self) -> None:
+        """End the subscription."""
+        if self._watching:
+            self._watching = False
+            self._store.unwatch(GROUP_TOPIC + self._group_id, self)
+
+
+async def _patiently(read: Callable[[str], Awaitable[T]], group_id: str) -> T:
+    """``read(group_id)``. An outage is waited out, as by everybody who waits for a result."""
+    backoff = Backoff()
+    while True:
+        try:
+            return await read(group_id)
+        except BackendConnectionError:
+            await asyncio.sleep(backoff.pause())
+
+
+def _failed(outcome: Outcome | None) -> bool:
+    return isinstance(outcome, Exception) or (outcome is not None and outcome.propagates)

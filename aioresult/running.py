@@ -1,0 +1,482 @@
+"""A task while this process runs it: `Running`, and what the runs of one backend share.
+
+::
+
+    enter          START ── revoked already ──▶ TaskRevokedError; the body never begins
+                     │
+    the body       progress (conflated), output, and perhaps a revoke: the body's task is cancelled
+                     │
+    leave          the output flushed, then FINISH: the result, the end of the output and of the run in one step
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, Self
+from uuid import uuid4
+
+from .exceptions import (
+    AioResultError,
+    BackendClosedError,
+    BackendConnectionError,
+    EncodeError,
+    OutputSuperseded,
+    ResultTooLargeError,
+    Retry,
+    TaskRevokedError,
+    UsageError,
+)
+from .failure import traceback_of
+from .interruption import Interruption
+from .liveness import Liveness
+from .log import Place
+from .output import Output, OutputStore
+from .record import Record
+from .run import WORKER_TOPIC, RunOp, RunState, RunStep, Verdict
+from .states import FAILURE, RETRY, REVOKED, STARTED, SUCCESS
+from .tasks import EMPTY, spawn, uncancelled
+from .waiter import Outcome, Waiter
+
+__all__ = ["AlreadyDone", "RunStore", "Running", "Runs", "current_task"]
+
+logger: logging.Logger = logging.getLogger("aioresult")
+
+#: Seconds between two stores of a task's progress.
+PROGRESS_INTERVAL = 0.1
+#: Seconds after which a worker whose subscription has failed for good tries it again.
+LISTEN_AGAIN = 1.0
+
+_current: ContextVar[Running | None] = ContextVar("aioresult_current_task", default=None)
+
+
+def current_task() -> Running | None:
+    """The task whose body is running here, for code that is called from deep within it; ``None`` outside of a body."""
+    return _current.get()
+
+
+class RunStore(OutputStore, Protocol):
+    """What running tasks need of a backend."""
+
+    @property
+    def liveness(self) -> Liveness: ...
+    def watch_topic(self, topic: str, waiter: Waiter, look: bool = True) -> None: ...
+    def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
+    def submit_run_step(self, step: RunStep) -> asyncio.Future[RunState]: ...
+    async def run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]: ...
+    def record(
+        self,
+        task_id: str,
+        value: Any,
+        state: str,
+        traceback: str | None = None,
+        request: Any = None,
+        expires: float | None = None,
+    ) -> Record: ...
+    async def follow_up(self, task_id: str, state: str, value: Any, request: Any, expires: float | None) -> None: ...
+
+
+class AlreadyDone(Exception):
+    """Out of entering a run with ``skip_done``: the task has succeeded. Never seen by callers."""
+
+
+class Runs:
+    """The runs of one open backend, and the listener for those that are to be stopped."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._runs: dict[str, Running] = {}
+        self._topic = ""
+        self._reading: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def add(self, run: str, running: Running) -> None:
+        """Have ``running`` stopped when that is asked for. Returns once this process has a lease."""
+        await self._store.liveness.work()
+        self._runs[run] = running
+        if not self._topic:
+            self._listen()
+
+    def _listen(self) -> None:
+        self._topic = WORKER_TOPIC + self._store.liveness.worker
+        self._store.watch_topic(self._topic, self, look=False)
+
+    def _listen_again(self) -> None:
+        """Subscribe anew, and so have the wishes read."""
+        self._timer = None
+        if self._runs:
+            self._store.unwatch(self._topic, self)
+            with suppress(AioResultError):
+                self._listen()
+
+    def _listen_soon(self) -> None:
+        if self._timer is None and not self._closed:
+            self._timer = asyncio.get_running_loop().call_later(LISTEN_AGAIN, self._listen_again, context=EMPTY)
+
+    def discard(self, run: str) -> None:
+        """The opposite; may be called twice."""
+        self._runs.pop(run, None)
+
+    def receive(self, topic: str, outcome: Outcome) -> None:
+        """A run is to be stopped (`aioresult.waiter.Waiter`)."""
+        if isinstance(outcome, Exception):
+            # The hub gave up on everybody, or was closed. A run that goes on is to hear all the same.
+            self._topic = ""
+            if not isinstance(outcome, BackendClosedError):
+                self._listen_soon()
+        elif outcome.result is None:
+            # Subscribed: what was asked for before was not heard. A run that begins from now on is not concerned.
+            if self._runs:
+                task = spawn(self._read_wishes())
+                self._reading.add(task)
+                task.add_done_callback(self._read, context=EMPTY)
+        elif (running := self._runs.get(outcome.result)) is not None:
+            running.stop()
+
+    def _read(self, task: asyncio.Task[None]) -> None:
+        self._reading.discard(task)
+        if task.cancelled():  # by a stranger
+            self._listen_soon()
+
+    async def _read_wishes(self) -> None:
+        runs = dict(self._runs)
+        steps = [RunStep(RunOp.READ, running.task_id) for running in runs.values()]
+        states = await self._store.run_steps(steps)
+        for (run, running), state in zip(runs.items(), states, strict=True):
+            if isinstance(state, RunState) and state.run == run and state.wish is not None:
+                running.stop()
+        for running, state in zip(runs.values(), states, strict=True):
+            if isinstance(state, AioResultError) and not isinstance(state, BackendClosedError):
+                logger.warning("whether task %s is to stop could not be read: %s", running.task_id, state)
+        if any(isinstance(state, BackendConnectionError) for state in states):
+            self._listen_soon()
+
+    async def close(self) -> None:
+        """No more news."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._reading:
+            task.cancel()
+
+
+class Running:
+    """A task that runs in this process: ``async with backend.running(task_id) as task``.
+
+    What the body assigns to `value` is stored as the result when it ends; `progress` and `output` tell of it before.
+    """
+
+    def __init__(
+        self,
+        runs: Runs,
+        store: RunStore,
+        task_id: str,
+        request: Any,
+        *,
+        track: bool,
+        expires: float | None,
+        lives: float,
+        output_expires: float,
+        skip_done: bool = False,
+    ) -> None:
+        #: The id of the task.
+        self.task_id: str = task_id
+        #: What is known of it, as it was given to `aioresult.Backend.running`.
+        self.request: Any = request
+        #: What SUCCESS stores.
+        self.value: Any = None
+        self._runs = runs
+        self._store = store
+        self._track = track
+        self._ignored = bool(getattr(request, "ignore_result", False))
+        self._expires = expires
+        self._lives = lives
+        self._output_expires = output_expires
+        self._skip_done = skip_done
+        self._run = uuid4().hex
+        self._interruption = Interruption()
+        self._output: Output | None = None
+        self._outer: Running | None = None
+        #: None before the body, true in it, false after it.
+        self._inside: bool | None = None
+        #: The task has succeeded before.
+        self._again = False
+        #: The run is to stop, which was heard before the body began.
+        self._stopped = False
+        self._news: dict[str, Any] | None = None
+        self._progress_timer: asyncio.TimerHandle | None = None
+        self._storing: asyncio.Future[RunState] | None = None
+        self._renewal: asyncio.TimerHandle | None = None
+
+    # -- what the body calls ----------------------------------------------------------------------------------------
+
+    def progress(self, current: float, total: float | None = None, message: str | None = None, **more: Any) -> None:
+        """Tell the readers of `aioresult.AsyncResult.updates` how far the task is; a plain call, as often as you like.
+
+        Stored is the newest, as the state ``PROGRESS``, at most every 0.1 seconds; the last one before a pause always
+        arrives. ``meta.result`` is then a dict of what was given: ``current``, ``total``, ``message``, and the rest.
+
+        :raises EncodeError: the serializer cannot hold it; of what is stored later, that is logged instead.
+        """
+        if not self._inside:
+            raise UsageError(f"task {self.task_id} is not running: progress belongs inside 'async with'")
+        if total is not None:
+            more["total"] = total
+        if message is not None:
+            more["message"] = message
+        self._news = {"current": current, **more}
+        if self._progress_timer is None:
+            self._store_progress()
+
+    @property
+    def output(self) -> Output:
+        """The output of the task; the first chunk that is sent opens it."""
+        if self._output is None:
+            if not self._inside:
+                raise UsageError(f"task {self.task_id} is not running: its output belongs inside 'async with'")
+            self._output = Output(self._store, self.task_id, expires=self._output_expires, run=self._run)
+            if self._again:
+                self._output.refuse(
+                    OutputSuperseded(
+                        f"task {self.task_id} has succeeded before, and its output stays as its result does; "
+                        f"pass if_done='skip' to backend.run, or forget the result to have it run anew"
+                    )
+                )
+        return self._output
+
+    @property
+    def revoked(self) -> bool:
+        """Whether the task is to stop: its body has been cancelled for that, once."""
+        return self._interruption.reason is not None
+
+    # -- progress ---------------------------------------------------------------------------------------------------
+
+    def _store_progress(self) -> None:
+        news, self._news = self._news, None
+        record = self._store.record(self.task_id, news, "PROGRESS", request=self.request, expires=self._expires)
+        step = RunStep(RunOp.STORE, self.task_id, self._run, record=record, state="PROGRESS")
+        self._storing = self._store.submit_run_step(step)
+        self._storing.add_done_callback(self._progress_stored, context=EMPTY)
+        self._progress_timer = asyncio.get_running_loop().call_later(
+            PROGRESS_INTERVAL, self._progress_due, context=EMPTY
+        )
+
+    def _progress_stored(self, stored: asyncio.Future[RunState]) -> None:
+        self._storing = None
+        if (error := stored.exception()) is not None:
+            logger.warning("the progress of task %s was not stored: %s", self.task_id, error)
+        if self._progress_timer is None and self._news is not None:
+            self._store_late_progress()
+
+    def _progress_due(self) -> None:
+        self._progress_timer = None
+        if self._news is not None and self._storing is None:
+            self._store_late_progress()
+
+    def _store_late_progress(self) -> None:
+        try:
+            self._store_progress()
+        except AioResultError as exc:
+            logger.warning("the progress of task %s was not stored: %s", self.task_id, exc)
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._inside is not None:
+            raise UsageError("a run is entered once: call backend.running(…) for each attempt")
+        self._store.check()
+        self._inside = False
+        started: Record | None = None
+        if self._track and not self._ignored:
+            info = {"pid": os.getpid(), "hostname": getattr(self.request, "hostname", None) or socket.gethostname()}
+            started = self._store.record(self.task_id, info, STARTED, request=self.request, expires=self._expires)
+        await self._runs.add(self._run, self)
+        start = RunStep(
+            RunOp.START,
+            self.task_id,
+            self._run,
+            self._store.liveness.worker,
+            self._lives,
+            started,
+            STARTED,
+            skip_done=self._skip_done,
+        )
+        try:
+            state = await self._store.submit_run_step(start)
+        except BaseException as exc:
+            self._runs.discard(self._run)
+            if isinstance(exc, BackendConnectionError) or not isinstance(exc, Exception):  # it may have begun
+                with suppress(AioResultError):
+                    self._store.submit_run_step(self._release()).add_done_callback(_seen, context=EMPTY)
+            raise
+        if state.verdict is Verdict.DONE:
+            self._runs.discard(self._run)
+            raise AlreadyDone
+        if state.verdict is Verdict.REVOKED or self._stopped:
+            refusal: list[TaskRevokedError] = []
+            await uncancelled(partial(self._refused, state, refusal))
+            raise refusal[0]
+        self._inside, self._again = True, state.verdict is Verdict.AGAIN
+        self._outer = _current.get()
+        _current.set(self)
+        self._interruption.enter()
+        self._renew_soon()
+        return self
+
+    async def _refused(self, state: RunState, refusal: list[TaskRevokedError]) -> None:
+        """Record that the body does not begin. ``refusal`` gets the error to raise."""
+        try:
+            if state.verdict is Verdict.REVOKED:
+                refusal[:] = [TaskRevokedError(state.wish or "")]
+                await self._store.follow_up(self.task_id, REVOKED, refusal[0], self.request, self._expires)
+            else:
+                refusal[:] = [await self._revoked()]
+        finally:
+            self._runs.discard(self._run)
+
+    def stop(self) -> None:
+        """End the body, because the task was revoked; for `Runs`."""
+        if self._inside:
+            self._interruption.interrupt(TaskRevokedError())
+        else:
+            self._stopped = True
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._inside = False
+        ours = self._interruption.leave(exc)
+        _current.set(self._outer)
+        for timer in (self._progress_timer, self._renewal):
+            if timer is not None:
+                timer.cancel()
+        self._news = None
+        outcome: list[BaseException | None] = []
+        await uncancelled(partial(self._leave, exc, ours, outcome))
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    async def _leave(self, exc: BaseException | None, ours: bool, outcome: list[BaseException | None]) -> None:
+        """Record how it ended. ``outcome`` gets the error to raise, if another than ``exc``."""
+        trouble = await self._flushed()
+        try:
+            raised = await self._recorded(exc, ours)
+        except Exception as error:
+            raised = error
+        finally:
+            self._runs.discard(self._run)
+        if raised is not None and exc is not None and not ours and not isinstance(exc, Exception):
+            # Whoever cancelled it, or ends the process, is not to be held up by anything.
+            if not isinstance(raised, TaskRevokedError):
+                logger.warning("the end of task %s was not stored: %s", self.task_id, raised)
+            raised = None
+        outcome[:] = [trouble if raised is None and exc is None else raised]
+
+    async def _flushed(self) -> Exception | None:
+        """Have the store get all of the output; the error if it does not."""
+        if self._output is None:
+            return None
+        try:
+            await self._output.settle()
+        except OutputSuperseded:
+            return None  # the output is another attempt's, and nothing is missing there
+        except Exception as exc:
+            return exc  # the end mark stands behind what is missing, so that readers learn of it
+        finally:
+            self._output.stop()
+        return None
+
+    async def _recorded(self, exc: BaseException | None, ours: bool) -> Exception | None:
+        """Store the end; the error to raise instead of ``exc``, if there is one."""
+        if exc is None:
+            try:
+                await self._finish(SUCCESS, self.value)
+            except (EncodeError, ResultTooLargeError) as unstorable:
+                await self._finish(FAILURE, unstorable)
+                return unstorable
+        elif isinstance(exc, asyncio.CancelledError) and self.revoked:
+            revoked = await self._revoked()
+            return revoked if ours else None
+        elif not isinstance(exc, Exception) or _is_celerys(exc, "Ignore", "Reject"):
+            return await self._given_up(self._release())
+        elif isinstance(exc, Retry) or _is_celerys(exc, "Retry"):
+            # As in Celery, what is stored is why it is to run again.
+            why = getattr(exc, "exc", None)
+            return await self._given_up(self._end(RETRY, why if isinstance(why, BaseException) else exc, exc))
+        else:
+            await self._finish(FAILURE, exc)
+        return None
+
+    async def _finish(self, state: str, value: Any) -> None:
+        found = await self._store.submit_run_step(self._end(state, value))
+        # If it failed, and an earlier success or a revoke stays: nothing came of it.
+        if found.verdict in (Verdict.STORED, Verdict.NOTED) or state == SUCCESS:
+            await self._store.follow_up(self.task_id, state, value, self.request, self._expires)
+
+    async def _given_up(self, step: RunStep) -> TaskRevokedError | None:
+        """Leave the task to its next attempt; the error that there will be none, for it was revoked meanwhile."""
+        found = await self._store.submit_run_step(step)
+        if found.verdict is not Verdict.REVOKED:
+            return None
+        error = TaskRevokedError(found.wish or "")
+        await self._store.follow_up(self.task_id, REVOKED, error, self.request, self._expires)
+        return error
+
+    async def _revoked(self) -> TaskRevokedError:
+        """End the run as it was asked to; the error that says so."""
+        found = await self._store.submit_run_step(RunStep(RunOp.READ, self.task_id))
+        error = TaskRevokedError(found.wish or "")
+        await self._finish(REVOKED, error)
+        return error
+
+    def _release(self) -> RunStep:
+        return RunStep(RunOp.RELEASE, self.task_id, self._run, lives=self._lives, output=self._place())
+
+    def _end(self, state: str, value: Any, raised: BaseException | None = None) -> RunStep:
+        record: Record | None = None
+        if state != SUCCESS or not self._ignored:
+            traceback: str | None = None
+            if state in (FAILURE, RETRY):
+                traceback = traceback_of(value if raised is None else raised)
+            record = self._store.record(self.task_id, value, state, traceback, self.request, self._expires)
+        return RunStep(
+            RunOp.FINISH, self.task_id, self._run, lives=self._lives, record=record, state=state, output=self._place()
+        )
+
+    def _place(self) -> Place | None:
+        """Where the end mark of the output goes; ``None`` if there is no output, or it was closed."""
+        return None if self._output is None or self._output.ended else self._output.place
+
+    def _renew_soon(self) -> None:
+        if self._lives:
+            self._renewal = asyncio.get_running_loop().call_later(self._lives / 4, self._renew, context=EMPTY)
+
+    def _renew(self) -> None:
+        """Let the note of the run live on."""
+        with suppress(AioResultError):
+            renewed = self._store.submit_run_step(RunStep(RunOp.RENEW, self.task_id, self._run, lives=self._lives))
+            renewed.add_done_callback(_seen, context=EMPTY)
+        self._renew_soon()
+
+    def __repr__(self) -> str:
+        return f"<Running {self.task_id}>"
+
+
+def _seen(step: asyncio.Future[RunState]) -> None:
+    """It is taken again, or not needed: an error is nobody's news."""
+    step.exception()
+
+
+def _is_celerys(exc: BaseException, *names: str) -> bool:
+    """Whether ``exc`` is one of these exceptions of Celery's, which is not imported for that."""
+    module = sys.modules.get("celery.exceptions")
+    return module is not None and isinstance(exc, tuple(getattr(module, name) for name in names))

@@ -1,0 +1,411 @@
+"""The output of a running task as its readers see it: `OutputStream`, and what the streams of one backend share.
+
+A stream is a topic of the hub whose reads say "look yourself": a subscription that is confirmed, and every message that
+is not taken, lead to a page of the log, read from where the reader is (`aioresult.reading`). One `_Tail` per task
+decodes each message once, for all its readers. A reader never holds a producer up, and nothing is kept for it beyond
+its box.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from functools import partial
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+
+from .exceptions import AioResultError, BackendConnectionError, UsageError, WorkerLostError
+from .following import Following
+from .liveness import Liveness
+from .log import CLOSED, OUTPUT_TOPIC, START, TAIL, Ask, Entry, OutputNews, Page, Place
+from .meta import TaskMeta
+from .reading import END, Decoded, Reading
+from .retry import Backoff
+from .states import SUCCESS
+from .tasks import twin
+from .tree import raise_or_return
+from .waiter import Outcome, Waiter
+
+__all__ = ["OutputPage", "OutputStream", "StreamStore", "Streams"]
+
+T = TypeVar("T")
+
+#: A page is to have about so many bytes, and at most so many entries.
+_PAGE_BYTES = 2**20
+_PAGE_ENTRIES = 500
+#: Entries of the first page, when nothing is known of their size; an entry has 64 KiB at most, or one chunk.
+_FIRST_PAGE = 16
+
+
+class OutputPage(NamedTuple):
+    """Some chunks of an output, as `AsyncResult.read_output` returns them."""
+
+    chunks: list[Any]
+    #: Pass it as ``after`` to go on behind these chunks.
+    cursor: str
+    #: Whether there will be no more: the task is over, or the output was closed.
+    ended: bool
+
+
+class StreamStore(Protocol):
+    """What streams need of a backend."""
+
+    @property
+    def liveness(self) -> Liveness: ...
+    def check(self) -> None: ...
+    def dumps_text(self, task_id: str, value: Any) -> bytes: ...
+    def loads_chunks(self, task_id: str, data: bytes) -> list[Any]: ...
+    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
+    def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
+    def watch_topic(self, topic: str, waiter: Waiter, look: bool = True) -> None: ...
+    async def page(self, ask: Ask) -> Page: ...
+    async def wait_for(self, task_id: str) -> TaskMeta: ...
+
+
+class _Follower:
+    """What a stream is to its `_Tail`. The stream itself is not kept alive by that, so that it can be collected."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading: Reading = reading
+        #: Why nothing more is heard.
+        self.failure: Exception | None = None
+        #: The end of the task, once it was heard.
+        self.final: Outcome | None = None
+        self._woken: asyncio.Future[None] | None = None
+
+    def lost(self, error: Exception) -> None:
+        """The worker that ran the task is gone, or nothing can be known of it."""
+        if isinstance(error, WorkerLostError):
+            self.reading.lost(error)
+        else:
+            self.failure = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the reader look at what has come."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    async def news(self, deadline: float | None) -> bool:
+        """Return at the next `wake`; false if the deadline, by the event loop's clock, came first."""
+        self._woken = asyncio.get_running_loop().create_future()
+        try:
+            if deadline is None:
+                await self._woken
+            else:
+                async with asyncio.timeout_at(deadline):
+                    await self._woken
+        except TimeoutError:
+            return False
+        finally:
+            self._woken = None
+        return True
+
+
+class _Tail:
+    """The end of one log, for all that follow it in this process; a waiter of the hub for the output and the result."""
+
+    def __init__(self, store: StreamStore, task_id: str) -> None:
+        self._store = store
+        self._task_id = task_id
+        self._topic = OUTPUT_TOPIC + task_id
+        #: Whether the hub tells of both; an error is the last that it tells.
+        self._listens = self._confirmed = False
+        self._final: Outcome | None = None
+        #: By identity, in the order in which they came.
+        self._followers: dict[int, _Follower] = {}
+
+    def __len__(self) -> int:
+        return len(self._followers)
+
+    def join(self, follower: _Follower) -> None:
+        """Tell ``follower`` from now on."""
+        self._followers[id(follower)] = follower
+        if not self._listens:
+            self._listens, self._confirmed, self._final = True, False, None
+            # The log first: the end of the task is to be heard by a reader that hears its output.
+            self._store.watch_topic(self._topic, self, look=False)
+            self._store.watch(self._task_id, self, look=False)
+        elif self._confirmed:
+            follower.reading.confirmed()
+        if self._final is not None:
+            self._end(follower, self._final)
+
+    def leave(self, follower: _Follower) -> None:
+        """``follower`` is told no more; the last one ends the subscriptions."""
+        if self._followers.pop(id(follower), None) is not None and not self._followers:
+            self._store.unwatch(self._topic, self)
+            self._store.unwatch(self._task_id, self)
+
+    def receive(self, topic: str, outcome: Outcome) -> None:
+        """News of the output or of the result (`aioresult.waiter.Waiter`)."""
+        if isinstance(outcome, Exception):
+            self._listens = False  # what follows is for those that come then
+        if topic != self._topic:
+            if isinstance(outcome, Exception) or outcome.ready:
+                self._final = outcome
+                for follower in self._followers.values():
+                    self._end(follower, outcome)
+        elif isinstance(outcome, Exception):
+            for follower in self._followers.values():
+                follower.failure = twin(outcome)
+                follower.wake()
+        elif outcome.result is None:
+            self._confirmed = True
+            for follower in self._followers.values():
+                follower.reading.confirmed()
+                follower.wake()
+        else:
+            self._told(outcome.result)
+
+    def _end(self, follower: _Follower, outcome: Outcome) -> None:
+        follower.final = outcome
+        follower.reading.ended()
+        follower.wake()
+
+    def _told(self, news: OutputNews) -> None:
+        epoch, last, data = news
+        size = 0 if data is None else len(data)
+        chunks: list[Any] | None = None
+        for follower in self._followers.values():
+            reading = follower.reading
+            if data is not None and not reading.behind:
+                # Anybody may publish there. What is wrong with the log itself, its readers learn from the log.
+                with suppress(AioResultError):
+                    chunks = self._store.loads_chunks(self._task_id, data)
+                data = None  # decoded once, for all
+            reading.told(epoch, last, chunks, size)
+            follower.wake()
+
+
+class Streams:
+    """The streams of one backend."""
+
+    def __init__(self, store: StreamStore) -> None:
+        self._store = store
+        self._tails: dict[str, _Tail] = {}
+
+    def stream(
+        self,
+        task_id: str,
+        after: str | None,
+        on_lost: str = "wait",
+        on_restart: str = "raise",
+        on_gap: str = "raise",
+    ) -> OutputStream[Any]:
+        """See `aioresult.AsyncResult.stream`."""
+        for name, value, other in (
+            ("on_lost", on_lost, "wait"),
+            ("on_restart", on_restart, "continue"),
+            ("on_gap", on_gap, "skip"),
+        ):
+            if value not in ("raise", other):
+                raise UsageError(f"{name} is 'raise' or {other!r}, not {value!r}")
+        place = None if after == TAIL else START if after is None else Place.parse(after)
+        reading = Reading(place, gaps=on_gap == "skip", restarts=on_restart == "continue")
+        return OutputStream(self, self._store, task_id, reading, on_lost, on_restart, on_gap)
+
+    def join(self, task_id: str, follower: _Follower, lost: bool) -> None:
+        """Have ``follower`` told of what happens to the output; with ``lost`` also of the death of the worker."""
+        tail = self._tails.get(task_id)
+        if tail is None:
+            tail = self._tails[task_id] = _Tail(self._store, task_id)
+        tail.join(follower)
+        if lost:
+            self._store.liveness.watch(task_id, follower.lost)
+
+    def leave(self, task_id: str, follower: _Follower) -> None:
+        """The opposite; may be called twice."""
+        tail = self._tails.get(task_id)
+        if tail is not None:
+            tail.leave(follower)
+            self._store.liveness.unwatch(task_id, follower.lost)
+            if not tail:
+                del self._tails[task_id]
+
+
+class OutputStream(Following[T], Generic[T]):
+    """The chunks of one output, in order, each once: ``async for chunk in result.stream()``.
+
+    It ends when the task has succeeded or the output was closed; a task that failed or was revoked raises its own
+    exception behind the last chunk. Nothing is asked of the server, and nothing is held, before the first step. As
+    ``async with result.stream() as stream`` the subscription ends with the block, also if that is left early.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        store: StreamStore,
+        task_id: str,
+        reading: Reading,
+        on_lost: str,
+        on_restart: str,
+        on_gap: str,
+    ) -> None:
+        super().__init__()
+        self._streams = streams
+        self._store = store
+        self._task_id = task_id
+        self._reading = reading
+        self._follower = _Follower(reading)
+        self._on_lost = on_lost
+        self._on_others = (on_restart, on_gap)
+        self._reopened = False
+        self._entries = _FIRST_PAGE
+
+    @property
+    def cursor(self) -> str:
+        """The place behind the chunk that was given last: ``stream(after=cursor)`` goes on from there."""
+        return str(self._reading.place)
+
+    @property
+    def attempt(self) -> int:
+        """How many attempts have begun anew while this was read; counted with ``on_restart="continue"``."""
+        return self._reading.attempt
+
+    async def __anext__(self) -> T:
+        self._begin()
+        try:
+            while await self._something(None):
+                if self._reading.obstacle is None:
+                    return cast("T", self._reading.take())
+                await self._finish()
+            raise StopAsyncIteration
+        finally:
+            self._busy = False
+
+    async def batches(self) -> AsyncGenerator[list[T], None]:
+        """The same in lists: each has all that is there, so that a page can be written in one go."""
+        while batch := await self.batch():
+            yield [chunk for _, chunk in batch]
+
+    async def batch(self) -> list[tuple[str, T]]:
+        """All that is there, once there is anything: each chunk with its cursor. Empty at the end.
+
+        For a web handler that passes the cursors on, as `aioresult.sse.events` does. Raises as the stream itself.
+        """
+        self._begin()
+        try:
+            while await self._something(None):
+                if batch := self._taken(None):
+                    return batch
+                await self._finish()
+            return []
+        finally:
+            self._busy = False
+
+    async def page(self, limit: int, wait: float) -> OutputPage:
+        """The chunks that are there, at most ``limit``; if there are none, those that come within ``wait`` seconds."""
+        self._begin()
+        try:
+            await self._something(asyncio.get_running_loop().time() + wait)
+            reading = self._reading
+            chunks = [chunk for _, chunk in self._taken(limit)]
+            if not chunks and isinstance(error := reading.obstacle, AioResultError):
+                raise error
+            return OutputPage(chunks, self.cursor, reading.obstacle is END)
+        finally:
+            self._busy = False
+
+    @property
+    def state(self) -> str:
+        """How the output ended, once it has: the task's state, or ``"CLOSED"``; empty until then."""
+        return self._reading.state if self._closed else ""
+
+    def resumed(self, cursor: str, on_lost: str | None = None) -> OutputStream[T]:
+        """A stream of the same output that begins behind ``cursor``, such as that of an `aioresult.OutputGap`.
+
+        :param on_lost: as for `aioresult.AsyncResult.stream`; by default as in this stream, as is all else.
+        :raises InvalidCursor: ``cursor`` is no cursor.
+        """
+        return self._streams.stream(self._task_id, cursor, on_lost or self._on_lost, *self._on_others)
+
+    def dumps(self, value: Any) -> bytes:
+        """``value`` as one line of JSON for a browser: what JSON lacks is tagged as in the store, and NaN is null.
+
+        :raises EncodeError: JSON cannot hold it.
+        """
+        return self._store.dumps_text(self._task_id, value)
+
+    def __repr__(self) -> str:
+        return f"<OutputStream of {self._task_id} after {self.cursor}>"
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def _taken(self, limit: int | None) -> list[tuple[str, T]]:
+        """What is in the box, in front of the end or an error: each chunk with its cursor."""
+        taken: list[tuple[str, T]] = []
+        while len(self._reading) and self._reading.obstacle is None and (limit is None or len(taken) < limit):
+            chunk = self._reading.take()
+            taken.append((self.cursor, chunk))
+        return taken
+
+    async def _something(self, deadline: float | None) -> bool:
+        """Return once there is anything in the box, or at the deadline; at least one look is taken. False if closed."""
+        reading, follower = self._reading, self._follower
+        if not self._closed:
+            self._store.check()
+        while not self._closed and not len(reading):
+            if follower.failure is not None:
+                self._close()
+                raise twin(follower.failure)
+            if reading.behind:
+                await self._look(patient=deadline is None)
+            elif deadline is not None and asyncio.get_running_loop().time() >= deadline:
+                break
+            elif self._leave is None:
+                self._hold(partial(self._streams.leave, self._task_id, follower))
+                self._streams.join(self._task_id, follower, self._on_lost == "raise")
+            elif not await follower.news(deadline):
+                break
+        return not self._closed
+
+    async def _look(self, patient: bool) -> None:
+        """Read a page of the log. An outage is waited out, as by everybody who waits for a result, if ``patient``."""
+        backoff = Backoff()
+        while True:
+            after = self._reading.ask()
+            try:
+                page = await self._store.page(Ask(self._task_id, after, self._entries))
+                entries = [self._decoded(entry) for entry in page.entries]
+            except BackendConnectionError:
+                self._reading.failed()
+                if not patient:
+                    raise
+                await asyncio.sleep(backoff.pause())
+                continue
+            except BaseException:
+                self._reading.failed()
+                raise
+            self._reading.page(entries, page.more, page.final, page.top)
+            if entries:
+                size = sum(len(entry.data) for entry in page.entries) / len(entries)
+                self._entries = int(min(max(_PAGE_BYTES / (size + 1), 1), _PAGE_ENTRIES))
+            return
+
+    def _decoded(self, entry: Entry) -> Decoded:
+        chunks = () if entry.state else self._store.loads_chunks(self._task_id, entry.data)
+        return Decoded(entry.epoch, entry.last, chunks, entry.state)
+
+    async def _finish(self) -> None:
+        """Say how it ended: raise what stands behind the last chunk, or what the task raised; or go on after all."""
+        obstacle = self._reading.obstacle
+        if isinstance(obstacle, AioResultError):
+            self._close()
+            raise obstacle
+        outcome: Outcome | None = None
+        if self._reading.state not in (SUCCESS, CLOSED):
+            # The mark, or the news of the end, may have come before the result itself.
+            outcome = self._follower.final or await self._store.wait_for(self._task_id)
+            if isinstance(outcome, TaskMeta) and outcome.status != self._reading.state:
+                if self._reading.state and not self._reopened:
+                    # By another attempt, which may have written an output of its own since the mark was read.
+                    self._reopened = True
+                    self._reading.reopen()
+                    return
+                self._reading.state = outcome.status
+        self._close()
+        raise_or_return(outcome)
+
+    def _wake(self) -> None:
+        self._follower.wake()

@@ -1,0 +1,154 @@
+"""`Updates`: the states of a task as an async iterator, from the present one to the final one."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any, Protocol
+
+from .exceptions import BackendConnectionError, UsageError
+from .following import Following
+from .liveness import Liveness
+from .meta import TaskMeta
+from .retry import Backoff
+from .tasks import twin
+from .waiter import Outcome, Waiter
+
+__all__ = ["UpdateStore", "Updates"]
+
+
+class UpdateStore(Protocol):
+    """What updates need of a backend."""
+
+    @property
+    def liveness(self) -> Liveness: ...
+    def check(self) -> None: ...
+    def dumps_text(self, task_id: str, value: Any) -> bytes: ...
+    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
+    def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
+    async def get_task_meta(self, task_id: str) -> TaskMeta: ...
+
+
+class _Newest:
+    """The newest state that was heard, for one iterator. The iterator itself is not kept alive by that."""
+
+    def __init__(self) -> None:
+        self.news: Outcome | None = None
+        self._closed = False
+        self._woken: asyncio.Future[None] | None = None
+
+    def receive(self, task_id: str, outcome: Outcome) -> None:
+        """News of the task (`aioresult.waiter.Waiter`); a newer state takes the place of one that was not fetched."""
+        self.news = outcome
+        self._wake()
+
+    def close(self) -> None:
+        """There is no news any more, also for a reader that waits."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    def lost(self, error: Exception) -> None:
+        """The worker that ran the task is gone."""
+        if not isinstance(self.news, TaskMeta) or not self.news.ready:
+            self.receive("", error)
+
+    async def next(self) -> Outcome | None:
+        """The newest state, once there is one that was not returned before; ``None`` when closed."""
+        while self.news is None and not self._closed:
+            self._woken = asyncio.get_running_loop().create_future()
+            try:
+                await self._woken
+            finally:
+                self._woken = None
+        news, self.news = self.news, None
+        return news
+
+
+class Updates(Following[TaskMeta]):
+    """``async for meta in result.updates()``: the present state first, each change, and the final state last.
+
+    A slow reader gets the newest state, and not those in between. Nothing is asked of the server, and nothing is held,
+    before the first step. As ``async with result.updates() as updates`` the subscription ends with the block.
+    """
+
+    def __init__(self, store: UpdateStore, task_id: str, on_lost: str) -> None:
+        if on_lost not in ("raise", "wait"):
+            raise UsageError(f"on_lost is 'raise' or 'wait', not {on_lost!r}")
+        super().__init__()
+        self._store = store
+        self._task_id = task_id
+        self._on_lost = on_lost == "raise"
+        self._newest = _Newest()
+        self._last: TaskMeta | None = None
+
+    async def __anext__(self) -> TaskMeta:
+        if self._closed:
+            raise StopAsyncIteration
+        self._begin()
+        try:
+            meta = await (self._present() if self._last is None else self._change())
+        finally:
+            self._busy = False
+        if meta is None:
+            raise StopAsyncIteration
+        self._last = meta
+        if meta.ready:
+            self._close()
+        return meta
+
+    async def _present(self) -> TaskMeta:
+        """What is stored now. An outage is waited out, as by everybody who waits for a result."""
+        self._store.check()
+        backoff = Backoff()
+        while True:
+            try:
+                return await self._store.get_task_meta(self._task_id)
+            except BackendConnectionError:
+                await asyncio.sleep(backoff.pause())
+
+    async def _change(self) -> TaskMeta | None:
+        """The next state; ``None`` if another task has closed this."""
+        self._store.check()
+        if self._leave is None:
+            self._hold(partial(_leave, self._store, self._task_id, self._newest))
+            self._store.watch(self._task_id, self._newest, look=False)
+            if self._on_lost:
+                self._store.liveness.watch(self._task_id, self._newest.lost)
+        while True:
+            news = await self._newest.next()
+            if news is None:
+                return None
+            if isinstance(news, Exception):
+                self._close()
+                raise twin(news)
+            if self._last is None or news.ready or _likeness(news) != _likeness(self._last):
+                return news.afresh()
+
+    def resumed(self, on_lost: str) -> Updates:
+        """The updates of the same task, the present state first; ``on_lost`` as for `aioresult.AsyncResult.updates`."""
+        return Updates(self._store, self._task_id, on_lost)
+
+    def dumps(self, value: Any) -> bytes:
+        """``value`` as JSON for a browser, as `aioresult.OutputStream.dumps`."""
+        return self._store.dumps_text(self._task_id, value)
+
+    def _wake(self) -> None:
+        self._newest.close()
+
+    def __repr__(self) -> str:
+        return f"<Updates of {self._task_id}>"
+
+
+def _leave(store: UpdateStore, task_id: str, newest: _Newest) -> None:
+    store.unwatch(task_id, newest)
+    store.liveness.unwatch(task_id, newest.lost)
+
+
+def _likeness(meta: TaskMeta) -> tuple[Any, ...]:
+    """What two reads of one stored state have in common; exceptions are equal to none but themselves."""
+    result = repr(meta.result) if isinstance(meta.result, BaseException) else meta.result
+    return meta.status, result, meta.traceback, meta.extra
