@@ -191,7 +191,8 @@ async def test_a_prefix_goes_before_every_key_and_channel(
         await backend.mark_as_done("a", 1)
         assert (await waiter).result == 1
         await backend.group(["a"], "g").save()
-        assert set(await redis_client.keys()) == {f"{key}-task-meta-a".encode(), f"{key}-taskset-meta-g".encode()}
+        keys = f"{key}-task-meta-a", f"{key}-taskset-meta-g", f"{{{key}-taskset-meta-g}}.n"
+        assert set(await redis_client.keys()) == {each.encode() for each in keys}
 
 
 async def test_a_result_of_another_kind_of_key_is_an_error_that_says_so(backend: Backend, redis_client: Client) -> None:

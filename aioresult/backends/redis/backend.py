@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import hiredis
 from redis.asyncio.connection import AbstractConnection
@@ -25,23 +24,23 @@ from ...exceptions import (
     BackendStoreError,
     SerializationError,
 )
+from ...progress import GroupCounts
+from ...record import Record
 from ...tasks import SingleFlight
-from ..base import BackendOptions, Record
-from ..keyvalue import KeyValueStoreBackend, Op, Write
-from .connection import Command, RedisConnection, translate
-from .scripts import CHORD, EXTEND, FORGET, PUT, REGISTER, SCRIPTS
+from ..base import BackendOptions
+from ..keyvalue import Op, Write, sibling
+from .connection import WAITERS_FIRST, Command, RedisConnection, code_of, translate
+from .groups import count_keys, extend_command, milliseconds
+from .runs import NOT_TOLD, RunningTasks
+from .scripts import CHORD, FORGET, PUT, REGISTER, SCRIPTS
 from .url import connection_options, leads_elsewhere, resolved_url
 
 __all__ = ["RedisBackend"]
 
-
-#: Goes before every batch of writes. Redis writes to its clients in reverse order of their first pending reply, and a
-#: script's reply comes after what it published: whoever stores would be woken before those who wait, and keep them from
-#: the processor. The reply to this makes the storer last.
-_WAITERS_FIRST: Command = ("PING",)
+T = TypeVar("T")
 
 
-class RedisBackend(KeyValueStoreBackend):
+class RedisBackend(RunningTasks):
     """``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://`` or ``redis+socket://``.
 
     Redis 6.2 or later, or Valkey. What redis-py takes as a connection option may stand in the query:
@@ -141,7 +140,7 @@ class RedisBackend(KeyValueStoreBackend):
         self, connection: RedisConnection, commands: Sequence[Command], replies: list[Any], refused: Sequence[int]
     ) -> None:
         """Load missing scripts, and put the new replies in their places; raise if the server is not ready."""
-        missing = [index for index in refused if _code(replies[index]) == "NOSCRIPT"]
+        missing = [index for index in refused if code_of(replies[index]) == "NOSCRIPT"]
         if missing:  # SCRIPT FLUSH, or a restart behind a proxy that kept the connection
             await self._load_scripts(connection)
             again = await connection.request([commands[index] for index in missing])
@@ -149,11 +148,15 @@ class RedisBackend(KeyValueStoreBackend):
                 replies[index] = reply
         for reply in [replies[index] for index in refused]:
             if isinstance(reply, hiredis.ReplyError):
-                error = translate(reply, self.as_uri())
-                if isinstance(error, BackendConnectionError):
-                    if _code(reply) == "READONLY":  # after a failover: the name may lead to the new master by now
-                        await connection.close()
-                    raise error
+                await self._raise_if_not_ready(reply, connection)
+
+    async def _raise_if_not_ready(self, reply: hiredis.ReplyError, connection: RedisConnection | None = None) -> None:
+        error = translate(reply, self.as_uri())
+        if isinstance(error, BackendConnectionError):
+            connection = connection or self._commands
+            if code_of(reply) == "READONLY" and connection is not None:
+                await connection.close()  # after a failover: the name may lead to the new master by now
+            raise error
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | BaseException | None]:
         # Not MGET: that would tie the keys to one slot, and the server up for as long as it copies all the values.
@@ -164,7 +167,7 @@ class RedisBackend(KeyValueStoreBackend):
         ]
 
     async def _write(self, writes: Sequence[Write]) -> list[bool | BaseException]:
-        _, *replies = await self._execute([_WAITERS_FIRST, *map(_command, writes)])
+        _, *replies = await self._execute([WAITERS_FIRST, *map(_command, writes)])
         outcomes: list[bool | BaseException] = []
         judged: set[str] = set()
         for write, reply in zip(writes, replies, strict=True):
@@ -178,21 +181,30 @@ class RedisBackend(KeyValueStoreBackend):
         return outcomes
 
     def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
+        if not self.codec.plain or record.group_id:
+            return False
+
+        def outcome(replies: list[Any]) -> bool | None:
+            return replies[1] == 1 if isinstance(replies[1], int) else None
+
+        return self._at_once([WAITERS_FIRST, _command(self._put(record))], outcome, done)
+
+    def _at_once(
+        self, commands: Sequence[Command], outcome: Callable[[list[Any]], T | None], done: Callable[[T | None], None]
+    ) -> bool:
         connection = self._commands
-        if not self.codec.plain or record.group_id or connection is None or not connection.ready:
+        if connection is None or not connection.ready:
             return False
 
         def replied(replies: asyncio.Future[list[Any]]) -> None:
+            found: T | None = None
             if replies.exception() is not None:
                 self._persistence.not_reached()
-                done(None)
-            elif isinstance(reply := replies.result()[1], int):
+            elif (found := outcome(replies.result())) is not None:
                 self._persistence.reached()
-                done(reply == 1)
-            else:
-                done(None)
+            done(found)
 
-        connection.begin([_WAITERS_FIRST, _command(self._put(record))]).add_done_callback(replied)
+        connection.begin(commands).add_done_callback(replied)
         return True
 
     async def _judged(self, write: Write, reply: Any) -> bool | BaseException:
@@ -215,24 +227,54 @@ class RedisBackend(KeyValueStoreBackend):
 
     def _refusal(self, reply: hiredis.ReplyError, kind: type[BackendError], what: str) -> BackendError:
         error = translate(reply, self.as_uri())
-        if _code(reply) == _NOT_TOLD:
+        if code_of(reply) == NOT_TOLD:
             return BackendRefusedError(
                 f"cannot {what}: {self.as_uri()} does not let this user publish, and without its message nothing is "
                 f"stored; give it the right with ACL SETUSER <user> '&{self._task_prefix}*' '&{self._group_prefix}*' "
-                f"'&{self._ready_channel}'"
+                f"'&{self._ready_channel}' '&{{{self._task_prefix}*' '&{self._worker_prefix.removesuffix('-')}*'"
             )
-        if _code(reply) in ("NOPERM", "NOAUTH", "MOVED", "ASK", "CROSSSLOT"):
+        if code_of(reply) in ("NOPERM", "NOAUTH", "MOVED", "ASK", "CROSSSLOT"):
             return error
         return kind(f"cannot {what}: {error}")
 
     async def _versions(self, task_ids: Sequence[str]) -> list[bytes | BaseException | None]:
-        replies = await self._execute([("EVALSHA", FORGET, 1, self._task_key(task_id)) for task_id in task_ids])
+        replies = await self._execute([_forget(self._task_key(task_id)) for task_id in task_ids])
         return [
             self._refusal(reply, BackendStoreError, f"forget {task_id}")
             if isinstance(reply, hiredis.ReplyError)
             else reply
             for task_id, reply in zip(task_ids, replies, strict=True)
         ]
+
+    # -- groups -----------------------------------------------------------------------------------------------------
+
+    async def _count_group(self, group_id: str, size: int, expires: float) -> None:
+        *_, total = count_keys(self._group_key(group_id))
+        (outcome,) = await self._write([Write(total, Op.PUT, str(size).encode(), expires)])
+        # A user may have rights to results and groups alone; then the progress is counted by the results.
+        if isinstance(outcome, BaseException) and not isinstance(outcome, BackendRefusedError):
+            raise outcome
+
+    async def _group_size(self, group_id: str) -> int | None:
+        *_, total = count_keys(self._group_key(group_id))
+        (size,) = await self._get([total])
+        if isinstance(size, BaseException) and not isinstance(size, BackendRefusedError):
+            raise size
+        return int(size) if isinstance(size, bytes) and size.isdigit() else None
+
+    async def _group_counts(self, group_id: str) -> GroupCounts:
+        succeeded, failed, _ = count_keys(self._group_key(group_id))
+        counts = await self._execute([("BITCOUNT", succeeded), ("BITCOUNT", failed)])
+        for count in counts:
+            if isinstance(count, hiredis.ReplyError):
+                raise self._refusal(count, BackendGetMetaError, f"count the members of group {group_id}")
+        return GroupCounts(*counts)
+
+    async def _delete_group(self, group_id: str) -> None:
+        key = self._group_key(group_id)
+        outcome, *_ = await self._write([Write(each, Op.DELETE) for each in (key, *count_keys(key))])
+        if isinstance(outcome, BaseException):
+            raise outcome
 
     # -- chords -----------------------------------------------------------------------------------------------------
 
@@ -244,7 +286,7 @@ class RedisBackend(KeyValueStoreBackend):
             # step. Its entry comes before the step and goes after it: one too many does no harm.
             if step.op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART, ChordOp.CLAIM, ChordOp.RENEW):
                 only_known = "XX" if step.op in (ChordOp.CLAIM, ChordOp.RENEW) else ""
-                entry = (step.group_id, _milliseconds(step.expires), only_known)
+                entry = (step.group_id, milliseconds(step.expires), only_known)
                 if entry not in noted:
                     noted.add(entry)
                     commands.append(("EVALSHA", REGISTER, 1, self._ready_channel, *entry))
@@ -268,7 +310,7 @@ class RedisBackend(KeyValueStoreBackend):
         keys = [key, *(f"{key}.{suffix}" for suffix in "jstdcar")]
         size = "" if step.size is None else step.size
         index = "+inf" if step.index is None else step.index
-        times = (_milliseconds(step.lease), _milliseconds(step.expires), _milliseconds(step.group_expires))
+        times = (milliseconds(step.lease), milliseconds(step.expires), milliseconds(step.group_expires))
         terms = (step.token, *times, size, step.body or b"", step.body_id, step.run)
         part = (step.task_id, index, step.part, int(step.failed), int(self._chord_ordered))
         return ("EVALSHA", CHORD, len(keys), *keys, step.op.value, step.group_id, self._ready_channel, *terms, *part)
@@ -349,8 +391,6 @@ class RedisBackend(KeyValueStoreBackend):
 
 #: The writes that the script may hand back, because only the codec can read what is stored.
 _JUDGED = (Op.PUT_UNLESS_SUCCESS, Op.PUT_UNLESS_FINAL)
-#: The code of an error of our scripts: the user has no right to publish.
-_NOT_TOLD = "AIORESULT"
 
 
 def _refused(replies: Sequence[Any], where: str) -> BackendError | None:
@@ -358,7 +398,7 @@ def _refused(replies: Sequence[Any], where: str) -> BackendError | None:
 
 
 def _command(write: Write, digest: str = "") -> Command:
-    ttl = _milliseconds(write.expires)
+    ttl = milliseconds(write.expires)
     match write.op:
         case Op.PUT_UNLESS_SUCCESS:
             more = ("", digest) if digest else ()
@@ -370,16 +410,10 @@ def _command(write: Write, digest: str = "") -> Command:
         case Op.PUT:
             return ("SET", write.key, write.value, "PX", ttl) if ttl else ("SET", write.key, write.value)
         case Op.EXTEND:
-            return "EVALSHA", EXTEND, 1, write.key, ttl
+            return extend_command(write.key, write.expires, write.member, write.failed)
         case Op.DELETE:
-            return ("EVALSHA", FORGET, 1, write.key, write.value) if write.value else ("UNLINK", write.key)
+            return (*_forget(write.key), write.value) if write.value else ("UNLINK", write.key)
 
 
-@lru_cache(maxsize=64)  # nearly always the same
-def _milliseconds(seconds: float) -> int:
-    """As Redis takes them; 0 stays 0, which is "for ever"."""
-    return max(1, round(seconds * 1000)) if seconds else 0
-
-
-def _code(reply: hiredis.ReplyError) -> str:
-    return str(reply).partition(" ")[0]
+def _forget(key: str) -> Command:
+    return "EVALSHA", FORGET, 1, key, sibling(key, ".run"), sibling(key, ".out")

@@ -9,6 +9,7 @@ redis-py, and leaves no read or write that a cancelled caller could interrupt.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,9 +23,14 @@ from ...exceptions import BackendConnectionError, BackendError, BackendRefusedEr
 from ...sockets import silence
 from ...tasks import TURN, fail, twin
 
-__all__ = ["Command", "RedisConnection", "translate"]
+__all__ = ["WAITERS_FIRST", "Command", "RedisConnection", "code_of", "translate"]
 
 Command: TypeAlias = tuple[str | bytes | int, ...]
+
+#: Goes before every batch of writes. Redis writes to its clients in reverse order of their first pending reply, and a
+#: script's reply comes after what it published: whoever stores would be woken before those who wait, and keep them from
+#: the processor. The reply to this makes the storer last.
+WAITERS_FIRST: Final[Command] = ("PING",)
 
 _NOT_ENOUGH: Final = object()
 #: hiredis' own annotation allows for tuples of one element only.
@@ -36,10 +42,21 @@ _TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "MASTERDOWN", "CLUSTERDOWN", "READO
 _REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
 
 
+#: Before 7, what arises in a script has the place before it: "@user_script: 12: -READONLY You can't write …".
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
+
+
+def code_of(error: BaseException) -> str:
+    """The word that says of what kind an error reply is."""
+    text = str(error)
+    found = _IN_SCRIPT.search(text)
+    return found[1] if found else text.partition(" ")[0].rstrip(":")
+
+
 def translate(error: BaseException, where: str) -> BackendError:
     """The one place where a reply or an error of redis-py becomes an error of ours."""
     text = str(error)
-    code = text.partition(" ")[0].rstrip(":")
+    code = code_of(error)
     if isinstance(error, redis_errors.AuthenticationError) or code in _REFUSED:
         return BackendRefusedError(f"{where} refuses: {text}")
     if code in ("MOVED", "ASK", "CROSSSLOT"):

@@ -1,7 +1,42 @@
--- Let a key live for at least ARGV[1] milliseconds, 0 for ever. (PEXPIRE … GT would do, from Redis 7 on.)
+-- Let a group live for at least ARGV[1] milliseconds, 0 for ever, and count a member that is over, if members are counted.
+--   KEYS[1]: the group
+--   ARGV: milliseconds; index of the member, "" for none; whether it failed; siblings of the group: .ok and .bad, a bit for
+--         each member that has succeeded or failed; .n, how many there are, also the channel of the counts
+-- Returns whether the group is there. The siblings are absent if nothing is counted. They are no KEYS, for a user may have
+-- rights to results and groups alone: then nothing is counted either.
 local ttl = tonumber(ARGV[1])
-local left = redis.call('PTTL', KEYS[1])
-if left == -2 then return 0 end
-if ttl == 0 then redis.call('PERSIST', KEYS[1])
-elseif left ~= -1 and left < ttl then redis.call('PEXPIRE', KEYS[1], ttl) end
-return 1
+local ok, bad, total = ARGV[4], ARGV[5], ARGV[6]
+local function extend(key)
+    local left = redis.call('PTTL', key) -- (PEXPIRE … GT would do, from Redis 7 on.)
+    if ttl == 0 then redis.call('PERSIST', key)
+    elseif left ~= -1 and left < ttl then redis.call('PEXPIRE', key, ttl) end
+    return left ~= -2
+end
+local there = extend(KEYS[1])
+local index = tonumber(ARGV[2])
+local size = index and redis.pcall('GET', total)
+size = type(size) == 'string' and tonumber(size)
+if size and index >= 0 and index < size then
+    extend(total)
+    -- The last bit first: a string that grows takes twice the room.
+    local function set(bits, value)
+        if redis.call('EXISTS', bits) == 0 then
+            if value == 0 then return 0 end
+            redis.call('SETBIT', bits, size - 1, 0)
+        end
+        return redis.call('SETBIT', bits, index, value)
+    end
+    local changed
+    if ARGV[3] ~= '1' then
+        changed = set(ok, 1) == 0
+        set(bad, 0)
+    else -- a success stays: what comes after it was not stored
+        changed = redis.call('GETBIT', ok, index) == 0 and set(bad, 1) == 0
+    end
+    local left = redis.call('PTTL', total)
+    for _, bits in ipairs({ok, bad}) do
+        if left > 0 then redis.call('PEXPIRE', bits, left) else redis.call('PERSIST', bits) end
+    end
+    if changed then redis.call('PUBLISH', total, '') end
+end
+return there and 1 or 0

@@ -1,0 +1,316 @@
+"""Running tasks on Redis: the log of a task's output is a stream, the note of its run a hash, the leases a sorted set.
+
+What belongs to one task has keys in one slot (`sibling`). A flush is a transaction and no script: a stream refuses an
+entry whose id is not greater than its last, so it needs no decision, and costs the server a third less.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import hiredis
+
+from ...exceptions import BackendError, BackendGetMetaError, BackendStoreError, DecodeError, SerializationError
+from ...log import START, Ask, Entry, Flush, Page, Place
+from ...run import RunOp, RunState, RunStep, Verdict
+from ...serialization import FINAL_HEADS
+from ...states import READY_STATES
+from ..keyvalue import KeyValueStoreBackend, output_message, sibling
+from ..runs import superseded
+from .connection import WAITERS_FIRST, Command, code_of
+from .groups import extend_command, milliseconds
+from .scripts import BEAT, OPEN, RUN
+
+__all__ = ["NOT_TOLD", "RunningTasks", "flush_commands", "last_of", "top_of"]
+
+T = TypeVar("T")
+
+#: The code of an error of our scripts: the user has no right to publish.
+NOT_TOLD = "AIORESULT"
+
+#: The halves of an id have 64 bits; behind the greatest id there is nothing to ask for.
+_GREATEST = 2**64 - 1
+#: How the JSON of every meta begins, and how much of it tells a state that is final.
+_HEAD = b'{"status": "'
+_HEAD_BYTES = len(FINAL_HEADS[0])
+_BEGIN: Command = ("MULTI",)
+
+
+class RunningTasks(KeyValueStoreBackend):
+    """The part of `RedisBackend` that keeps running tasks."""
+
+    @abstractmethod
+    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies. Raises if any of them says that the server is not ready, for then all are to be repeated."""
+
+    @abstractmethod
+    async def _raise_if_not_ready(self, reply: hiredis.ReplyError) -> None:
+        """The same of an error that was inside another reply."""
+
+    @abstractmethod
+    def _refusal(self, reply: hiredis.ReplyError, kind: type[BackendError], what: str) -> BackendError:
+        """The error for what the server refuses alone."""
+
+    @abstractmethod
+    def _at_once(
+        self, commands: Sequence[Command], outcome: Callable[[list[Any]], T | None], done: Callable[[T | None], None]
+    ) -> bool:
+        """Send in this very call, and later call ``done`` with the outcome of the replies, or after any trouble with
+        ``None``. False, and nothing is sent, without a connection that takes it now.
+        """
+
+    # -- the log ----------------------------------------------------------------------------------------------------
+
+    def _append_at_once(self, flush: Flush, done: Callable[[int | None], None]) -> bool:
+        if not flush.epoch or not (flush.data or flush.state):
+            return False
+
+        def outcome(replies: list[Any]) -> int | None:
+            executed = replies[-1]
+            taken = isinstance(executed, list) and not isinstance(executed[0], hiredis.ReplyError)
+            return flush.epoch if taken else None
+
+        commands = [WAITERS_FIRST, *flush_commands(self._task_key(flush.task_id), flush)]
+        return self._at_once(commands, outcome, done)
+
+    async def _append(self, flushes: Sequence[Flush]) -> list[int | BaseException]:
+        parts = [flush_commands(self._task_key(flush.task_id), flush) for flush in flushes]
+        replies = iter((await self._execute([WAITERS_FIRST, *(command for part in parts for command in part)]))[1:])
+        outcomes: list[int | BaseException] = []
+        doubtful: list[int] = []
+        for flush, part in zip(flushes, parts, strict=True):
+            *queued, reply = islice(replies, len(part))
+            if part[0] == _BEGIN and not isinstance(reply, hiredis.ReplyError):
+                if isinstance(reply := reply[0], hiredis.ReplyError):
+                    doubtful.append(len(outcomes))
+                else:
+                    reply = flush.epoch
+            elif part[0] == _BEGIN:
+                reply = await self._why_aborted(part, queued, reply)
+            outcomes.append(self._appended(flush, reply))
+        if doubtful:
+            # It may have been refused as a repetition, or for a newer epoch: the log itself says which.
+            keys = [sibling(self._task_key(flushes[index].task_id), ".out") for index in doubtful]
+            ends = await self._execute([last_of(key) for key in keys])
+            for index, end in zip(doubtful, ends, strict=True):
+                flush = flushes[index]
+                if isinstance(end, list) and (flush.epoch, flush.last) <= top_of(end):
+                    outcomes[index] = self._appended(flush, end)
+        return outcomes
+
+    async def _why_aborted(
+        self, part: Sequence[Command], queued: Sequence[Any], reply: hiredis.ReplyError
+    ) -> hiredis.ReplyError:
+        """The error that kept a transaction from being executed: it was nothing or all."""
+        for command, earlier in zip(part, queued, strict=False):
+            if isinstance(earlier, hiredis.ReplyError):
+                told = command[0] != "PUBLISH" or code_of(earlier) != "NOPERM"
+                return earlier if told else hiredis.ReplyError(f"{NOT_TOLD} {earlier}")
+        reason = hiredis.ReplyError(str(reply).partition("because of: ")[2] or str(reply))
+        await self._raise_if_not_ready(reason)
+        return reason
+
+    def _appended(self, flush: Flush, reply: Any) -> int | BaseException:
+        """What came of a flush. ``reply`` is the epoch, 0 for another run's, or the last entry of the log."""
+        if isinstance(reply, hiredis.ReplyError):
+            return self._refusal(reply, BackendStoreError, f"append to the output of task {flush.task_id}")
+        if isinstance(reply, int):
+            return reply or superseded(flush.task_id)
+        return superseded(flush.task_id) if top_of(reply).epoch > flush.epoch else flush.epoch
+
+    async def _pages(self, asks: Sequence[Ask]) -> list[Page | BaseException]:
+        # Of what this backend writes, the head may not tell the state.
+        pages = await self._look(asks, whole=not self.codec.plain)
+        if doubtful := [index for index, page in enumerate(pages) if page is None]:
+            for index, page in zip(doubtful, await self._look([asks[i] for i in doubtful], whole=True), strict=True):
+                pages[index] = page
+        found = [page for page in pages if page is not None]
+        # Where nothing was found behind a place, the reader wants to know whether that still is in the log.
+        beyond = [
+            (index, ask, page)
+            for index, (ask, page) in enumerate(zip(asks, found, strict=True))
+            if isinstance(page, Page) and not page.entries and ask.after is not None and ask.after.epoch
+        ]
+        if beyond:
+            keys = [sibling(self._task_key(ask.task_id), ".out") for _, ask, _ in beyond]
+            ends = await self._execute([last_of(key) for key in keys])
+            for (index, ask, page), reply in zip(beyond, ends, strict=True):
+                if isinstance(reply, hiredis.ReplyError):
+                    found[index] = self._not_read(ask, reply)
+                else:  # more, if it came after the look
+                    top = top_of(reply)
+                    found[index] = page._replace(top=top, more=ask.after is not None and top > ask.after)
+        return found
+
+    async def _look(self, asks: Sequence[Ask], whole: bool) -> list[Page | BaseException | None]:
+        """A page for each, without the end of an empty one; ``None`` where only the whole result tells its state."""
+        commands: list[Command] = []
+        for ask in asks:
+            key = self._task_key(ask.task_id)
+            # The state first: a last chunk and a final state that come between the two do not end the output too early.
+            commands.append(("GET", key) if whole else ("GETRANGE", key, 0, _HEAD_BYTES - 1))
+            commands.append(_range(sibling(key, ".out"), ask))
+        replies = await self._execute(commands)
+        return [
+            self._page(ask, self._is_final(state, whole), log)
+            for ask, state, log in zip(asks, replies[::2], replies[1::2], strict=True)
+        ]
+
+    def _page(self, ask: Ask, final: bool | hiredis.ReplyError | None, log: Any) -> Page | BaseException | None:
+        for reply in (final, log):
+            if isinstance(reply, hiredis.ReplyError):
+                return self._not_read(ask, reply)
+        if final is None:
+            return None
+        try:
+            entries = [_entry(ask.task_id, *entry) for entry in log]
+        except SerializationError as exc:
+            return exc
+        shown = tuple(entries[: ask.limit])
+        top = Place(entries[-1].epoch, entries[-1].last) if entries else START
+        return Page(bool(final), shown, len(entries) > len(shown), top)
+
+    def _not_read(self, ask: Ask, reply: hiredis.ReplyError) -> BackendError:
+        return self._refusal(reply, BackendGetMetaError, f"read the output of task {ask.task_id}")
+
+    def _is_final(self, stored: Any, whole: bool) -> bool | hiredis.ReplyError | None:
+        """Whether the task is over; ``None`` if ``stored``, which is not the whole value, does not tell."""
+        if isinstance(stored, hiredis.ReplyError):
+            return stored
+        if not stored:
+            return False
+        if not whole:
+            return stored in FINAL_HEADS if stored.startswith(_HEAD) else None
+        try:
+            return self.codec.is_final(stored)
+        except SerializationError:  # its readers are to learn why
+            return True
+
+    # -- runs -------------------------------------------------------------------------------------------------------
+
+    async def _run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
+        outcomes: dict[int, RunState | BaseException] = {}
+        left = list(range(len(steps)))
+        while left:  # in one round, unless a task is among them twice: a step may take more than one
+            first = {steps[index].task_id: index for index in reversed(left)}
+            due = sorted(first.values())
+            left = [index for index in left if first[steps[index].task_id] != index]
+            outcomes.update(zip(due, await self._distinct_steps([steps[index] for index in due]), strict=True))
+        return [outcomes[index] for index in range(len(steps))]
+
+    async def _distinct_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
+        # A group lives at least as long as its members.
+        groups = [
+            extend_command(self._group_key(record.group_id), record.expires, record.group_index, record.failed)
+            for step in steps
+            if (record := step.record) is not None and record.group_id
+        ]
+        commands = [self._step_command(step) for step in steps]
+        _, *replies = await self._execute([WAITERS_FIRST, *commands, *groups])
+        return [await self._stepped(step, reply) for step, reply in zip(steps, replies, strict=False)]
+
+    def _step_command(self, step: RunStep, digest: str = "", status: str = "") -> Command:
+        key, record = self._task_key(step.task_id), step.record
+        epoch, last = ("", "") if step.output is None else (step.output.epoch, step.output.seq + 1)
+        lives = "" if step.lives is None else milliseconds(step.lives)
+        stored: Command = ("", 0, 0, "")
+        if record is not None:
+            stored = (record.payload, milliseconds(record.expires), int(record.custom), record.group_id or "")
+        keys = (key, sibling(key, ".run"), sibling(key, ".out"))
+        terms = (step.state, step.reason, int(step.skip_done), epoch, last, step.gone, self._worker_prefix)
+        who = (step.op.value, step.run, step.worker, lives)
+        return ("EVALSHA", RUN, len(keys), *keys, *who, *stored, *terms, digest, status)
+
+    async def _stepped(self, step: RunStep, reply: Any) -> RunState | BaseException:
+        try:
+            while isinstance(reply, bytes):  # what is stored, where only the codec can read its state
+                status = self.codec.status(reply)
+                digest = hashlib.sha1(reply).hexdigest()  # noqa: S324 - it identifies, it guards nothing
+                known = status if status in READY_STATES else ""
+                (reply,) = await self._execute([self._step_command(step, digest, known or "")])
+        except SerializationError as exc:
+            return exc
+        if isinstance(reply, hiredis.ReplyError):
+            return self._refusal(reply, BackendStoreError, f"note the run of task {step.task_id}")
+        verdict, run, worker, reason, group, expires = reply
+        if group and step.op is not RunOp.REVOKE:  # what an earlier step wished for was stored
+            await self._execute([extend_command(self._group_key(_text(group)), int(expires) / 1000)])
+        return RunState(Verdict(_text(verdict)), _text(run), _text(worker), None if reason is None else _text(reason))
+
+    # -- workers ----------------------------------------------------------------------------------------------------
+
+    async def _beat(self, worker: str, lease: float, last: float | None = None) -> float:
+        before = "" if last is None else round(last * 1000)
+        (reply,) = await self._execute(
+            [("EVALSHA", BEAT, 1, self._workers_channel, worker, milliseconds(lease), before)]
+        )
+        if isinstance(reply, hiredis.ReplyError):
+            raise self._refusal(reply, BackendStoreError, f"note that worker {worker or '(none)'} lives")
+        return float(reply) / 1000
+
+    async def _alive(self, workers: Sequence[str]) -> list[bool]:
+        scores = [("ZSCORE", self._workers_channel, worker) for worker in workers]
+        *leases, time = await self._execute([*scores, ("TIME",)])
+        for reply in (*leases, time):
+            if isinstance(reply, hiredis.ReplyError):
+                raise self._refusal(reply, BackendGetMetaError, "read the leases of the workers")
+        now = int(time[0]) * 1000 + int(time[1]) // 1000
+        return [lease is not None and float(lease) > now for lease in leases]
+
+
+def flush_commands(key: str, flush: Flush) -> list[Command]:
+    """A script, a transaction, or a look at the log where nothing is appended. The last reply says what came of it."""
+    out = sibling(key, ".out")
+    ttl = None if flush.expires is None else milliseconds(flush.expires)
+    if not flush.epoch:
+        carried = output_message(0, flush.last, flush.data)[-1:] != b" "
+        terms = (flush.last, flush.data, flush.state, int(carried), "" if ttl is None else ttl, flush.run)
+        return [("EVALSHA", OPEN, 3, key, sibling(key, ".run"), out, flush.writer, *terms)]
+    keep: list[Command] = [] if ttl is None else [("PEXPIRE", out, ttl) if ttl else ("PERSIST", out)]
+    if not (flush.data or flush.state):
+        return [*keep, last_of(out)]
+    trim = ("MINID", "~", f"{flush.epoch}-{flush.keep_from}") if flush.keep_from else ()
+    fields = (*(("d", flush.data) if flush.data else ()), *(("e", flush.state) if flush.state else ()))
+    append: Command = ("XADD", out, *trim, f"{flush.epoch}-{flush.last}", *fields)
+    tell: Command = ("PUBLISH", out, output_message(flush.epoch, flush.last, flush.data))
+    return [_BEGIN, append, tell, *keep, ("EXEC",)]
+
+
+def last_of(out: str) -> Command:
+    return "XREVRANGE", out, "+", "-", "COUNT", 1
+
+
+def _range(out: str, ask: Ask) -> Command:
+    if ask.after is None:
+        return last_of(out)
+    epoch, seq = ask.after
+    return "XRANGE", out, f"({min(epoch, _GREATEST - 1)}-{min(seq, _GREATEST)}", "+", "COUNT", ask.limit + 1
+
+
+def top_of(reply: Any) -> Place:
+    """Where a log ends, from the reply to `last_of`."""
+    if not reply:
+        return START
+    epoch, last = reply[0][0].split(b"-")
+    return Place(int(epoch), int(last))
+
+
+def _entry(task_id: str, place: bytes, fields: Sequence[bytes]) -> Entry:
+    """An entry of the log. Raises `DecodeError` for what somebody else has put there."""
+    given = dict(zip(fields[::2], fields[1::2], strict=True))
+    try:
+        epoch, last = map(int, place.split(b"-"))
+        data, state = given.get(b"d", b""), given.get(b"e", b"").decode()
+        if not (data or state):
+            raise ValueError("it has neither chunks nor an end")
+    except ValueError as exc:
+        raise DecodeError(f"the output of task {task_id} cannot be read: entry {place!r}: {exc}") from exc
+    return Entry(epoch, last, data, state)
+
+
+def _text(reply: bytes) -> str:
+    return reply.decode("utf-8", "surrogateescape")

@@ -1,0 +1,42 @@
+"""A flush of an output over somebody else's redis-py client, which blocks: for the tasks of Celery's workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...log import Flush, Place
+from ..keyvalue import sibling
+from ..runs import superseded
+from .runs import flush_commands, last_of, top_of
+from .scripts import OPEN, SCRIPTS
+
+__all__ = ["flush_now"]
+
+
+def flush_now(client: Any, key: str, flush: Flush) -> int:
+    """Put ``flush`` into the log beside the result ``key``; returns its epoch there. Bears being done twice.
+
+    ``client`` is a `redis.Redis`; what that raises is raised. Raises `OutputSuperseded`.
+    """
+    commands = flush_commands(key, flush)
+    if not flush.epoch:
+        (_, _, *terms), *_ = commands  # EVALSHA and the digest
+        epoch = int(client.execute_command("EVAL", SCRIPTS[OPEN], *terms))
+        if not epoch:
+            raise superseded(flush.task_id)
+        return epoch
+    with client.pipeline(transaction=True) as transaction:
+        for command in commands[1:-1]:  # without MULTI and EXEC
+            transaction.execute_command(*command)
+        replies: list[Any] = transaction.execute(raise_on_error=False)
+    refused = [reply for reply in replies if isinstance(reply, Exception)]
+    if not refused:
+        return flush.epoch
+    if refused == replies[:1]:
+        # Refused as a repetition, or for a newer epoch: the log itself says which.
+        top = top_of(client.execute_command(*last_of(sibling(key, ".out"))))
+        if top.epoch > flush.epoch:
+            raise superseded(flush.task_id)
+        if top >= Place(flush.epoch, flush.last):
+            return flush.epoch
+    raise refused[0]
