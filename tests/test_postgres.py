@@ -461,6 +461,10 @@ OURS = {
     "celery_tasksetmeta_expiry",
     "celery_tasksetmeta_chord",
     "celery_tasksetmeta_chord_part",
+    "celery_taskmeta_output",
+    "celery_taskmeta_log",
+    "celery_taskmeta_run",
+    "celery_taskmeta_worker",
 }
 
 

@@ -11,9 +11,10 @@ import asyncio
 import hashlib
 import math
 import random
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar, Unpack, cast
+from typing import Any, TypeVar, Unpack
 from uuid import UUID
 
 import asyncpg
@@ -22,18 +23,20 @@ from ...chord import CHORD_TOPIC, READY_TOPIC, ChordState, ChordStep
 from ...exceptions import (
     BackendClosedError,
     BackendConnectionError,
-    BackendError,
     BackendGetMetaError,
     BackendRefusedError,
     BackendStoreError,
     DecodeError,
     ImproperlyConfigured,
+    InvalidCursor,
     UsageError,
 )
+from ...log import OUTPUT_TOPIC, Ask, Flush, Page, Place
 from ...meta import TaskMeta
-from ...retry import concerns_everyone
+from ...record import Record
+from ...run import WORKER_TOPIC, WORKERS_TOPIC, RunState, RunStep
 from ...tasks import StandingTask, spawn
-from ..base import Backend, BackendOptions, Record
+from ..base import Backend, BackendOptions
 from ..core import logger
 from .chords import ChordTable
 from .cleanup import Cleaner
@@ -43,8 +46,10 @@ from .dsn import parse_dsn
 from .inspection import Found, look
 from .listener import Listener, bounded, close_connection
 from .rows import CeleryRows
+from .runs import RunTable, Version
 from .schema import EXTENDED_COLUMNS, SHARD_DIGITS, Tables, schema_sql, trigger_sql
-from .statements import PLAIN_COLUMNS, Statements
+from .statements import Statements
+from .storing import Storing
 
 __all__ = ["PostgresBackend"]
 
@@ -54,6 +59,8 @@ T = TypeVar("T")
 _MAX_ID_LENGTH = 155
 #: Seconds of silence after which creating the schema is given up: more than it waits for any lock.
 _SCHEMA_BOUND = 15.0
+#: What is waited for and belongs to no id, and the channels of that.
+_CHANNELS = {READY_TOPIC: "ready", WORKERS_TOPIC: "workers"}
 #: Celery's names for its tables.
 _USUAL = Tables()
 
@@ -73,6 +80,8 @@ class PostgresBackend(Backend):
       connections is held for listening, unless ``listen_dsn`` or ``connect`` is given.
     - ``connect``: a coroutine function that returns a new `asyncpg.Connection`, instead of the URL.
     - ``connect_options``: arguments for `asyncpg.connect` (``ssl``, ``statement_cache_size``, ``server_settings``, …).
+    - ``durable_output``: whether what a running task sends is on the server's disk before it counts as sent. Without it
+      a crash of the server loses the last moments of the outputs of tasks that run; never of those that have a result.
     - ``cleanup_interval``: seconds between background runs of `cleanup`, one process at a time; 0 for none.
     """
 
@@ -88,6 +97,7 @@ class PostgresBackend(Backend):
         pool: asyncpg.Pool[Any] | None = None,
         connect: Callable[[], Awaitable[asyncpg.Connection[Any]]] | None = None,
         connect_options: Mapping[str, Any] | None = None,
+        durable_output: bool = False,
         cleanup_interval: float = 0.0,
         **options: Unpack[BackendOptions],
     ) -> None:
@@ -113,6 +123,7 @@ class PostgresBackend(Backend):
                 f"the pool given for {self.as_uri()} has one connection, and one is held for listening: make it with "
                 f"max_size=2 or more, or pass listen_dsn="
             )
+        self._durable_output = durable_output
         self._cleanup_interval = cleanup_interval
         self._listener: Listener | None = None
         self._has_listened = False
@@ -184,7 +195,7 @@ class PostgresBackend(Backend):
                 f"with 'await backend.create_schema()' or connect(…, create=True), or run "
                 f"aioresult.backends.postgres.schema_sql() in a migration"
             )
-        if not found.up_to_date:
+        if found.outdated:
             logger.warning(
                 "the functions in the database of %s are those of another version of aioresult; "
                 "run create_schema once all processes have this one",
@@ -208,8 +219,13 @@ class PostgresBackend(Backend):
         self._sql = Statements(names, found.zones, optional, self.expires)
         self._rows = CeleryRows(self.codec, optional, found.encoding)
         self._max_id_length = _MAX_ID_LENGTH
+        self._storing = Storing(self._sql, self.expires, self._connections)
         self._chord_table = ChordTable(names, self._sql)
-        self._cleaner = Cleaner(self._connections, self._sql, [self._chord_table.cleanup], self._channel_prefix)
+        self._run_table = RunTable(
+            names, self._storing, self._rows.text, self._durable_output, found.runs, self.as_uri()
+        )
+        beside = [self._chord_table.cleanup, *self._run_table.cleanup]
+        self._cleaner = Cleaner(self._connections, self._sql, beside, self._channel_prefix)
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -271,77 +287,33 @@ class PostgresBackend(Backend):
         return self._rows.decode(task_id, stored)
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
-        return await self._connections.run(partial(self._store_batch, records), BackendStoreError)
+        return await self._connections.run(partial(self._stores().store, records), BackendStoreError)
 
-    async def _store_batch(self, records: Sequence[Record], connection: Any) -> list[bool | BaseException]:
-        outcomes: list[bool | BaseException] = [False] * len(records)
-        # Not in one transaction: each statement takes its rows in order, but holding those of one while the next takes
-        # others, two batches could wait for each other.
-        rounds = list(_rounds(records))
-        if len(rounds) == 1:
-            await self._store_round(connection, records, rounds[0], outcomes)
-            return outcomes
-        parts = rounds[::-1]
-        while parts:
-            indexes = parts.pop()
-            try:
-                await self._connections.translated(
-                    self._store_round(connection, records, indexes, outcomes), BackendStoreError
-                )
-            except BackendError as exc:
-                # What is committed stays stored and is not to be repeated: a registration would find itself.
-                if isinstance(exc, BackendConnectionError) or concerns_everyone(exc):
-                    raise
-                if len(indexes) == 1:
-                    outcomes[indexes[0]] = exc
-                else:
-                    middle = len(indexes) // 2
-                    parts += [indexes[middle:], indexes[:middle]]
-        return outcomes
-
-    async def _store_round(
-        self, connection: Any, records: Sequence[Record], indexes: list[int], outcomes: list[bool | BaseException]
-    ) -> None:
-        # By id, so that two batches in flight lock their common rows in the same order.
-        indexes.sort(key=lambda index: records[index].task_id)
-        batch = [records[index] for index in indexes]
-        plain = all(map(self._is_plain, batch))
-        rows = [(record.task_id, *record.payload) if plain else self._row(record) for record in batch]
-        stores = self._stores()
-        statements = stores.store_plain if plain else stores.store
-        sql = statements[batch[0].only_new]
-        stored = {row[0] for row in await connection.fetch(sql, *zip(*rows, strict=True))}
-        for index in indexes:
-            outcomes[index] = records[index].task_id in stored
-
-    def _is_plain(self, record: Record) -> bool:
-        return len(record.payload) == len(PLAIN_COLUMNS) and not record.group_id and self._expires_by_default(record)
-
-    def _expires_by_default(self, record: Record) -> bool:
-        """Celery's rule, date_done plus the reader's default, is enough for most; others get a row in our table."""
-        return record.expires == self.expires and record.payload[2] is not None
-
-    def _row(self, record: Record) -> tuple[Any, ...]:
-        seconds = record.expires or math.inf
-        missing = (None,) * (len(self._stores().columns) - len(record.payload))
-        expiry = None if self._expires_by_default(record) else seconds
-        return (record.task_id, *record.payload, *missing, expiry, record.group_id, seconds)
-
-    def _stores(self) -> Statements:
-        """The statements, where the tables can be stored to. Raises `BackendRefusedError` where they cannot."""
+    def _stores(self) -> Storing:
+        """What stores, where the tables can be stored to. Raises `BackendRefusedError` where they cannot."""
         if isinstance(self._rows, DjangoRows):
             raise self._rows.refusal()
-        return cast("Statements", self._sql)
+        return self._storing
 
-    async def _versions(self, task_ids: Sequence[str]) -> list[str | None]:
-        rows = await self._connections.run(lambda connection: connection.fetch(self._sql.versions, task_ids))
-        found = {row["task_id"]: row["version"] for row in rows}
+    async def _versions(self, task_ids: Sequence[str]) -> list[Version | None]:
+        return await self._connections.run(partial(self._versions_on, task_ids))
+
+    async def _versions_on(self, task_ids: Sequence[str], connection: Any) -> list[Version | None]:
+        sql = self._sql.versions if isinstance(self._sql, DjangoStatements) else self._run_table.versions
+        found = {task_id: Version(*versions) for task_id, *versions in await connection.fetch(sql, task_ids)}
         return [found.get(task_id) for task_id in task_ids]
 
-    async def _delete(self, task_ids: Sequence[str], versions: Sequence[str]) -> None:
+    async def _delete(self, task_ids: Sequence[str], versions: Sequence[Version]) -> None:
         # By id, so that two batches in flight lock their common rows in the same order.
-        columns = zip(*sorted(zip(task_ids, versions, strict=True)), strict=True)
-        await self._connections.run(lambda connection: connection.execute(self._sql.delete, *columns))
+        found = sorted(zip(task_ids, versions, strict=True), key=lambda pair: pair[0])
+        await self._connections.run(partial(self._delete_on, found))
+
+    async def _delete_on(self, found: Sequence[tuple[str, Version]], connection: Any) -> None:
+        results = [(task_id, version.result) for task_id, version in found if version.result is not None]
+        if results:
+            await connection.execute(self._sql.delete, *zip(*results, strict=True))
+        if not isinstance(self._rows, DjangoRows):
+            await self._run_table.forget(found, connection)
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
@@ -351,7 +323,7 @@ class PostgresBackend(Backend):
 
     async def _store_group(self, group_id: str, payload: bytes, expires: float) -> None:
         seconds = None if expires == self.expires else expires or math.inf
-        sql = self._stores().store_group
+        sql = self._stores().statements.store_group
         await self._connections.query(sql, group_id, payload, seconds, otherwise=BackendStoreError)
 
     async def _delete_group(self, group_id: str) -> None:
@@ -369,13 +341,37 @@ class PostgresBackend(Backend):
         self._stores()
         return await self._connections.run(self._chord_table.active)
 
+    # -- running tasks ----------------------------------------------------------------------------------------------
+
+    async def _append(self, flushes: Sequence[Flush]) -> Sequence[int | BaseException]:
+        return await self._connections.run(partial(self._runs_of_tasks().append, flushes), BackendStoreError)
+
+    async def _pages(self, asks: Sequence[Ask]) -> Sequence[Page | BaseException]:
+        return await self._connections.run(partial(self._runs_of_tasks().pages, asks), BackendGetMetaError)
+
+    async def _run_steps(self, steps: Sequence[RunStep]) -> Sequence[RunState | BaseException]:
+        return await self._connections.run(partial(self._runs_of_tasks().take, steps), BackendStoreError)
+
+    async def _beat(self, worker: str, lease: float, last: float | None = None) -> float:
+        return await self._connections.run(partial(self._runs_of_tasks().beat, worker, lease, last))
+
+    async def _alive(self, workers: Sequence[str]) -> Sequence[bool]:
+        return await self._connections.run(partial(self._runs_of_tasks().alive, workers))
+
+    def _runs_of_tasks(self) -> RunTable:
+        self._stores()
+        return self._run_table
+
     # -- listening --------------------------------------------------------------------------------------------------
 
     def _channel(self, topic: str) -> str:
-        if topic == READY_TOPIC:
-            return f"{self._channel_prefix}ready"
-        task_id = topic.removeprefix(CHORD_TOPIC)
-        return self._channel_prefix + hashlib.sha256(task_id.encode()).hexdigest()[:SHARD_DIGITS]
+        if topic in _CHANNELS:
+            return self._channel_prefix + _CHANNELS[topic]
+        id = topic
+        if topic[0] == "\x00":
+            for kind in (CHORD_TOPIC, OUTPUT_TOPIC, WORKER_TOPIC):
+                id = id.removeprefix(kind)
+        return self._channel_prefix + hashlib.sha256(id.encode()).hexdigest()[:SHARD_DIGITS]
 
     async def _subscribe(self, task_ids: Sequence[str]) -> None:
         if self._listener is None or self._listener.lost:
@@ -438,6 +434,16 @@ class PostgresBackend(Backend):
         kind, _, rest = payload.partition(" ")
         if kind in ("chord", "ready"):
             self._chord_news(rest, ready=kind == "ready")
+        elif kind == "output":
+            place, _, task_id = rest.partition(" ")
+            with suppress(InvalidCursor):
+                self._output_news(task_id, *Place.parse(place), None)
+        elif kind == "revoke":
+            length, _, rest = rest.partition(" ")
+            if length.isdecimal():
+                self._revoke_news(rest[int(length[:4]) :], rest[: int(length[:4])])
+        elif kind == "gone":
+            self._worker_news(rest)
         elif kind.isdecimal():  # anybody who may connect can send anything
             self._hub.news(rest[int(kind[:4]) :])  # behind the state, whose length it is
 
@@ -465,24 +471,6 @@ class PostgresBackend(Backend):
                 return
             except Exception as exc:
                 logger.warning("background cleanup of %s failed, and is tried again later: %s", self.as_uri(), exc)
-
-
-def _rounds(records: Sequence[Record]) -> Iterator[list[int]]:
-    """The indexes of ``records``, split so that no id occurs twice in one statement, the order of each id kept."""
-    waiting = list(range(len(records)))
-    while waiting:
-        seen: set[str] = set()
-        now: dict[bool, list[int]] = {False: [], True: []}
-        later: list[int] = []
-        for index in waiting:
-            task_id = records[index].task_id
-            if task_id in seen:
-                later.append(index)
-            else:
-                seen.add(task_id)
-                now[records[index].only_new].append(index)
-        yield from filter(None, now.values())
-        waiting = later
 
 
 def _warn(connection: object, message: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...chord import ChordOp, ChordState, ChordStep
-from .schema import Tables, literal_sql
+from .schema import Tables, prefix_sql
 from .statements import CLEANUP_BATCH, Statements
 
 __all__ = ["ChordTable"]
@@ -24,12 +24,10 @@ class ChordTable:
     """The chords of one schema, on whatever connection it is given."""
 
     def __init__(self, names: Tables, statements: Statements) -> None:
-        # What the channels of their news begin with is found by the server: it may be another one after a reconnect.
-        prefix = f"'aioresult_' || {literal_sql(names.tasks)}::regclass::oid || '_'"
         # A saved group lives as long as its chord: it has the shape of what is nested in the header.
         self._steps = f"""
             WITH living_on AS ({statements.living_on})
-            SELECT * FROM {names.chord_steps}({prefix}, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"""
+            SELECT * FROM {names.chord_steps}({prefix_sql(names)}, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"""
         self._parts = f"SELECT part FROM {names.chord_parts} WHERE group_id = $1 ORDER BY index, arrived"
         self._active = f"SELECT group_id FROM {names.chords} WHERE NOT done AND count >= size AND expires_at > now()"
         self.cleanup: str = f"""

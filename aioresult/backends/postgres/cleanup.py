@@ -22,26 +22,29 @@ class CleanupStatements(Protocol):
 
 
 class Cleaner:
-    """Cleans up one set of tables. ``name`` is the same for every process that cleans up the same tables."""
+    """Cleans up one set of tables, and by the statements ``beside`` what is neither a result nor a group.
+
+    ``name`` is the same for every process that cleans up the same tables.
+    """
 
     def __init__(
-        self, connections: Connections, statements: CleanupStatements, chords: Sequence[str], name: str
+        self, connections: Connections, statements: CleanupStatements, beside: Sequence[str], name: str
     ) -> None:
         self._connections = connections
         self._statements = statements
-        self._chords = chords
+        self._beside = beside
         self._lock = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
         #: Statement → the id at which its last run ended.
         self._orphans_after: dict[str, str] = {}
 
     async def run(self, alone: bool = False) -> int:
-        """Remove what has expired, and return how many results, groups and chords that was.
+        """Remove what has expired, and return how many results, groups, chords, outputs and notes of runs that was.
 
         ``alone``: leave it to another process that does the same.
         """
         total = 0
         step = partial(self._step, alone)
-        for statement in (*self._statements.cleanup, *self._chords):
+        for statement in (*self._statements.cleanup, *self._beside):
             while (row := await step(statement))["forgotten"]:
                 total += row["removed"]
         for statement in self._statements.by_default:

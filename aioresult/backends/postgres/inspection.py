@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ...exceptions import ImproperlyConfigured
 from .django import TABLE
-from .schema import Tables, digest, functions
+from .schema import Tables, digest, functions, run_functions
 
 __all__ = ["Found", "look"]
 
@@ -16,7 +16,8 @@ _INSPECT: Final = """
                  ORDER BY place) AS relations,
            ARRAY(SELECT obj_description(to_regproc(name), 'pg_proc')
                  FROM unnest($2::text[]) WITH ORDINALITY AS f(name, place) ORDER BY place) AS functions,
-           (SELECT bool_and(to_regproc(name) IS NOT NULL) FROM unnest($2::text[]) AS f(name)) AS callable,
+           ARRAY(SELECT to_regproc(name) IS NOT NULL
+                 FROM unnest($2::text[]) WITH ORDINALITY AS f(name, place) ORDER BY place) AS callable,
            ARRAY(SELECT attname::text FROM pg_attribute
                  WHERE attrelid = to_regclass($1[1]) AND attnum > 0 AND NOT attisdropped) AS columns,
            (SELECT count(*)::int8 FROM pg_attribute
@@ -52,7 +53,9 @@ class Found:
     in_use: bool
     #: Whether all tables, functions and triggers are there that storing needs.
     complete: bool
-    #: Whether the functions are those of this version.
+    #: Whether the tables and functions of running tasks are there.
+    runs: bool
+    #: Whether the functions that are there are those of this version.
     current: bool
     #: The time zones in which the results and the groups keep their dates.
     zones: tuple[str, str]
@@ -72,8 +75,13 @@ class Found:
 
     @property
     def up_to_date(self) -> bool:
-        """The same, with functions of this version."""
-        return self.usable and (self.only_read or self.current)
+        """Whether there is all that this version has, as this version has it."""
+        return self.usable and (self.only_read or (self.current and self.runs))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it is to be used with functions of another version."""
+        return self.usable and not self.only_read and not self.current
 
 
 async def look(connection: Any, names: Tables, where: str) -> Found:
@@ -81,8 +89,10 @@ async def look(connection: Any, names: Tables, where: str) -> Found:
 
     ``where`` names the database in the error.
     """
-    relations = (names.tasks, names.groups, names.task_expiry, names.group_expiry, names.chords, names.chord_parts)
-    wanted = functions(names)
+    needed = (names.tasks, names.groups, names.task_expiry, names.group_expiry, names.chords, names.chord_parts)
+    relations = (*needed, names.output, names.logs, names.runs, names.workers)
+    called = len(functions(names))
+    wanted = {**functions(names), **run_functions(names)}
     row = await connection.fetchrow(_INSPECT, relations, list(wanted))
     for name, value in _AS_USUAL.items():
         if row[name] != value or type(row[name]) is not type(value):
@@ -102,8 +112,16 @@ async def look(connection: Any, names: Tables, where: str) -> Found:
         names.table == TABLE
         and tasks is not None
         and await connection.fetchval(f"SELECT EXISTS (SELECT FROM {names.tasks})"),
-        None not in row["relations"] and row["callable"] and row["dated"] == 2 and has_zones,
-        row["functions"] == [digest(file) for file in wanted.values()],
+        None not in row["relations"][: len(needed)]
+        and all(row["callable"][:called])
+        and row["dated"] == 2
+        and has_zones,
+        None not in row["relations"][len(needed) :] and all(row["callable"][called:]),
+        all(
+            comment == digest(file)
+            for comment, file, there in zip(row["functions"], wanted.values(), row["callable"], strict=True)
+            if there
+        ),
         (zones[0], zones[1]),
         row["encoding"],
     )

@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Final
 
 from ...exceptions import ImproperlyConfigured
+from ...states import ALL_STATES, READY_STATES
 
 __all__ = [
     "EXTENDED_COLUMNS",
@@ -22,8 +23,11 @@ __all__ = [
     "Tables",
     "digest",
     "functions",
+    "id_channel_sql",
     "instant_sql",
     "literal_sql",
+    "prefix_sql",
+    "run_functions",
     "schema_sql",
     "trigger_sql",
 ]
@@ -134,6 +138,36 @@ class Tables:
         return self._qualified(f"{self.group_table}_chord_steps")
 
     @property
+    def output(self) -> str:
+        """Ours: a row per entry of the output of a running task."""
+        return self._qualified(f"{self.table}_output")
+
+    @property
+    def logs(self) -> str:
+        """Ours: a row per output."""
+        return self._qualified(f"{self.table}_log")
+
+    @property
+    def runs(self) -> str:
+        """Ours: the note of the last run of a task."""
+        return self._qualified(f"{self.table}_run")
+
+    @property
+    def workers(self) -> str:
+        """Ours: a row per worker that lives."""
+        return self._qualified(f"{self.table}_worker")
+
+    @property
+    def append(self) -> str:
+        """Our function that opens outputs."""
+        return self._qualified(f"{self.table}_append")
+
+    @property
+    def run_steps(self) -> str:
+        """Our function that takes steps of runs."""
+        return self._qualified(f"{self.table}_steps")
+
+    @property
     def notify(self) -> str:
         """Our function that tells of every store; a trigger calls it."""
         return self._qualified("aioresult_notify")
@@ -161,14 +195,15 @@ def schema_sql(
     words = _words(names)
     of_tasks = {**words, **_of(names.tasks, "task_id", names.task_expiry)}
     of_groups = {**words, **_of(names.groups, "taskset_id", names.group_expiry)}
+    every = {**functions(names), **run_functions(names)}
     return "\n".join(
         [
             *(_text(name).format_map(words) for name in ("begin.sql", "tables.sql")),
-            *(_unless_current(name, file, words) for name, file in functions(names).items()),
+            *(_unless_current(name, file, words) for name, file in every.items()),
             _text("expiry.sql").format_map(of_tasks),
             _text("expiry.sql").format_map(of_groups),
             _text("trigger.sql").format_map(words),
-            _text("chords.sql").format_map(words),
+            *(_text(name).format_map(words) for name in ("chords.sql", "runs.sql")),
             _text("indexes.sql").format_map(words),
         ]
     )
@@ -189,6 +224,11 @@ def trigger_sql(names: Tables) -> str:
 def functions(names: Tables) -> dict[str, str]:
     """The functions in the database by their names, and the file of SQL that creates each."""
     return {names.notify: "notify.sql", names.stored: "stored.sql", names.chord_steps: "chord_steps.sql"}
+
+
+def run_functions(names: Tables) -> dict[str, str]:
+    """The same for running tasks."""
+    return {names.append: "append.sql", names.run_steps: "run_steps.sql"}
 
 
 def digest(file: str) -> str:
@@ -220,17 +260,24 @@ def _words(names: Tables) -> dict[str, str]:
         (names.groups, "date_done", ""),
         *((expiry, "expires_at", "") for expiry in (names.task_expiry, names.group_expiry)),
         *((expiry, "stored_at", " WHERE stored_at IS NOT NULL") for expiry in (names.task_expiry, names.group_expiry)),
-        (names.chords, "expires_at", ""),
+        *((table, "expires_at", "") for table in (names.chords, names.logs, names.runs)),
         (names.chords, "expires_at", " WHERE NOT done AND count >= size"),
     )
     words.update(
         create_schema="" if names.schema is None else _create_schema(names.schema),
         extended="".join(f",\n            {name} {kind}" for name, kind in EXTENDED_COLUMNS.items()),
         channels=str(16**SHARD_DIGITS),
-        task_channel=_channel(
+        task_channel=id_channel_sql(
             "'aioresult_' || coalesce(pg_partition_root(TG_RELID), TG_RELID)::oid || '_'", "NEW.task_id"
         ),
-        chord_channel=_channel("prefix", "step.gid"),
+        chord_channel=id_channel_sql("prefix", "step.gid"),
+        output_channel=id_channel_sql("prefix", "flush.id"),
+        worker_channel=id_channel_sql("prefix", "told"),
+        output_expires_at=instant_sql("flush.lives"),
+        run_expires_at=instant_sql("step.lives"),
+        taken_expires_at=instant_sql("taken.seconds"),
+        ready_states=", ".join(map(literal_sql, sorted(READY_STATES))),
+        all_states=", ".join(map(literal_sql, sorted(ALL_STATES))),
         step_expires_at=instant_sql("step.ttl"),
         large_table=str(_LARGE_TABLE),
         indexes=", ".join(f"({', '.join(map(literal_sql, index))})" for index in indexes),
@@ -260,6 +307,11 @@ def instant_sql(seconds: str) -> str:
     return f"CASE WHEN {seconds} = 'infinity' THEN 'infinity' ELSE now() + {seconds} * interval '1 second' END"
 
 
-def _channel(prefix: str, id: str) -> str:
+def prefix_sql(names: Tables) -> str:
+    """In SQL, what the channels begin with; found by the server: it may be another one after a reconnect."""
+    return f"'aioresult_' || {literal_sql(names.tasks)}::regclass::oid || '_'"
+
+
+def id_channel_sql(prefix: str, id: str) -> str:
     """In SQL, the channel on which news of an id come: that of `PostgresBackend._channel`."""
     return f"{prefix} || substr(encode(sha256(convert_to({id}, 'UTF8')), 'hex'), 1, {SHARD_DIGITS})"

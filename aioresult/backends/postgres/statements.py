@@ -16,13 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...states import ALL_STATES
+from ...states import ALL_STATES, READY_STATES
 from .schema import EXTENDED_COLUMNS, Tables, instant_sql, literal_sql
 
-__all__ = ["CLEANUP_BATCH", "ORPHANS", "PLAIN_COLUMNS", "Statements", "delete_sql", "epoch_sql", "versions_sql"]
+__all__ = [
+    "CLEANUP_BATCH",
+    "ORPHANS",
+    "PLAIN_COLUMNS",
+    "STEP_COLUMNS",
+    "Statements",
+    "delete_sql",
+    "epoch_sql",
+    "versions_sql",
+]
 
 #: All that most results have.
 PLAIN_COLUMNS = ("status", "result", "date_done")
+
+#: All that there may be of a result: the function that takes steps of runs numbers them alike in every database.
+STEP_COLUMNS = (
+    *("task_id", *PLAIN_COLUMNS, "traceback", "children", *EXTENDED_COLUMNS),
+    *("seconds", "group_id", "group_seconds"),
+)
 
 #: How many rows one statement of `Statements.cleanup` deletes at most.
 CLEANUP_BATCH = 1000
@@ -235,6 +250,8 @@ class Statements:
                              WHEN old.expires_at IS NULL OR old.stored_at IS NOT NULL
                              THEN coalesce(old.stored_at, excluded.stored_at) END)"""
 
+        #: To be run beside steps of runs: for the groups of what they ``taken`` store.
+        self.living_on_of_runs: str = living_on("taken")
         #: To be run beside steps of chords: for the groups ``$2``, where the seconds to live, ``$13``, are not null.
         self.living_on: str = living_on("""(
                     SELECT gid, max(ttl) FROM unnest($2::text[], $13::float8[]) AS step(gid, ttl)
@@ -279,7 +296,24 @@ class Statements:
         self.store: dict[bool, str] = {only_new: store(only_new, plain=False) for only_new in (False, True)}
         #: The same, for rows of which no more than the `PLAIN_COLUMNS` are given.
         self.store_plain: dict[bool, str] = {only_new: store(only_new, plain=True) for only_new in (False, True)}
-        self.versions: str = versions_sql(tasks)
+        # For the function that takes steps of runs, which decides by itself, and plans these two every time: they are
+        # short for that, and of one row. The columns are numbered as `STEP_COLUMNS`.
+        dated = kept.turned("timestamptz 'epoch' + $4 * interval '1 microsecond'")
+        numbers = {name: f"${number}" for number, name in enumerate(STEP_COLUMNS, 1)} | {"date_done": dated}
+        listed_numbers = ", ".join(numbers[column] for column in columns)
+        self.insert_step: str = f"""
+            INSERT INTO {tasks} (id, task_id, {listed})
+            VALUES (nextval({literal_sql(names.task_sequence)}), $1, {listed_numbers})
+            ON CONFLICT (task_id) DO NOTHING RETURNING date_done"""
+        self.update_step: str = f"""
+            UPDATE {tasks} SET ({listed}) = ROW({listed_numbers}) WHERE task_id = $1 RETURNING date_done"""
+        #: Further arguments of that function: the time zone, and the default in seconds, ``None`` for never.
+        self.rule: tuple[str, float | None] = (zones[0], expires or None)
+        #: Whether the task ``wanted.id`` is over: an expression.
+        self.is_final: str = f"""coalesce((
+                SELECT t.status IN ({", ".join(map(literal_sql, sorted(READY_STATES)))})
+                FROM (SELECT * FROM {tasks} WHERE task_id = wanted.id LIMIT 1) t {kept.ours("t")}
+                WHERE NOT {kept.gone("t")}), false)"""
         self.delete: str = delete_sql(tasks, kept.forget("SELECT task_id FROM deleted"))
 
         self.fetch_group: str = f"""

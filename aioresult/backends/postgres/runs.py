@@ -1,0 +1,368 @@
+"""Running tasks in PostgreSQL: their output, the notes of their runs, and the leases of the workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ...exceptions import BackendRefusedError
+from ...log import START, Ask, Entry, Flush, Page, Place
+from ...run import RunState, RunStep, Verdict
+from ..runs import superseded
+from .schema import Tables, id_channel_sql, instant_sql, prefix_sql
+from .statements import CLEANUP_BATCH, STEP_COLUMNS, Statements, versions_sql
+from .storing import Storing, rounds
+
+__all__ = ["RunTable", "Version"]
+
+#: The largest numbers of the columns; a cursor may have larger ones, which are behind every entry.
+_MAX_BIGINT = 2**63 - 1
+#: How much of its life an output may lose if that saves writing when it expires with every flush.
+_SLACK = 0.01
+
+
+class Version(NamedTuple):
+    """What tells all that belongs to a task from what comes later; ``None`` each for what is not there."""
+
+    result: str | None
+    epoch: int | None = None
+    run: str | None = None
+
+
+class RunTable:
+    """The running tasks of one schema, on whatever connection it is given.
+
+    ``durable``: whether a flush is on the server's disk before it counts as written. ``there``: whether the database
+    has the tables; without them everything raises `BackendRefusedError`, and ``where`` names the database in that.
+    ``text`` makes of a note what the database can hold.
+    """
+
+    def __init__(
+        self,
+        names: Tables,
+        storing: Storing,
+        text: Callable[[str], str | None],
+        durable: bool,
+        there: bool,
+        where: str,
+    ) -> None:
+        self._storing = storing
+        self._text = text
+        self._there = there
+        self._where = where
+        statements = storing.statements
+        #: The places of the columns that the database has among all that there may be.
+        self._places = [STEP_COLUMNS.index(name) for name in ("task_id", *statements.columns)]
+        self._append = _append_sql(names, durable)
+        self._open = f"""
+            SELECT epoch FROM {names.append}({prefix_sql(names)}, $1, $2, $3, $4, $5, $6, $7, $8, $9)"""
+        if not durable:
+            self._open += " CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true) OFFSET 0) AS lazy"
+        self._pages = _pages_sql(names, statements)
+        self._given = (statements.insert_step, statements.update_step, *statements.rule)
+        given = ", ".join(f"${number}" for number in range(1, 32))
+        self._steps = f"""
+            WITH taken AS MATERIALIZED (SELECT * FROM {names.run_steps}({prefix_sql(names)}, {given})),
+            living_on AS ({statements.living_on_of_runs})
+            SELECT * FROM taken"""
+        self._beat = _beat_sql(names)
+        self._alive = f"SELECT id FROM {names.workers} WHERE id = ANY($1::text[]) AND expires_at > now()"
+        #: Of each id of ``$1`` a `Version`, unless nothing belongs to it.
+        self.versions: str = versions_sql(names.tasks)
+        if there:
+            self.versions = f"""
+            SELECT wanted.id, t.version, l.epoch, r.run FROM unnest($1::varchar[]) AS wanted(id)
+            LEFT JOIN LATERAL (
+                SELECT xmin::text AS version FROM {names.tasks} WHERE task_id = wanted.id LIMIT 1
+            ) t ON true
+            LEFT JOIN LATERAL (SELECT epoch FROM {names.logs} WHERE task_id = wanted.id LIMIT 1) l ON true
+            LEFT JOIN LATERAL (SELECT run FROM {names.runs} WHERE task_id = wanted.id LIMIT 1) r ON true
+            WHERE t.version IS NOT NULL OR l.epoch IS NOT NULL OR r.run IS NOT NULL"""
+        self._forget_logs = _forget_sql(names.logs, "epoch", "int8")
+        self._forget_output = f"""
+            DELETE FROM {names.output} o USING (
+                SELECT o.tableoid AS part, o.ctid AS place FROM unnest($1::text[], $2::int8[]) AS wanted(id, epoch)
+                CROSS JOIN LATERAL (
+                    SELECT o.tableoid, o.ctid FROM {names.output} o
+                    WHERE o.task_id = wanted.id AND o.epoch <= wanted.epoch LIMIT {_MAX_BIGINT}
+                ) o
+            ) old WHERE o.ctid = old.place AND o.tableoid = old.part"""
+        self._forget_runs = _forget_sql(names.runs, "run", "text")
+        #: As `Statements.cleanup`.
+        self.cleanup: list[str] = [_cleanup_sql(names.logs, names.output), _cleanup_sql(names.runs)] if there else []
+
+    def _check(self) -> None:
+        if not self._there:
+            raise BackendRefusedError(
+                f"the database of {self._where} was made by an older aioresult and lacks the tables of running tasks; "
+                f"create them once with 'await backend.create_schema()' or connect(…, create=True), or run "
+                f"aioresult.backends.postgres.schema_sql() in a migration"
+            )
+
+    async def append(self, flushes: Sequence[Flush], connection: Any) -> list[int | BaseException]:
+        """As `BackendContract._append`. What repeats a flush that was written changes nothing."""
+        self._check()
+        # By id, so that two batches lock their common rows in the same order.
+        order = sorted(range(len(flushes)), key=lambda index: flushes[index].task_id)
+        outcomes: list[int | BaseException] = [0] * len(flushes)
+        known = [index for index in order if flushes[index].epoch]
+        open_there: set[str] = set()
+        if known:
+            columns = zip(*(_columns(flushes[index]) for index in known), strict=True)
+            open_there = {row["id"] for row in await connection.fetch(self._append, *columns)}
+        rest = []
+        for index in order:
+            if flushes[index].epoch and flushes[index].task_id in open_there:
+                outcomes[index] = flushes[index].epoch
+            else:
+                rest.append(index)
+        if rest:
+            rows = [(*_columns(flush), flush.writer, flush.run) for flush in map(flushes.__getitem__, rest)]
+            epochs = await connection.fetch(self._open, *zip(*rows, strict=True))
+            for index, (epoch,) in zip(rest, epochs, strict=True):
+                outcomes[index] = superseded(flushes[index].task_id) if epoch is None else epoch
+        return outcomes
+
+    async def pages(self, asks: Sequence[Ask], connection: Any) -> list[Page | BaseException]:
+        """As `BackendContract._pages`: all in one snapshot."""
+        self._check()
+        rows = await connection.fetch(self._pages, *zip(*map(_look, asks), strict=True))
+        found: list[list[Any]] = [[] for _ in asks]
+        for row in rows:
+            found[row["place"] - 1].append(row)
+        return [_page(ask, some) for ask, some in zip(asks, found, strict=True)]
+
+    async def take(self, steps: Sequence[RunStep], connection: Any) -> list[RunState | BaseException]:
+        """As `BackendContract._run_steps`."""
+        self._check()
+        states: list[RunState | BaseException] = [RunState(Verdict.NOTED)] * len(steps)
+        for indexes in rounds([(step.task_id, False) for step in steps]):
+            indexes.sort(key=lambda index: steps[index].task_id)
+            columns = zip(*(self._step(steps[index]) for index in indexes), strict=True)
+            rows = await connection.fetch(self._steps, *self._given, *columns)
+            for index, row in zip(indexes, rows, strict=True):
+                states[index] = RunState(Verdict(row["verdict"]), row["run"], row["worker"], row["wish"])
+        return states
+
+    def _step(self, step: RunStep) -> tuple[Any, ...]:
+        columns: list[Any] = [None] * len(STEP_COLUMNS)
+        if step.record is not None:
+            *stored, seconds, group_id, group_seconds = self._storing.row(step.record)
+            for place, value in zip(self._places, stored, strict=True):
+                columns[place] = value
+            columns[-3:] = seconds, group_id, group_seconds
+        return (
+            step.task_id,
+            step.op.value,
+            step.run,
+            step.worker,
+            _seconds(step.lives),
+            step.state,
+            self._text(step.reason),
+            step.skip_done,
+            None if step.output is None else step.output.epoch,
+            None if step.output is None else step.output.seq,
+            step.gone,
+            step.record is not None,
+            *columns[1:],
+        )
+
+    async def beat(self, worker: str, lease: float, last: float | None, connection: Any) -> float:
+        """As `BackendContract._beat`."""
+        self._check()
+        clock: float = await connection.fetchval(self._beat, worker, lease, last)
+        return clock
+
+    async def alive(self, workers: Sequence[str], connection: Any) -> list[bool]:
+        """As `BackendContract._alive`."""
+        self._check()
+        alive = {row["id"] for row in await connection.fetch(self._alive, workers)}
+        return [worker in alive for worker in workers]
+
+    async def forget(self, versions: Sequence[tuple[str, Version]], connection: Any) -> None:
+        """Remove logs and notes of these versions; in order of the ids."""
+        logs = [(task_id, version.epoch) for task_id, version in versions if version.epoch is not None]
+        if logs:
+            async with connection.transaction():
+                # Waits for the flushes that are being written. Only what is ours then is removed: nobody else locks
+                # the entries, so there is nothing to wait for.
+                gone = await connection.fetch(self._forget_logs, *zip(*logs, strict=True))
+                if gone:
+                    await connection.execute(self._forget_output, *zip(*gone, strict=True))
+        runs = [(task_id, version.run) for task_id, version in versions if version.run is not None]
+        if runs:
+            await connection.execute(self._forget_runs, *zip(*runs, strict=True))
+
+
+def _unnest(*types: str) -> str:
+    """The rows of the arrays ``$1``, ``$2`` …; written so that the server keeps its plan.
+
+    A plan is made anew for each call where the server sees how short the arrays are and so believes that to be worth
+    it. It takes longer than the work.
+    """
+    return f"unnest({', '.join(f'(SELECT ${number}::{name}[])' for number, name in enumerate(types, 1))})"
+
+
+def _append_sql(names: Tables, durable: bool) -> str:
+    """Writes flushes of outputs that are open, in order of their ids, and returns the ids of those that are.
+
+    A statement of its own: it costs much less than a function that goes from one flush to the next.
+    """
+    lazily = "" if durable else "WHERE (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL"
+    until = instant_sql("lives")
+    channel = id_channel_sql(prefix_sql(names), "task_id")
+    return f"""
+        WITH flush AS MATERIALIZED (
+            SELECT * FROM {_unnest("text", "int8", "int8", "bytea", "text", "int8", "float8")}
+                AS f(id, epoch, last, data, state, keep, lives) {lazily}
+        ), held AS MATERIALIZED (
+            -- Nobody opens the output anew, or removes it, while this is going on.
+            SELECT flush.*, l.expires_at FROM flush CROSS JOIN LATERAL (
+                SELECT l.expires_at FROM {names.logs} l
+                WHERE l.task_id = flush.id AND l.epoch = flush.epoch AND l.expires_at > clock_timestamp()
+                LIMIT 1 FOR NO KEY UPDATE
+            ) l
+        ), fresh AS MATERIALIZED (
+            SELECT held.* FROM held
+            LEFT JOIN LATERAL (
+                SELECT o.seq FROM {names.output} o WHERE o.task_id = held.id AND o.epoch = held.epoch
+                ORDER BY o.task_id DESC, o.epoch DESC, o.seq DESC LIMIT 1
+            ) top ON true
+            WHERE (data <> '' OR state <> '') AND last > coalesce(top.seq, -1)
+        ), added AS (
+            INSERT INTO {names.output} (task_id, epoch, seq, data, state)
+            SELECT id, epoch, last, data, state FROM fresh
+            ON CONFLICT DO NOTHING RETURNING task_id, epoch, seq
+        ), old AS MATERIALIZED (
+            SELECT o.tableoid AS part, o.ctid AS place FROM fresh CROSS JOIN LATERAL (
+                SELECT o.tableoid, o.ctid FROM {names.output} o
+                WHERE o.task_id = fresh.id AND o.epoch = fresh.epoch AND o.seq < fresh.keep
+                ORDER BY o.task_id, o.epoch, o.seq LIMIT {CLEANUP_BATCH}
+            ) o WHERE fresh.keep > 0
+        ), trimmed AS (
+            DELETE FROM {names.output} o USING old WHERE o.ctid = old.place AND o.tableoid = old.part
+        ), longer AS (
+            INSERT INTO {names.logs} (task_id, epoch, expires_at)
+            SELECT id, epoch, {until} FROM held
+            WHERE lives IS NOT NULL AND CASE WHEN lives = 'infinity' THEN expires_at <> 'infinity'
+                ELSE expires_at NOT BETWEEN now() + lives * interval '{1 - _SLACK} second' AND {until} END
+            ON CONFLICT (task_id) DO UPDATE SET expires_at = excluded.expires_at
+        )
+        SELECT id, NULL AS sent FROM held
+        UNION ALL
+        SELECT NULL, pg_notify({channel}, 'output ' || epoch || '-' || seq || ' ' || task_id)::text FROM added"""
+
+
+def _pages_sql(names: Tables, statements: Statements) -> str:
+    """Finds what is behind the places asked for, and the end of each log, all in one snapshot."""
+    return f"""
+        SELECT wanted.place, task.final, top.epoch AS top_epoch, top.seq AS top_seq,
+               o.epoch, o.seq, o.data, o.state
+        FROM {_unnest("text", "int8", "int8", "int8")}
+            WITH ORDINALITY AS wanted(id, after_epoch, after_seq, count, place)
+        CROSS JOIN LATERAL (SELECT {statements.is_final} AS final OFFSET 0) task -- once for all entries
+        LEFT JOIN LATERAL (
+            SELECT l.epoch FROM {names.logs} l WHERE l.task_id = wanted.id AND l.expires_at > clock_timestamp() LIMIT 1
+        ) log ON true
+        LEFT JOIN LATERAL (
+            SELECT o.epoch, o.seq FROM {names.output} o WHERE o.task_id = wanted.id AND o.epoch = log.epoch
+            ORDER BY o.task_id DESC, o.epoch DESC, o.seq DESC LIMIT 1
+        ) top ON true
+        LEFT JOIN LATERAL (
+            SELECT o.epoch, o.seq, o.data, o.state FROM {names.output} o
+            -- No comparison of rows: beside the equal epoch the index would be read from the start of the log.
+            WHERE o.task_id = wanted.id AND o.epoch = log.epoch AND o.seq > CASE
+                WHEN after_epoch IS NULL THEN top.seq - 1 WHEN after_epoch = log.epoch THEN after_seq
+                WHEN after_epoch < log.epoch THEN -1 ELSE {_MAX_BIGINT} END
+            ORDER BY o.task_id, o.epoch, o.seq LIMIT wanted.count
+        ) o ON true
+        ORDER BY wanted.place, o.epoch, o.seq"""
+
+
+def _beat_sql(names: Tables) -> str:
+    """``$1`` lives for ``$2`` seconds, or ends; those whose lease is over are removed, unless ``$3`` is long ago."""
+    lease = "$2::float8 * interval '1 second'"
+    return f"""
+        WITH beating AS (
+            INSERT INTO {names.workers} AS w (id, expires_at)
+            SELECT $1::text, now() + {lease} WHERE $1::text <> '' AND $2::float8 > 0
+            ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at
+        ), ended AS (
+            DELETE FROM {names.workers} WHERE id = $1::text AND $2::float8 = 0 RETURNING id
+        ), due AS MATERIALIZED (
+            -- With the lock, for a worker may be beating just now.
+            SELECT w.id, w.expires_at + {lease} <= now() AS long_since FROM {names.workers} w
+            WHERE extract(epoch FROM now()) - $3::float8 <= $2::float8 / 2
+                AND w.expires_at <= now() AND w.id <> $1::text FOR UPDATE SKIP LOCKED
+        ), spared AS (
+            UPDATE {names.workers} SET expires_at = now() + {lease} / 2
+            WHERE id = ANY(ARRAY(SELECT id FROM due WHERE long_since))
+        ), dead AS (
+            DELETE FROM {names.workers} WHERE id = ANY(ARRAY(SELECT id FROM due WHERE NOT long_since)) RETURNING id
+        )
+        SELECT extract(epoch FROM now())::float8 FROM (
+            SELECT count(pg_notify({prefix_sql(names)} || 'workers', 'gone ' || id)::text)
+            FROM (SELECT id FROM ended UNION ALL SELECT id FROM dead) AS gone
+        ) AS told"""
+
+
+def _forget_sql(table: str, version: str, kind: str) -> str:
+    """Deletes the rows of the ids ``$1`` whose column ``version`` is as in ``$2``, locked in this order."""
+    return f"""
+        WITH found AS MATERIALIZED (
+            SELECT t.part, t.place FROM unnest($1::text[], $2::{kind}[]) AS wanted(id, version)
+            CROSS JOIN LATERAL (
+                SELECT x.tableoid AS part, x.ctid AS place, x.{version} AS version FROM {table} x
+                WHERE x.task_id = wanted.id LIMIT 1 FOR UPDATE
+            ) t WHERE t.version = wanted.version
+        )
+        DELETE FROM {table} t USING found WHERE t.ctid = found.place AND t.tableoid = found.part
+        RETURNING t.task_id, t.{version}"""
+
+
+def _cleanup_sql(table: str, entries: str | None = None) -> str:
+    """Removes the rows of ``table`` that have expired, and the ``entries`` that belong to them; a batch of them."""
+    with_entries = (
+        ""
+        if entries is None
+        else f"gone AS (DELETE FROM {entries} WHERE task_id = ANY(ARRAY(SELECT task_id FROM old))), "
+    )
+    return f"""
+        WITH old AS MATERIALIZED (
+            SELECT task_id FROM {table} WHERE expires_at <= now() LIMIT {CLEANUP_BATCH} FOR UPDATE SKIP LOCKED
+        ), {with_entries}deleted AS (
+            DELETE FROM {table} WHERE task_id = ANY(ARRAY(SELECT task_id FROM old)) RETURNING 1
+        )
+        SELECT count(*)::int AS forgotten, count(*)::int AS removed FROM deleted"""
+
+
+def _columns(flush: Flush) -> tuple[Any, ...]:
+    return (
+        flush.task_id,
+        flush.epoch,
+        flush.last,
+        flush.data,
+        flush.state,
+        flush.keep_from,
+        _seconds(flush.expires),
+    )
+
+
+def _seconds(lives: float | None) -> float | None:
+    return None if lives is None else lives or math.inf
+
+
+def _look(ask: Ask) -> tuple[str, int | None, int | None, int]:
+    if ask.after is None:
+        return ask.task_id, None, None, 1
+    # One more than may be, to see whether there are more.
+    return ask.task_id, min(ask.after.epoch, _MAX_BIGINT), min(ask.after.seq, _MAX_BIGINT), ask.limit + 1
+
+
+def _page(ask: Ask, rows: Sequence[Any]) -> Page:
+    first = rows[0]
+    entries = [Entry(row["epoch"], row["seq"], row["data"], row["state"]) for row in rows if row["epoch"] is not None]
+    more = ask.after is not None and len(entries) > ask.limit
+    top = START if first["top_epoch"] is None else Place(first["top_epoch"], first["top_seq"])
+    return Page(first["final"], tuple(entries[: ask.limit] if more else entries), more, top)
