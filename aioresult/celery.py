@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self, cast
+from uuid import uuid4
 
 from celery import Celery, maybe_signature
 from celery.exceptions import ChordError as CeleryChordError
@@ -22,11 +24,14 @@ from .backends.base import Backend
 from .chord import ReadyChord
 from .eager import EagerResult
 from .exceptions import ImproperlyConfigured, UsageError
+from .log import CLOSED, Flush
+from .output import Keep, Kept, joined
 from .registry import BACKEND_ALIASES, connect
 from .result import AsyncResult, GroupResult, ResultBase, ResultSet
+from .serialization import Codec
 from .settings import backend_options, backend_url, stand_in
 
-__all__ = ["backend_from_app", "dispatch", "result_from_celery"]
+__all__ = ["TaskOutput", "backend_from_app", "dispatch", "output", "result_from_celery", "revoke"]
 
 
 def backend_from_app(app: Celery, **options: Any) -> Backend:
@@ -120,3 +125,100 @@ def _publish(ready: ReadyChord, app: Celery) -> None:
         raise CeleryChordError(str(ready.error)) from ready.error.__cause__
     except CeleryChordError as exc:
         app.backend.chord_error_from_stack(callback, exc)
+
+
+async def revoke(
+    result: AsyncResult[Any], app: Celery, reason: str = "", *, terminate: bool = False, signal: str = "SIGTERM"
+) -> bool:
+    """As `AsyncResult.revoke`, and have Celery's workers drop the task, too.
+
+    Celery's workers do not know ours: a task that waits in their queue is dropped when its turn comes; one that they
+    run goes on, unless ``terminate`` ends the process of the pool that runs it with ``signal``. Celery's own broadcast
+    blocks, so it is sent from a thread; a worker that is not connected does not hear it.
+
+    :returns: false if the task had succeeded or failed before; then Celery's workers are not asked.
+    """
+    asked = await result.revoke(reason)
+    if asked:
+        await asyncio.to_thread(app.control.revoke, result.id, terminate=terminate, signal=signal)
+    return asked
+
+
+def output(task: Any, *, keep: Keep | None = None) -> TaskOutput:
+    """The output of a Celery task, written from within it, for readers of `AsyncResult.stream`.
+
+    ::
+
+        @app.task(bind=True)
+        def answer(self, prompt):
+            with aioresult.celery.output(self) as out:
+                for token in model(prompt):
+                    out.send(token)
+
+    It uses the Redis client of the app's own result backend, and the keys of `aioresult.backends.redis`. There is no
+    lease: if the worker is killed, its readers wait for the next attempt.
+
+    :param task: the bound task.
+    :param keep: how much of it the log keeps; see `aioresult.Backend.output`.
+    :raises ImproperlyConfigured: the app keeps its results elsewhere than in Redis.
+    """
+    backend = task.app.backend
+    if not hasattr(backend, "client") or not type(backend).__module__.startswith("celery.backends.redis"):
+        raise ImproperlyConfigured(
+            f"the output of a Celery task needs Celery's Redis result backend, and the app {task.app.main!r} has "
+            f"{type(backend).__name__}; an asyncio worker can use backend.output(task_id) with any store"
+        )
+    return TaskOutput(backend, task.request.id, keep)
+
+
+class TaskOutput:
+    """See `output`. Each `send` is one round trip: when it returns, the readers have been told."""
+
+    def __init__(self, backend: Any, task_id: str, keep: Keep | None = None) -> None:
+        from .backends.redis.sync import flush_now  # needs the driver that the app's own backend has imported
+
+        self.task_id: str = task_id
+        self._flush_now = flush_now
+        self._client = backend.client
+        self._key: str = backend.get_key_for_task(task_id).decode("utf-8", "surrogateescape")
+        self._expires = float(backend.expires or 0)
+        self._codec = Codec()
+        self._kept = Kept(keep)
+        self._writer = uuid4().hex
+        self._epoch = self._sent = 0
+        self._closed = False
+
+    def send(self, *chunks: Any) -> None:
+        """Send one chunk, or several at once; each is any value that JSON holds.
+
+        :raises EncodeError: JSON cannot hold it.
+        :raises OutputSuperseded: another attempt of the task writes the output: stop this one.
+        :raises Exception: what redis-py raises. The chunks may have been stored then.
+        """
+        if self._closed:
+            raise UsageError(f"the output of task {self.task_id} was closed")
+        data = [self._codec.dumps_chunk(chunk, f"a chunk of the output of task {self.task_id}") for chunk in chunks]
+        if data:
+            last = self._sent + len(data)
+            keep_from = self._kept.note(last, len(data), sum(map(len, data)))
+            self._flush(last, joined(data), "", keep_from)
+            self._sent = last
+
+    def close(self) -> None:
+        """End the output: its readers stop. May be called twice."""
+        if not self._closed:
+            self._flush(self._sent + 1, b"", CLOSED, 0)
+            self._closed = True
+
+    def _flush(self, last: int, data: bytes, state: str, keep_from: int) -> None:
+        flush = Flush(self.task_id, self._writer, self._epoch, last, data, state, keep_from, self._expires)
+        self._epoch = self._flush_now(self._client, self._key, flush)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if exc is None:
+            self.close()  # else the task's end will end it, or its next attempt writes it anew

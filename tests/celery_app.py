@@ -102,6 +102,24 @@ def gated(self: Any, gate: str, progress: Any = None) -> str:
     return _pass(self, gate)
 
 
+@task("talk", bind=True)
+def talk(self: Any, words: list[str], gate: str) -> int:
+    """Says the words, with a pause at the gate before the last; ``"fail"`` and ``"retry"`` from there do that."""
+    from aioresult.celery import output
+
+    with output(self) as out, redis.Redis.from_url(self.app.conf.broker_url) as client:
+        for word in words[:-1]:
+            out.send(word)
+        self.update_state(state="PROGRESS", meta={"words": len(words) - 1})
+        said = client.blpop([gate], timeout=30)
+        if said and said[1] == b"retry":
+            raise self.retry(countdown=0)
+        if said and said[1] == b"fail":
+            raise CardDeclined("in the middle")
+        out.send(words[-1])
+    return len(words)
+
+
 @task("flaky", bind=True)
 def flaky(self: Any, gate: str) -> str:
     """Fail at first, then as `gated`."""

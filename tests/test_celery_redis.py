@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import celery.exceptions
 import pytest
 import redis
 import redis.asyncio
@@ -24,7 +25,7 @@ from celery.result import GroupResult as CeleryGroupResult
 
 import aioresult
 from aioresult import AsyncResult, Backend, EagerResult, states
-from aioresult.celery import backend_from_app, result_from_celery
+from aioresult.celery import TaskOutput, backend_from_app, output, result_from_celery, revoke
 from aioresult.serialization import Codec
 
 from .celery_app import make_app
@@ -339,3 +340,113 @@ def test_tls_is_not_switched_on_by_empty_settings() -> None:
 def test_an_app_whose_results_cannot_be_had(url: str | None, conf: Mapping[str, Any], message: str) -> None:
     with pytest.raises(aioresult.ImproperlyConfigured, match=message):
         backend_from_app(make_app(None, url, **conf))
+
+
+# -- running tasks ---------------------------------------------------------------------------------------------------
+
+
+async def told(result: AsyncResult[Any], **options: Any) -> list[Any]:
+    async with asyncio.timeout(GUARD):
+        return [chunk async for chunk in result.stream(**options)]
+
+
+def let_go_on(meta: aioresult.TaskMeta, worker: Worker, gate: str) -> bool:
+    """Open the gate once the progress is seen; whether it is that."""
+    if meta.status == "PROGRESS":
+        worker.open(gate, "go on")
+    return meta.status == "PROGRESS"
+
+
+async def test_a_celery_task_is_followed_as_it_runs(worker: Worker, backend: Backend) -> None:
+    """And Celery's own waiter beside it does not notice."""
+    gate = str(uuid4())
+    theirs = await asyncio.to_thread(worker.call, "talk", ["to", "be", "or not"], gate)
+    result = backend.result(theirs.id)
+    waiting = asyncio.create_task(asyncio.to_thread(theirs.get, timeout=GUARD))
+    async with asyncio.timeout(GUARD), result.stream() as stream, result.updates() as updates:
+        assert [await anext(stream), await anext(stream)] == ["to", "be"]
+        progress = [meta.result async for meta in updates if let_go_on(meta, worker, gate)]
+        assert progress == [{"words": 2}]
+        assert [chunk async for chunk in stream] == ["or not"]
+        assert await result == await waiting == 3
+    assert await told(result) == ["to", "be", "or not"]
+    page = await result.read_output()
+    assert page.ended
+    assert await told(result, after=page.cursor) == []
+
+
+async def test_a_celery_task_that_fails_in_the_middle(worker: Worker, backend: Backend) -> None:
+    gate = str(uuid4())
+    theirs = await asyncio.to_thread(worker.call, "talk", ["to", "be"], gate)
+    worker.open(gate, "fail")
+    async with asyncio.timeout(GUARD), backend.result(theirs.id).stream() as stream:
+        assert await anext(stream) == "to"
+        with pytest.raises(Exception, match="in the middle"):
+            await anext(stream)
+
+
+async def test_a_celery_task_that_is_retried_writes_its_output_anew(worker: Worker, backend: Backend) -> None:
+    gate = str(uuid4())
+    theirs = await asyncio.to_thread(worker.call, "talk", ["to", "be"], gate)
+    async with asyncio.timeout(GUARD), backend.result(theirs.id).stream() as stream:
+        assert await anext(stream) == "to"
+        worker.open(gate, "retry")
+        with pytest.raises(aioresult.OutputRestarted) as restarted:
+            await anext(stream)
+        worker.open(gate, "go on")
+    assert await told(backend.result(theirs.id), after=restarted.value.cursor) == ["to", "be"]
+
+
+async def test_a_revoke_reaches_celerys_workers(worker: Worker, backend: Backend) -> None:
+    """The task waits in the queue: the worker drops it, and for its waiters it is over at once."""
+    signature = worker.signature("echo", "never").set(countdown=3600)
+    theirs = await asyncio.to_thread(signature.delay)
+    result = backend.result(theirs.id)
+    assert await revoke(result, worker.app, "not needed")
+    with pytest.raises(aioresult.TaskRevokedError, match="not needed"):
+        await result
+    with pytest.raises(celery.exceptions.TaskRevokedError):
+        await asyncio.to_thread(theirs.get, timeout=GUARD)
+
+    async def dropped() -> bool:
+        revoked = await asyncio.to_thread(worker.app.control.inspect(timeout=1).revoked)
+        return any(theirs.id in ids for ids in (revoked or {}).values())
+
+    await until(dropped)
+    assert not await revoke(await finished(worker, backend), worker.app)
+
+
+async def finished(worker: Worker, backend: Backend) -> AsyncResult[Any]:
+    result = backend.result((await asyncio.to_thread(worker.call, "echo", 1)).id)
+    await result
+    return result
+
+
+def test_the_output_of_a_celery_task_needs_redis() -> None:
+    with app_with("cache+memory://") as app, pytest.raises(aioresult.ImproperlyConfigured, match="Redis"):
+        output(app.tasks["talk"])
+
+
+def test_a_blocking_producer_repeats_and_is_superseded(shared_redis_url: str) -> None:
+    with app_with(shared_redis_url) as app:
+        task_id = str(uuid4())
+        out = TaskOutput(app.backend, task_id, aioresult.Keep(chunks=2))
+        with pytest.raises(aioresult.EncodeError):
+            out.send(object())
+        out.send("a", "b")
+        out._sent = 0  # as after a reply that was lost
+        out.send("a", "b")
+        out.send()
+        out.send("c")
+        newer = TaskOutput(app.backend, task_id)
+        newer.send("z")
+        with pytest.raises(aioresult.OutputSuperseded):
+            out.send("d")
+        newer.close()
+        newer.close()
+        with pytest.raises(aioresult.UsageError, match="closed"):
+            newer.send("y")
+        app.backend.client.set("celery-task-meta-x.out", "no log")
+        app.backend.client.set("{celery-task-meta-x}.out", "no log")
+        with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+            TaskOutput(app.backend, "x").send(1)
