@@ -16,6 +16,7 @@ import redis.asyncio
 from .harness import Harness, MemoryHarness, RedisHarness
 from .postgres_harness import PostgresHarness
 from .servers import PostgresServer, RedisServer, postgres_server, redis_server
+from .sites import PostgresSite, RedisSite
 
 BACKENDS = ["memory", "redis", "postgres"]
 
@@ -110,6 +111,27 @@ async def _empty(url: str) -> None:
         await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     finally:
         await connection.close()
+
+
+@pytest.fixture(scope="module")
+def redis_site() -> Iterator[RedisSite]:
+    """A Redis for the faults of one module; each test leaves it running."""
+    site = RedisSite()
+    try:
+        site.server.start()
+        yield site
+    finally:
+        site.server.remove()
+
+
+@pytest.fixture(scope="module")
+def postgres_site() -> Iterator[PostgresSite]:
+    site = PostgresSite()
+    try:
+        site.server.start()
+        yield site
+    finally:
+        site.server.remove()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -98,6 +98,28 @@ def cut_anywhere(chance: random.Random, at_most: int = 20_000) -> Behaviour:
     return behave
 
 
+def die_after(proxy: FaultProxy, count: int, sent: list[int], died: Callable[[], object]) -> Behaviour:
+    """What a killed process looks like: the server gets ``count`` bytes of all that it sends, and its connections end.
+
+    The lengths of what was to be sent are noted in ``sent``; ``died`` is called at the end.
+    """
+
+    async def behave(wire: Wire, data: bytes, to_server: bool) -> AsyncIterator[bytes]:
+        if not to_server:
+            yield data
+            return
+        left = count - sum(sent)
+        sent.append(len(data))
+        yield data[: max(left, 0)]
+        if left <= len(data):
+            proxy.refuse()
+            proxy.cut()
+            died()
+            raise ConnectionAbortedError
+
+    return behave
+
+
 def trickle(chance: random.Random, singles: int = 300) -> Behaviour:
     """Up to ``singles`` bytes of every piece, from a random place on, go one at a time."""
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -84,6 +89,12 @@ class RedisSite(Site):
     def stop(self, how: str) -> None:
         self.server.stop()
 
+    def forget(self) -> None:
+        """Start it anew, without its data."""
+        self.server.stop()
+        shutil.rmtree(self.server.folder / "appendonlydir")
+        self.server.start()
+
     async def empty(self) -> None:
         async with self.client() as client:
             await client.flushall()
@@ -98,7 +109,8 @@ class RedisSite(Site):
 
     async def without_expiry(self) -> int:
         async with self.client() as client:
-            return sum([await client.ttl(key) == -1 async for key in client.scan_iter(count=1000)])
+            keys = [key async for key in client.scan_iter(count=1000) if key != b"aioresult-workers"]
+            return sum([await client.ttl(key) == -1 for key in keys])
 
     async def kill(self, which: str) -> None:
         async with self.client() as client:
@@ -188,3 +200,50 @@ async def eventually(condition: Callable[[], Any], seconds: float = 100.0) -> No
                 if await condition():
                     return
             await asyncio.sleep(0.02)
+
+
+# -- what is to be as it was --------------------------------------------------------------------------------------
+
+
+def objects() -> Counter[str]:
+    """The instances of this library's classes that are alive."""
+    gc.collect()
+    mine = (type(each) for each in gc.get_objects() if not isinstance(each, type))
+    return Counter(cls.__qualname__ for cls in mine if cls.__module__.startswith("aioresult"))
+
+
+async def no_subscription(site: Site, web: Backend) -> None:
+    await eventually(lambda: equal(site.subscriptions(web), 0))
+
+
+async def no_more_connections(site: Site, than: int) -> None:
+    await eventually(lambda: at_most(site.connections(), than))
+
+
+async def equal(left: Awaitable[int], right: int) -> bool:
+    return await left == right
+
+
+async def at_most(left: Awaitable[int], right: int) -> bool:
+    return await left <= right
+
+
+async def certain(number: int) -> int:
+    """A number that need not be asked for."""
+    return number
+
+
+@asynccontextmanager
+async def child(module: str, *args: str, strict: bool = True) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that runs ``module``, and is gone at the end, whatever comes of the test."""
+    command = [sys.executable, *(("-X", "dev", "-W", "error") if strict else ()), "-m", module, *args]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=Path(__file__).parent.parent
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()

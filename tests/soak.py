@@ -1,10 +1,12 @@
-"""Three processes store, wait, cancel, forget and die at random, through a network and a server that fail at random.
+"""Three processes store, run, wait, read, cancel, revoke, forget and die at random, while network and server fail.
 
 ``python -m tests.soak --minutes 60 [--seconds 10] [--backend redis|postgres] [--seed 1]`` prints a table, and ends with
 an exit code other than 0 if anything that docs/guarantees.md promises did not hold:
 
 - every result that was reported as stored is there, with its value, until it is forgotten or expires
 - every waiter got the value, however often it was cancelled or its process killed and started again
+- every reader of an output got each chunk once and in order, however often it left, its worker died, or it was killed
+- every task that was revoked, and none other, is REVOKED, unless it had ended before
 - nothing is kept without an expiry; no subscription and no connection outlives the processes
 - the memory of the process that was never killed is flat once it has warmed up
 """
@@ -20,24 +22,36 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 import aioresult
-from aioresult import Backend, BackendConnectionError
+from aioresult import (
+    Backend,
+    BackendConnectionError,
+    OutputGap,
+    OutputRestarted,
+    OutputSuperseded,
+    TaskRevokedError,
+    WorkerLostError,
+)
 
 from .fault_proxy import Behaviour, FaultProxy, cut_anywhere, late_subscriptions, trickle
 from .sites import PostgresSite, RedisSite, Site, eventually
 
 SITES: dict[str, type[Site]] = {"redis": RedisSite, "postgres": PostgresSite}
+#: Those that have running tasks.
+RUNNING = ("redis", "postgres")
 PROCESSES = 3
 #: How many ids are under way at once.
 UNDER_WAY = 300
 EXPIRES = 7200.0
+LEASE = 2.0
 #: Of runs shorter than so many seconds the memory is reported, and not judged.
 WARMED_UP = 120.0
 MEGABYTE = 2**20
@@ -52,12 +66,33 @@ def hash_of(task_id: str) -> int:
     return sum(ord(character) * 31**index for index, character in enumerate(task_id[-6:]))
 
 
+def chunks_of(task_id: str) -> list[Any]:
+    """What a task sends when it runs; few send much."""
+    return [[number, "x" * (number % 50)] for number in range(hash_of(task_id) % (500 if hash_of(task_id) % 20 else 3))]
+
+
+def is_revoked(task_id: str) -> bool:
+    """Whether somebody revokes the task, at some time."""
+    return task_id.startswith("run") and hash_of(task_id) % 3 == 0
+
+
+async def persistently(call: Callable[[], Awaitable[None]]) -> None:
+    """Until it has been done, should the server be away for longer than ``retry_for``."""
+    while True:
+        with contextlib.suppress(BackendConnectionError):
+            await call()
+            return
+        await asyncio.sleep(0)
+
+
 # -- a process: does what it is told on stdin, and says on stdout when it is done ------------------------------------
 
 
 class Worker:
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, may_lose: bool) -> None:
         self._backend = backend
+        #: Whether a server that crashes may lose what it has confirmed of an output.
+        self._may_lose = may_lose
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -72,7 +107,15 @@ class Worker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _do(self, what: str, task_id: str) -> None:
-        call = {"store": self._store, "wait": self._wait, "forget": self._forget}[what]
+        call = {
+            "store": self._store,
+            "wait": self._wait,
+            "forget": self._forget,
+            "run": self._run,
+            "read": self._read,
+            "follow": self._follow,
+            "revoke": self._revoke,
+        }[what]
         while True:
             try:
                 await call(task_id)
@@ -103,15 +146,71 @@ class Worker:
                 assert value == value_of(task_id), f"a wrong value: {value!r}"
                 return
 
+    async def _run(self, task_id: str) -> None:
+        async def body() -> list[Any]:
+            task = aioresult.current_task()
+            assert task is not None
+            for chunk in chunks_of(task_id):
+                await persistently(partial(task.output.send, chunk))
+                task.progress(chunk[0])
+                await asyncio.sleep(random.choice([0, 0, 0, 0.01]))
+            await persistently(task.output.flush)
+            return value_of(task_id)
+
+        try:
+            # Its process may have been killed between the end of the task and its last word.
+            await self._backend.run(task_id, body, if_done="skip")
+        except TaskRevokedError:
+            assert is_revoked(task_id), "it was revoked by nobody"
+        except OutputSuperseded:
+            await self._run(task_id)  # by the last words of a process that was killed
+
+    async def _read(self, task_id: str) -> None:
+        chunks: list[Any] = []
+        expected, cursor = chunks_of(task_id), None
+        while True:
+            stream = self._backend.result(task_id).stream(cursor)
+            try:
+                async with asyncio.timeout(random.choice([0.01, 0.1, 1.0, 60.0])), stream:
+                    async for chunk in stream:
+                        chunks.append(chunk)  # noqa: PERF401 - it may be cancelled in the middle
+                assert chunks == expected, f"{len(chunks)} of {len(expected)} chunks, the last are {chunks[-3:]}"
+                return
+            except (TimeoutError, WorkerLostError):
+                cursor = stream.cursor
+            except OutputRestarted as restarted:
+                chunks, cursor = [], restarted.cursor
+            except OutputGap as gap:
+                if not self._may_lose:
+                    raise
+                chunks, cursor = expected[: len(chunks) + gap.missed], gap.cursor
+            except TaskRevokedError:
+                assert is_revoked(task_id), "it was revoked by nobody"
+                assert chunks == expected[: len(chunks)], f"the last of {len(chunks)} chunks are {chunks[-3:]}"
+                return
+
+    async def _follow(self, task_id: str) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError, WorkerLostError):
+                async with asyncio.timeout(random.choice([0.01, 0.1, 1.0, 60.0])):
+                    metas = [meta async for meta in self._backend.result(task_id).updates()]
+                assert [meta.ready for meta in metas] == [False] * (len(metas) - 1) + [True]
+                assert metas[-1].result == value_of(task_id) or is_revoked(task_id), f"a wrong end: {metas[-1]!r}"
+                return
+
+    async def _revoke(self, task_id: str) -> None:
+        await asyncio.sleep(random.uniform(0, 1))
+        await self._backend.result(task_id).revoke("soak")
+
 
 async def work(url: str, listen: str) -> None:
-    options: dict[str, Any] = {"heartbeat": 0.3, "expires": EXPIRES, "retry_for": 5.0}
+    options: dict[str, Any] = {"heartbeat": 0.3, "expires": EXPIRES, "retry_for": 5.0, "lease": LEASE}
     if listen:
         options["listen_dsn"] = listen
     while True:
         with contextlib.suppress(BackendConnectionError):  # until it can be reached
             async with aioresult.connect(url, **options) as backend:
-                await Worker(backend).run()
+                await Worker(backend, may_lose=bool(listen)).run()
                 return
 
 
@@ -282,15 +381,22 @@ class Soak:
                 self._kept.add(task_id)
         self._progress.set()
 
+    def _next(self, number: int) -> tuple[str, list[str]]:
+        """An id, and what is to be done with it."""
+        others = self._chance.randrange(1, 4)
+        if self._site.name not in RUNNING or self._chance.random() < 0.5:
+            return f"id-{number}", ["store", *["wait"] * others]
+        task_id = f"run-{number}"
+        return task_id, ["run", *["read"] * others, "follow", *["revoke"] * is_revoked(task_id)]
+
     async def _feed(self) -> None:
         number = 0
         while True:
             while len(self._left) < UNDER_WAY:
                 number += 1
-                task_id = f"id-{number}"
-                waiters = self._chance.randrange(1, 4)
-                self._left[task_id] = 1 + waiters
-                for what in self._chance.sample(["store", *["wait"] * waiters], 1 + waiters):
+                task_id, things = self._next(number)
+                self._left[task_id] = len(things)
+                for what in self._chance.sample(things, len(things)):
                     # No process can be told the same thing twice.
                     free = [index for index in range(PROCESSES) if (what, task_id) not in self._told[index]]
                     self._tell(what, task_id, self._chance.choice(free))
@@ -367,7 +473,9 @@ class Soak:
         report = self.report
         async with self._site.backend() as reader:
             for meta in await reader.get_many(sorted(self._kept)):
-                if meta.result != value_of(meta.task_id):
+                if meta.result != value_of(meta.task_id) and not (
+                    meta.status == "REVOKED" and is_revoked(meta.task_id)
+                ):
                     report.violations.append(f"{meta.task_id} was stored, and is {meta!r}")
             there = [meta.task_id for meta in await reader.get_many(self._forgotten) if meta.ready]
             if len(there) > 5:  # a store on a connection that was given up may be carried out late; see guarantees.md

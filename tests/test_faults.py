@@ -12,14 +12,11 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import gc
 import logging
 import os
 import random
 import re
 import signal
-import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +36,19 @@ from aioresult.retry import Backoff
 
 from .fault_child import value_of
 from .fault_proxy import FaultProxy, Wire, cut_anywhere, eat_messages, late_subscriptions, trickle
-from .sites import PostgresSite, RedisSite, Site, eventually
+from .sites import (
+    PostgresSite,
+    RedisSite,
+    Site,
+    at_most,
+    certain,
+    child,
+    equal,
+    eventually,
+    no_more_connections,
+    no_subscription,
+    objects,
+)
 
 THOROUGH = os.environ.get("AIORESULT_TEST_THOROUGH") == "1"
 #: A guard against hanging, far above what docs/guarantees.md promises with the heartbeat used here.
@@ -49,26 +58,6 @@ WAITERS = 1000
 
 def seconds(here: float, thorough: float) -> float:
     return thorough if THOROUGH else here
-
-
-@pytest.fixture(scope="module")
-def redis_site() -> Iterator[RedisSite]:
-    site = RedisSite()
-    try:
-        site.server.start()
-        yield site
-    finally:
-        site.server.remove()
-
-
-@pytest.fixture(scope="module")
-def postgres_site() -> Iterator[PostgresSite]:
-    site = PostgresSite()
-    try:
-        site.server.start()
-        yield site
-    finally:
-        site.server.remove()
 
 
 @pytest.fixture(params=["redis", "postgres"])
@@ -147,13 +136,6 @@ class Load:
             await asyncio.sleep(0.002)
 
 
-def objects() -> Counter[str]:
-    """The instances of this library's classes that are alive."""
-    gc.collect()
-    mine = (type(each) for each in gc.get_objects() if not isinstance(each, type))
-    return Counter(cls.__qualname__ for cls in mine if cls.__module__.startswith("aioresult"))
-
-
 async def subscribed(web: Backend, count: int) -> None:
     """Return once so many are, and the hub has nothing left to do."""
     hub = web._hub
@@ -163,14 +145,6 @@ async def subscribed(web: Backend, count: int) -> None:
         return idle and sum(topic.subscribed for topic in hub._topics.values()) == count
 
     await eventually(all_live)
-
-
-async def no_subscription(site: Site, web: Backend) -> None:
-    await eventually(lambda: _equal(site.subscriptions(web), 0))
-
-
-async def no_more_connections(site: Site, than: int) -> None:
-    await eventually(lambda: _at_most(site.connections(), than))
 
 
 async def _mostly_subscribed(web: Backend) -> bool:
@@ -231,14 +205,6 @@ async def live_through(load: Load, fault: Fault) -> dict[str, Any]:
     return dict(zip(load.waiting, outcomes, strict=True))
 
 
-async def _equal(left: Awaitable[int], right: int) -> bool:
-    return await left == right
-
-
-async def _at_most(left: Awaitable[int], right: int) -> bool:
-    return await left <= right
-
-
 # -- 1: connections killed ------------------------------------------------------------------------------------------
 
 
@@ -291,13 +257,9 @@ async def test_a_black_hole(site: Site) -> None:
     async def swallow(load: Load) -> None:
         swallowed = load.proxy.accepted
         load.proxy.swallow()
-        await eventually(lambda: _at_most(_value(swallowed + 2), load.proxy.accepted))
+        await eventually(lambda: at_most(certain(swallowed + 2), load.proxy.accepted))
 
     await survive(site, swallow)
-
-
-async def _value(number: int) -> int:
-    return number
 
 
 # -- 4: a bad network -----------------------------------------------------------------------------------------------
@@ -307,7 +269,7 @@ async def test_connections_cut_in_the_middle_of_anything(site: Site) -> None:
     async def cut(load: Load) -> None:
         load.proxy.behaviour = cut_anywhere(load.chance)
         await asyncio.sleep(seconds(1, 20))
-        await eventually(lambda: _at_most(_value(3), load.proxy.cuts))
+        await eventually(lambda: at_most(certain(3), load.proxy.cuts))
 
     await survive(site, cut)
 
@@ -605,7 +567,7 @@ async def test_closing_while_ten_thousand_wait(site: Site, moment: str) -> None:
                 proxy.refuse()
                 proxy.cut()
                 accepted = proxy.accepted
-                await eventually(lambda: _at_most(_value(accepted + 2), proxy.accepted))
+                await eventually(lambda: at_most(certain(accepted + 2), proxy.accepted))
             elif moment == "while the server is frozen":
                 site.server.freeze()
             storing = [asyncio.create_task(web.mark_as_done(f"s{number}", number)) for number in range(100)]
@@ -624,23 +586,9 @@ async def test_closing_while_ten_thousand_wait(site: Site, moment: str) -> None:
     assert objects() <= instances
 
 
-@contextlib.asynccontextmanager
-async def child(what: str, url: str, prefix: str, count: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`tests.fault_child`, which is gone at the end, whatever comes of the test."""
-    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.fault_child", what, url, prefix, str(count)]
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, cwd=Path(__file__).parent.parent)
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
-
-
 async def test_ctrl_c_ends_a_process_in_which_a_thousand_wait_without_a_fuss(site: Site) -> None:
     connections = await site.connections()
-    async with child("wait", site.url(), "t", WAITERS) as process, asyncio.timeout(BOUND):
+    async with child("tests.fault_child", "wait", site.url(), "t", str(WAITERS)) as process, asyncio.timeout(BOUND):
         assert process.stdout is not None
         assert await process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
@@ -665,7 +613,7 @@ async def test_a_killed_process_has_stored_all_or_nothing_of_each_result(site: S
             waiting = {task_id: asyncio.create_task(web.wait_for(task_id)) for task_id in ids}
             await subscribed(web, count)
             connections = await site.connections()
-            async with child("store", site.url(), f"{attempt}-", count) as process:
+            async with child("tests.fault_child", "store", site.url(), f"{attempt}-", str(count)) as process:
                 assert process.stdout is not None
                 reported = [int(await process.stdout.readline()) for _ in range(chance.randrange(1, count // 4))]
                 process.kill()
@@ -697,7 +645,7 @@ async def test_lost_messages_are_made_up_for_by_a_recheck(site: Site) -> None:
 
     async def eat(load: Load) -> None:
         load.proxy.behaviour = eat_messages(site.frame, eaten)
-        await eventually(lambda: _at_most(_value(200), len(eaten)))
+        await eventually(lambda: at_most(certain(200), len(eaten)))
         stored = list(load.acknowledged)
         async with asyncio.timeout(BOUND):
             await asyncio.wait([load.waiting[task_id] for task_id in stored])
@@ -714,7 +662,7 @@ async def test_without_a_recheck_a_lost_message_is_made_up_for_by_the_next_recon
             await subscribed(web, 1)
             proxy.behaviour = eat_messages(site.frame, eaten)
             await worker.mark_as_done("t", 1)
-            await eventually(lambda: _equal(_value(len(eaten)), 1))
+            await eventually(lambda: equal(certain(len(eaten)), 1))
             await web.get_task_meta("t")
             assert not waiting.done()
             proxy.behaviour = None
