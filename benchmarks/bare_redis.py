@@ -9,21 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import hiredis
 
 from .subject import Subject, chunks
 
-__all__ = ["BareRedis"]
+__all__ = ["BareRedis", "Commands", "connected", "pack"]
+
+C = TypeVar("C", bound="Commands")
 
 _KEY = "celery-task-meta-"
 _NOTHING = object()
 
 
-class _Commands(asyncio.Protocol):
+class Commands(asyncio.Protocol):
     """Replies settle the futures in the order of the commands."""
 
     def __init__(self) -> None:
@@ -50,7 +52,7 @@ class _Commands(asyncio.Protocol):
         future = self._loop.create_future()
         self._replies.extend([None] * (len(commands) - 1))
         self._replies.append(future)
-        self.write(b"".join(map(_pack, commands)))
+        self.write(b"".join(map(pack, commands)))
         return future
 
     def write(self, data: bytes) -> None:
@@ -62,8 +64,12 @@ class _Commands(asyncio.Protocol):
         self._transport.write(b"".join(self._out))
         self._out.clear()
 
+    def close(self) -> None:
+        """Close the socket."""
+        self._transport.close()
 
-class _Messages(_Commands):
+
+class _Messages(Commands):
     """Messages settle the futures of their channels."""
 
     def __init__(self) -> None:
@@ -75,20 +81,24 @@ class _Messages(_Commands):
             self.waiting.pop(reply[1]).set_result(_value(reply[2]))
 
 
+async def connected(url: str, kind: Callable[[], C]) -> C:
+    """A connection to the server at ``url``."""
+    address = urlsplit(url)
+    loop = asyncio.get_running_loop()
+    return (await loop.create_connection(kind, address.hostname or "", address.port or 0))[1]
+
+
 class BareRedis(Subject):
     """One connection for commands, one for messages."""
 
     async def open(self) -> None:
-        address = urlsplit(self.url)
-        host, port = address.hostname or "", address.port or 0
-        loop = asyncio.get_running_loop()
-        _, self._commands = await loop.create_connection(_Commands, host, port)
-        _, self._messages = await loop.create_connection(_Messages, host, port)
+        self._commands = await connected(self.url, Commands)
+        self._messages = await connected(self.url, _Messages)
         self._to_subscribe: list[bytes] = []
 
     async def close(self) -> None:
         for connection in (self._commands, self._messages):
-            connection._transport.close()
+            connection.close()
 
     async def store(self, task_id: str, value: Any) -> None:
         key, payload = _KEY + task_id, _payload(task_id, value)
@@ -106,7 +116,7 @@ class BareRedis(Subject):
     def _subscribe(self) -> None:
         channels, self._to_subscribe = self._to_subscribe, []
         for chunk in chunks(channels):
-            self._messages.write(_pack(("SUBSCRIBE", *chunk)))
+            self._messages.write(pack(("SUBSCRIBE", *chunk)))
 
     async def join(self, task_ids: Sequence[str]) -> Sequence[Any]:
         return [value async for value in self.as_completed(task_ids)]
@@ -136,7 +146,7 @@ class BareRedis(Subject):
         )
 
 
-_pack: Any = hiredis.pack_command
+pack: Any = hiredis.pack_command
 _encoded: dict[Any, bytes] = {}
 
 

@@ -44,7 +44,7 @@ def use(channels: int) -> None:
         digest = hashlib.sha256(task_id.encode()).hexdigest()[:DIGITS]
         return self._channel_prefix + (str(int(digest[:8], 16) % channels) if channels else digest)
 
-    schema._channel = in_sql
+    schema.id_channel_sql = in_sql
     PostgresBackend._channel = in_python  # type: ignore[method-assign, assignment]
 
 

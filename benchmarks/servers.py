@@ -29,6 +29,22 @@ class Server:
         """``connections``, ``commands`` and, apart from these, ``heartbeats``, without those of this object."""
         return {"connections": 1, "commands": 0, "heartbeats": 0}
 
+    def cpu(self) -> float:
+        """Seconds of CPU that it has used."""
+        return 0.0
+
+    def steps(self) -> int:
+        """Commands that store or note something, so far, without what they do inside the server."""
+        return self.counters()["commands"]
+
+    def traffic(self) -> tuple[int, int]:
+        """Commands so far, and bytes so far in both directions."""
+        return self.counters()["commands"], 0
+
+    def held(self, group_id: str) -> int:
+        """Bytes of memory for the counts of a group."""
+        return 0
+
 
 class _Redis(Server):
     _NOT_COUNTED = frozenset({"info", "client|setinfo", "hello", "flushall"})
@@ -54,6 +70,23 @@ class _Redis(Server):
         heartbeats = calls.pop("ping", 0)
         connections = self._info("clients")["connected_clients"] - 1
         return {"connections": connections, "commands": sum(calls.values()), "heartbeats": heartbeats}
+
+    def steps(self) -> int:
+        return int(self._info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+    def cpu(self) -> float:
+        used = self._info("cpu")
+        return float(used["used_cpu_sys_main_thread"] + used["used_cpu_user_main_thread"])
+
+    def traffic(self) -> tuple[int, int]:
+        stats = self._info("stats")
+        in_both = stats["total_net_input_bytes"] + stats["total_net_output_bytes"]
+        return self.counters()["commands"], in_both
+
+    def held(self, group_id: str) -> int:
+        client: Any = self._client
+        keys = [key for key in client.keys(f"*{group_id}*") if not key.endswith(group_id.encode())]
+        return sum(client.memory_usage(key) for key in keys)
 
 
 class _Postgres(Server):
@@ -83,14 +116,14 @@ class _Postgres(Server):
 
 
 @contextmanager
-def start(backend: str) -> Iterator[Server]:
-    """``memory``, ``redis`` or ``postgres``, for as long as the block runs."""
+def start(backend: str, durable: bool = False) -> Iterator[Server]:
+    """``memory``, ``redis`` or ``postgres``, for as long as the block runs. PostgreSQL with fsync if ``durable``."""
     if backend == "redis":
         # More clients than peers with a connection per waiter need; no limit that would cut a subscriber off.
         with redis_server("--maxclients", "20000") as server:
             yield _Redis(server.url)
     elif backend == "postgres":
-        with postgres_server(False, "shared_preload_libraries=pg_stat_statements", "max_connections=200") as database:
+        with postgres_server(durable, "shared_preload_libraries=pg_stat_statements", "max_connections=200") as database:
             yield _Postgres(database.url)
     else:
         yield Server()
