@@ -178,7 +178,7 @@ class Liveness:
     def receive(self, topic: str, outcome: Outcome) -> None:
         """News of the workers (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
-            self._listens = False  # whoever comes from now on listens anew
+            self._listens = False  # the next watcher has the hub tell of them anew
             for task_id in tuple(self._watched):
                 self._tell(task_id, outcome)
             return

@@ -161,7 +161,7 @@ class _Counter:
 
 
 async def _patiently(read: Callable[[str], Awaitable[T]], group_id: str) -> T:
-    """``read(group_id)``. An outage is waited out, as by everybody who waits for a result."""
+    """``read(group_id)``. An outage is waited out, as every wait for a result does."""
     backoff = Backoff()
     while True:
         try:

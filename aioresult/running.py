@@ -129,7 +129,7 @@ class Runs:
     def receive(self, topic: str, outcome: Outcome) -> None:
         """A run is to be stopped (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
-            # The hub gave up on everybody, or was closed. A run that goes on is to hear all the same.
+            # The hub gave up on all its waiters, or was closed. A run that goes on is to hear all the same.
             self._topic = ""
             if not isinstance(outcome, BackendClosedError):
                 self._listen_soon()
@@ -375,7 +375,7 @@ class Running:
         finally:
             self._runs.discard(self._run)
         if raised is not None and exc is not None and not ours and not isinstance(exc, Exception):
-            # Whoever cancelled it, or ends the process, is not to be held up by anything.
+            # Nothing is to hold up the cancellation, or the end of the process.
             if not isinstance(raised, TaskRevokedError):
                 logger.warning("the end of task %s was not stored: %s", self.task_id, raised)
             raised = None

@@ -140,7 +140,7 @@ class _Tail:
     def receive(self, topic: str, outcome: Outcome) -> None:
         """News of the output or of the result (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
-            self._listens = False  # what follows is for those that come then
+            self._listens = False  # the next reader has the hub tell of both anew
         if topic != self._topic:
             if isinstance(outcome, Exception) or outcome.ready:
                 self._final = outcome
@@ -361,7 +361,7 @@ class OutputStream(Following[T], Generic[T]):
         return not self._closed
 
     async def _look(self, patient: bool) -> None:
-        """Read a page of the log. An outage is waited out, as by everybody who waits for a result, if ``patient``."""
+        """Read a page of the log. If ``patient``, an outage is waited out, as every wait for a result does."""
         backoff = Backoff()
         while True:
             after = self._reading.ask()

@@ -101,7 +101,7 @@ class Updates(Following[TaskMeta]):
         return meta
 
     async def _present(self) -> TaskMeta:
-        """What is stored now. An outage is waited out, as by everybody who waits for a result."""
+        """What is stored now. An outage is waited out, as every wait for a result does."""
         self._store.check()
         backoff = Backoff()
         while True:

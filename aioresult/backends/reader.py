@@ -20,7 +20,7 @@ __all__ = ["ReaderSide"]
 
 
 class ReaderSide(WorkerSide):
-    """What those call that wait for results; see `aioresult.backends.base.Backend`."""
+    """What callers use that wait for results; see `aioresult.backends.base.Backend`."""
 
     async def get_task_meta(self, task_id: str | UUID) -> TaskMeta:
         """What is stored of ``task_id`` now; an unknown id reads as PENDING, as in Celery.
