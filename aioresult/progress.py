@@ -9,21 +9,19 @@ on, and where nothing is counted, each member is waited for (`Completions`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from .completion import Completions, L
-from .exceptions import BackendConnectionError
 from .handle import ResultStore, is_over, look_up
 from .lineage import Lineage
-from .retry import Backoff
+from .retry import patiently
 from .seconds import Seconds, checked_seconds
 from .tasks import twin
 from .waiter import Outcome
 
 __all__ = ["GROUP_TOPIC", "GroupCounts", "GroupProgress", "progress_of"]
-
-T = TypeVar("T")
 
 #: What the hub knows the counts of a group by, before the group's id.
 GROUP_TOPIC: Final = "\x00group "
@@ -118,7 +116,7 @@ class _Counter:
                 return None
             counts = await self._counts()
         else:
-            if await _patiently(self._store.group_size, self._group_id) != len(self._leaves):
+            if await patiently(partial(self._store.group_size, self._group_id)) != len(self._leaves):
                 return None
             counts = await self._counts()
             if not sum(counts) and not await self._right():
@@ -131,7 +129,7 @@ class _Counter:
         return counts
 
     async def _counts(self) -> GroupCounts:
-        counts: GroupCounts = await _patiently(self._store.group_counts, self._group_id)
+        counts: GroupCounts = await patiently(partial(self._store.group_counts, self._group_id))
         return counts
 
     async def _changed(self) -> bool:
@@ -158,16 +156,6 @@ class _Counter:
         if self._watching:
             self._watching = False
             self._store.unwatch(GROUP_TOPIC + self._group_id, self)
-
-
-async def _patiently(read: Callable[[str], Awaitable[T]], group_id: str) -> T:
-    """``read(group_id)``. An outage is waited out, as every wait for a result does."""
-    backoff = Backoff()
-    while True:
-        try:
-            return await read(group_id)
-        except BackendConnectionError:
-            await asyncio.sleep(backoff.pause())
 
 
 def _failed(outcome: Outcome | None) -> bool:

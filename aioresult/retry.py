@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from .exceptions import BackendConnectionError, BackendError, ImproperlyConfigured, UsageError
 
-__all__ = ["Backoff", "Persistence", "concerns_everyone"]
+__all__ = ["Backoff", "Persistence", "concerns_everyone", "patiently"]
 
 Item = TypeVar("Item")
 Out = TypeVar("Out")
@@ -35,6 +35,16 @@ class Backoff:
         """The next pause: between half of and the whole of a value that doubles each time."""
         pause, self._next = self._next, min(self._next * 2, self._cap)
         return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
+
+
+async def patiently(operation: Callable[[], Awaitable[Out]]) -> Out:
+    """``operation()``, repeated until the server can be reached: an outage is waited out, as every wait does."""
+    backoff = Backoff()
+    while True:
+        try:
+            return await operation()
+        except BackendConnectionError:
+            await asyncio.sleep(backoff.pause())
 
 
 def concerns_everyone(error: Exception) -> bool:

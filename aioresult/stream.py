@@ -14,13 +14,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
-from .exceptions import AioResultError, BackendConnectionError, UsageError, WorkerLostError
+from .exceptions import AioResultError, UsageError, WorkerLostError
 from .following import Following
 from .liveness import Liveness
 from .log import CLOSED, OUTPUT_TOPIC, START, TAIL, Ask, Entry, OutputNews, Page, Place
 from .meta import TaskMeta
 from .reading import END, Decoded, Reading
-from .retry import Backoff
+from .retry import patiently
 from .states import SUCCESS
 from .tasks import twin
 from .tree import raise_or_return
@@ -362,26 +362,20 @@ class OutputStream(Following[T], Generic[T]):
 
     async def _look(self, patient: bool) -> None:
         """Read a page of the log. If ``patient``, an outage is waited out, as every wait for a result does."""
-        backoff = Backoff()
-        while True:
-            after = self._reading.ask()
-            try:
-                page = await self._store.page(Ask(self._task_id, after, self._entries))
-                entries = [self._decoded(entry) for entry in page.entries]
-            except BackendConnectionError:
-                self._reading.failed()
-                if not patient:
-                    raise
-                await asyncio.sleep(backoff.pause())
-                continue
-            except BaseException:
-                self._reading.failed()
-                raise
-            self._reading.page(entries, page.more, page.final, page.top)
-            if entries:
-                size = sum(len(entry.data) for entry in page.entries) / len(entries)
-                self._entries = int(min(max(_PAGE_BYTES / (size + 1), 1), _PAGE_ENTRIES))
-            return
+        page, entries = await (patiently(self._read) if patient else self._read())
+        self._reading.page(entries, page.more, page.final, page.top)
+        if entries:
+            size = sum(len(entry.data) for entry in page.entries) / len(entries)
+            self._entries = int(min(max(_PAGE_BYTES / (size + 1), 1), _PAGE_ENTRIES))
+
+    async def _read(self) -> tuple[Page, list[Decoded]]:
+        after = self._reading.ask()
+        try:
+            page = await self._store.page(Ask(self._task_id, after, self._entries))
+            return page, [self._decoded(entry) for entry in page.entries]
+        except BaseException:
+            self._reading.failed()
+            raise
 
     def _decoded(self, entry: Entry) -> Decoded:
         chunks = () if entry.state else self._store.loads_chunks(self._task_id, entry.data)

@@ -6,11 +6,11 @@ import asyncio
 from functools import partial
 from typing import Any, Protocol
 
-from .exceptions import BackendConnectionError, UsageError
+from .exceptions import UsageError
 from .following import Following
 from .liveness import Liveness
 from .meta import TaskMeta
-from .retry import Backoff
+from .retry import patiently
 from .tasks import twin
 from .waiter import Outcome, Waiter
 
@@ -101,14 +101,9 @@ class Updates(Following[TaskMeta]):
         return meta
 
     async def _present(self) -> TaskMeta:
-        """What is stored now. An outage is waited out, as every wait for a result does."""
+        """What is stored now."""
         self._store.check()
-        backoff = Backoff()
-        while True:
-            try:
-                return await self._store.get_task_meta(self._task_id)
-            except BackendConnectionError:
-                await asyncio.sleep(backoff.pause())
+        return await patiently(partial(self._store.get_task_meta, self._task_id))
 
     async def _change(self) -> TaskMeta | None:
         """The next state; ``None`` if another task has closed this."""
