@@ -91,24 +91,14 @@ class WorkerSide(BackendCore):
         """
         if self._must_wait():
             await self._writes.room()
-        return await self._submit(task_id, value, state, traceback, request, expires)
+        return await self._submit(self.record(task_id, value, state, traceback, request, expires))
 
     def _must_wait(self) -> bool:
         """Whether too much is queued to store more at once. Raises as `check` does."""
         self.check()
         return self._writes.full
 
-    def _submit(
-        self,
-        task_id: str | UUID,
-        value: Any,
-        state: str,
-        traceback: str | None = None,
-        request: Any = None,
-        expires: Seconds | None = None,
-        only_new: bool = False,
-    ) -> asyncio.Future[bool]:
-        record = self.record(task_id, value, state, traceback, request, expires, only_new)
+    def _submit(self, record: Record) -> asyncio.Future[bool]:
         return self._writes.submit(record, record.task_id, self._payload_size(record.payload))
 
     def record(
@@ -179,13 +169,13 @@ class WorkerSide(BackendCore):
         """
         if self._must_wait():
             await self._writes.room()
-        return await self._submit(task_id, None, PENDING, expires=expires, only_new=True)
+        return await self._submit(self.record(task_id, None, PENDING, expires=expires, only_new=True))
 
     async def mark_as_started(self, task_id: str | UUID, /, **info: Any) -> bool:
         """The task runs. ``info`` (Celery stores ``pid`` and ``hostname``) becomes the result for the time being."""
         if self._must_wait():
             await self._writes.room()
-        return await self._submit(task_id, info, STARTED)
+        return await self._submit(self.record(task_id, info, STARTED))
 
     async def mark_as_done(
         self, task_id: str | UUID, value: Any, request: Any = None, expires: Seconds | None = None
@@ -197,7 +187,7 @@ class WorkerSide(BackendCore):
         if getattr(request, "ignore_result", False):
             kept = False
         else:
-            kept = await self._submit(task_id, value, SUCCESS, None, request, expires)
+            kept = await self._submit(self.record(task_id, value, SUCCESS, None, request, expires))
         if part is not None:
             await self._return_part(part, SUCCESS, value)
         return kept
@@ -224,9 +214,9 @@ class WorkerSide(BackendCore):
         if self._must_wait():
             await self._writes.room()
         if links:
-            own = self._submit(task_id, exc, FAILURE, traceback, request, expires)
+            own = self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires))
             return await self._fail_with_links(own, exc, traceback, expires, parts, links)
-        kept = await self._submit(task_id, exc, FAILURE, traceback, request, expires)
+        kept = await self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires))
         if part is not None:
             await self._return_part(part, FAILURE, exc)
         return kept
@@ -273,7 +263,7 @@ class WorkerSide(BackendCore):
         self, link: Any, exc: BaseException, traceback: str | None, expires: Seconds | None
     ) -> asyncio.Future[bool]:
         try:
-            return self._submit(link.id, exc, FAILURE, traceback, link, expires)
+            return self._submit(self.record(link.id, exc, FAILURE, traceback, link, expires))
         except AioResultError as error:  # such as its arguments being too large
             refused: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             fail(refused, error)
@@ -290,7 +280,7 @@ class WorkerSide(BackendCore):
         """The task raised ``exc`` and will run again."""
         if self._must_wait():
             await self._writes.room()
-        return await self._submit(task_id, exc, RETRY, traceback_of(exc, traceback), request, expires)
+        return await self._submit(self.record(task_id, exc, RETRY, traceback_of(exc, traceback), request, expires))
 
     async def mark_as_revoked(
         self, task_id: str | UUID, reason: str = "", request: Any = None, expires: Seconds | None = None
@@ -303,7 +293,7 @@ class WorkerSide(BackendCore):
         exc = TaskRevokedError(reason)
         if self._must_wait():
             await self._writes.room()
-        kept = await self._submit(task_id, exc, REVOKED, None, request, expires)
+        kept = await self._submit(self.record(task_id, exc, REVOKED, None, request, expires))
         if part is not None:
             await self._return_part(part, REVOKED, exc)
         return kept
