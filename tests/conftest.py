@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
@@ -13,10 +14,13 @@ import pytest
 import redis
 import redis.asyncio
 
+from aioresult.backends.redis.connection import RedisConnection
+from aioresult.retry import Backoff
+
 from .harness import Harness, MemoryHarness, RedisHarness
 from .postgres_harness import PostgresHarness
 from .servers import PostgresServer, RedisServer, postgres_server, redis_server
-from .sites import PostgresSite, RedisSite
+from .sites import PostgresSite, RedisSite, Site
 
 BACKENDS = ["memory", "redis", "postgres"]
 
@@ -156,3 +160,34 @@ async def nothing_left_running() -> AsyncIterator[None]:
     yield
     mine = asyncio.current_task()
     assert {task for task in asyncio.all_tasks() if task is not mine} == set()
+
+
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each round trip to the server, how many replies it brings."""
+    wanted: list[int] = []
+    post = RedisConnection._post
+
+    def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
+        wanted.append(want)
+        return post(self, data, want, one_command)
+
+    monkeypatch.setattr(RedisConnection, "_post", counted)
+    return wanted
+
+
+@pytest.fixture(params=["redis", "postgres"])
+async def site(request: pytest.FixtureRequest) -> Site:
+    """A server to break, empty; only the one that the test asks for is started."""
+    found: Site = request.getfixturevalue(f"{request.param}_site")
+    await found.empty()
+    return found
+
+
+@pytest.fixture
+def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hundreds of reconnects in seconds: pauses grow less, and the warnings, which hold errors alive, are dropped."""
+    monkeypatch.setattr(Backoff.__init__, "__defaults__", (0.02, 0.2))
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import logging
 import os
 import random
 import re
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from aioresult import (
     BackendRefusedError,
     BackendStoreError,
 )
-from aioresult.retry import Backoff
 
 from .fault_child import value_of
 from .fault_proxy import FaultProxy, Wire, cut_anywhere, eat_messages, late_subscriptions, trickle
@@ -51,6 +49,8 @@ from .sites import (
 )
 
 THOROUGH = os.environ.get("AIORESULT_TEST_THOROUGH") == "1"
+pytestmark = pytest.mark.usefixtures("calm")
+
 #: A guard against hanging, far above what docs/guarantees.md promises with the heartbeat used here.
 BOUND = 60.0
 WAITERS = 1000
@@ -58,23 +58,6 @@ WAITERS = 1000
 
 def seconds(here: float, thorough: float) -> float:
     return thorough if THOROUGH else here
-
-
-@pytest.fixture(params=["redis", "postgres"])
-async def site(request: pytest.FixtureRequest) -> Site:
-    """The server of this module, empty; only the one that the test asks for is started."""
-    found: Site = request.getfixturevalue(f"{request.param}_site")
-    await found.empty()
-    return found
-
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hundreds of reconnects in seconds: pauses grow less, and the warnings, which hold errors alive, are dropped."""
-    monkeypatch.setattr(Backoff.__init__, "__defaults__", (0.02, 0.2))
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 # -- a server under load --------------------------------------------------------------------------------------------

@@ -57,20 +57,6 @@ async def through(proxy: TcpProxy, **options: Any) -> AsyncIterator[RedisBackend
         yield backend
 
 
-@pytest.fixture
-def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each round trip to the server, how many replies it brings."""
-    wanted: list[int] = []
-    post = RedisConnection._post
-
-    def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
-        wanted.append(want)
-        return post(self, data, want, one_command)
-
-    monkeypatch.setattr(RedisConnection, "_post", counted)
-    return wanted
-
-
 async def subscribed(client: Client, count: int) -> None:
     async def holds() -> bool:
         return len(await client.pubsub_channels()) == count

@@ -24,7 +24,7 @@ from aioresult import (
 )
 from aioresult.backends.keyvalue import sibling
 from aioresult.backends.redis import RedisBackend
-from aioresult.backends.redis.connection import RedisConnection, translate
+from aioresult.backends.redis.connection import translate
 from aioresult.exceptions import OutputSuperseded
 from aioresult.log import OUTPUT_TOPIC, START, Ask, Entry, Flush, OutputNews, Page, Place
 from aioresult.record import Record
@@ -46,20 +46,6 @@ OUT, RUN = f"{{{KEY}}}.out", f"{{{KEY}}}.run"
 async def backend(redis_url: str) -> AsyncIterator[RedisBackend]:
     async with RedisBackend(redis_url) as backend:
         yield backend
-
-
-@pytest.fixture
-def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each round trip to the server, how many replies it brings."""
-    wanted: list[int] = []
-    post = RedisConnection._post
-
-    def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
-        wanted.append(want)
-        return post(self, data, want, one_command)
-
-    monkeypatch.setattr(RedisConnection, "_post", counted)
-    return wanted
 
 
 def record(backend: RedisBackend, state: str, result: Any = None, task_id: str = "t", **terms: Any) -> Record:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import logging
 import random
 from asyncio import create_task, gather
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -38,7 +37,6 @@ from aioresult import (
 )
 from aioresult.backends.redis import RedisBackend
 from aioresult.log import TAIL
-from aioresult.retry import Backoff
 from aioresult.run import RunOp, RunState, RunStep
 
 from .fault_proxy import FaultProxy, cut_anywhere, die_after, late_subscriptions, trickle
@@ -55,26 +53,10 @@ from .sites import (
     objects,
 )
 
-#: The servers that these tests break.
-SITES = ["redis", "postgres"]
+pytestmark = pytest.mark.usefixtures("calm")
+
 #: A guard against hanging.
 BOUND = 60.0
-
-
-@pytest.fixture(params=SITES)
-async def site(request: pytest.FixtureRequest) -> Site:
-    found: Site = request.getfixturevalue(f"{request.param}_site")
-    await found.empty()
-    return found
-
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hundreds of reconnects in seconds: pauses grow less, and the warnings, which hold errors alive, are dropped."""
-    monkeypatch.setattr(Backoff.__init__, "__defaults__", (0.02, 0.2))
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 async def connected(backend: Backend) -> None:
@@ -296,7 +278,7 @@ class Victim:
 
 
 class Waiting:
-    """Everybody who waits for one task, in every way."""
+    """Waiters for one task, of every kind."""
 
     def __init__(self, web: Backend, task_id: str) -> None:
         self.task_id = task_id
@@ -344,7 +326,7 @@ FIRST = [[half, number] for half in range(2) for number in range(3)]
 
 
 async def test_a_worker_killed_between_any_two_of_its_commands_and_within_each(site: Site) -> None:
-    """Whoever asked for it is told within a lease and a beat, behind every chunk; the next attempt begins anew."""
+    """The waiters that asked for it are told within a lease and a beat, behind every chunk. The next attempt begins anew."""
     async with site.backend(lease=LEASE) as web, site.backend() as worker:
         connections = await site.connections()
         healthy = Victim(site, "t00", 10**9)
