@@ -326,7 +326,7 @@ FIRST = [[half, number] for half in range(2) for number in range(3)]
 
 
 async def test_a_worker_killed_between_any_two_of_its_commands_and_within_each(site: Site) -> None:
-    """The waiters that asked for it are told within a lease and a beat, behind every chunk. The next attempt begins anew."""
+    """The waiters that asked are told within a lease and a beat, behind every chunk. The next attempt begins anew."""
     async with site.backend(lease=LEASE) as web, site.backend() as worker:
         connections = await site.connections()
         healthy = Victim(site, "t00", 10**9)

@@ -1,4 +1,4 @@
-"""How far a group is: counted from what its members store, whoever stores it."""
+"""How far a group is: counted from the results of its members, whichever process stores them."""
 
 from __future__ import annotations
 

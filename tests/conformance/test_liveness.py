@@ -77,7 +77,7 @@ async def test_all_that_asked_are_told_of_a_death(live: Harness) -> None:
         await anext(stream)
     assert await stored(web) == "STARTED"  # it is told, not stored
     assert not any(task.done() for task in waits)
-    # Whoever asks now is told, too, in a lease at most.
+    # A waiter that asks now is told, too.
     await lost(asyncio.create_task(web.result("t").get(on_lost="raise")))
     second = await live.connect(lease=LEASE)
     async with second.running("t") as run:

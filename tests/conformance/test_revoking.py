@@ -359,7 +359,7 @@ async def test_entering_is_cancelled_at_any_turn(live: Harness) -> None:
         body.task.cancel()
         assert isinstance(await body.outcome(), asyncio.CancelledError)
         assert not worker._running._runs
-        # No worker runs it now, and whoever asks is told so.
+        # No worker runs it now, and a revoke says so.
         await web.revoke(f"t{turns}")
         assert await stored(web, f"t{turns}") == "REVOKED"
 

@@ -240,7 +240,7 @@ async def _raise(error: Exception) -> None:
 
 @pytest.mark.parametrize("ending", [1, KeyError(), Retry(), asyncio.CancelledError()], ids=repr)
 async def test_the_end_stands_in_the_log_too(live: Harness, ending: Any) -> None:
-    """Where there is an end: for whoever reads the log alone."""
+    """The end is in the log, for readers that read nothing else."""
     worker, web = await live.pair()
     body = await Body(worker).begun()
     await put(body.run.output, 1, 2)

@@ -28,8 +28,8 @@ __all__ = ["WAITERS_FIRST", "Command", "RedisConnection", "code_of", "translate"
 Command: TypeAlias = tuple[str | bytes | int, ...]
 
 #: Goes before every batch of writes. Redis writes to its clients in reverse order of their first pending reply, and a
-#: script's reply comes after what it published: whoever stores would be woken before those who wait, and keep them from
-#: the processor. The reply to this makes the storer last.
+#: script's reply comes after what it published: the storing process would be woken before the waiting ones, and keep
+#: them from the processor. The reply to this wakes the storing process last.
 WAITERS_FIRST: Final[Command] = ("PING",)
 
 _NOT_ENOUGH: Final = object()
