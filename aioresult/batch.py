@@ -61,8 +61,8 @@ class Batcher(Generic[Item, Out]):
     returned, it calls ``done`` with the outcome, or with ``None`` after any trouble: then ``run`` gets the item. What
     comes meanwhile is kept until then, so that trouble cannot put one item behind another.
 
-    While more than ``max_held`` bytes are queued or in flight, `full` is true, and callers wait in `room` before they
-    submit more.
+    While more than ``max_held`` bytes are queued or in flight, `full` is true, and callers wait in
+    `wait_for_room` before they submit more.
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class Batcher(Generic[Item, Out]):
 
     @property
     def full(self) -> bool:
-        """Whether a caller ought to wait in `room` before it submits."""
+        """Whether a caller ought to wait in `wait_for_room` before it submits."""
         if self._max_held is None:
             return False
         return self._held > self._max_held or self._admitted is not None or bool(self._waiting)
 
-    async def room(self) -> None:
+    async def wait_for_room(self) -> None:
         """Return when it is this caller's turn to submit. Raises the error given to `close` or `fail_queued`."""
         turn: asyncio.Future[None] = self._loop.create_future()
         self._waiting[turn] = None
@@ -158,7 +158,7 @@ class Batcher(Generic[Item, Out]):
                     self._admitted = turn
 
     def fail_queued(self, error: Exception) -> None:
-        """Fail what has not been sent, and those that wait in `room`. What is in flight has its own outcome."""
+        """Fail every item that is not sent yet, and every caller in `wait_for_room`. Items in flight go on."""
         queued = [call for first in self._due for call in _chain(first)]
         for sent in self._in_flight:
             if sent.last:

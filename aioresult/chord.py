@@ -36,7 +36,7 @@ from .seconds import Timeout, checked_timeout
 from .serialization import Codec, reading
 from .states import EXCEPTION_STATES, PROPAGATE_STATES, SUCCESS
 from .tasks import TURN, StandingTask, uncancelled
-from .waiter import LAST_LOOK, SingleWaiter, Waiter, timed_out
+from .waiter import FINAL_READ, SingleWaiter, Waiter, timed_out
 
 __all__ = [
     "CHORD_TOPIC",
@@ -293,7 +293,7 @@ class Chords:
             if not await self._is_over(group_id, propagate):
                 raise timed_out(what, seconds)
         else:
-            patient = seconds is None or seconds >= LAST_LOOK
+            patient = seconds is None or seconds >= FINAL_READ
             waiter = ChordWaiter(what, seconds, propagate, partial(self._lookouts.saw, group_id))
             try:
                 found = await self._store.wait_for_topic(CHORD_TOPIC + group_id, waiter, patient)

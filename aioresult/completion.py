@@ -21,7 +21,7 @@ from .meta import TaskMeta
 from .seconds import Timeout, checked_timeout
 from .states import IGNORED, PENDING, SUCCESS
 from .tasks import EMPTY, StandingTask
-from .waiter import LAST_LOOK, Outcome, timed_out
+from .waiter import FINAL_READ, Outcome, timed_out
 
 __all__ = ["Completions"]
 
@@ -40,7 +40,7 @@ class _Inbox(Generic[L]):
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
         for each in self.pending.get(task_id, ()):
-            each.learn(outcome)
+            each.set_outcome(outcome)
         if isinstance(outcome, Exception) or outcome.ready:
             self._owner.finish(self.pending.pop(task_id, ()), outcome)
 
@@ -69,7 +69,7 @@ class Completions(Generic[L]):
         self._once = self._timeout is not None and self._timeout <= 0
         self._expired = False
         self._lineage = lineage
-        self._looks: list[StandingTask] = []
+        self._reads: list[StandingTask] = []
         #: Why looking once has failed.
         self._error: Exception | None = None
         self._finished: list[tuple[L, Outcome]] = []
@@ -91,7 +91,7 @@ class Completions(Generic[L]):
                     self._finished.append((leaf, known))
             elif store is None:
                 error = UsageError(f"{leaf!r} has no backend")
-                leaf.learn(error)
+                leaf.set_outcome(error)
                 self._finished.append((leaf, error))
             else:
                 self._unfinished += 1
@@ -120,7 +120,7 @@ class Completions(Generic[L]):
             self._begin(self._look_once)
             return self
         if self._timeout is not None:
-            expire = self._expire if self._timeout >= LAST_LOOK else partial(self._begin, self._look_at_the_end)
+            expire = self._expire if self._timeout >= FINAL_READ else partial(self._begin, self._read_at_the_end)
             self._timer = asyncio.get_running_loop().call_later(self._timeout, expire, context=EMPTY)
         self._start_to_settle()
         few: list[_Inbox[L]] = []
@@ -128,7 +128,7 @@ class Completions(Generic[L]):
             if len(inbox.pending) > _FEW:
                 self._begin(partial(self._look_through, store, inbox))
             else:
-                self._watch(store, inbox, tuple(inbox.pending), look=True)
+                self._watch(store, inbox, tuple(inbox.pending), read_first=True)
                 few.append(inbox)
         self._follow(few)
         return self
@@ -136,17 +136,17 @@ class Completions(Generic[L]):
     def __exit__(self, *exc_info: object) -> None:
         if self._settler is not None:
             self._settler.cancel()
-        for look in self._looks:
-            look.cancel()
+        for each in self._reads:
+            each.cancel()
         if self._timer is not None:
             self._timer.cancel()
         for store, inbox in self._inboxes.items():
             for task_id in inbox.pending:
                 store.unwatch(task_id, inbox)
 
-    def _begin(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        task = StandingTask(look, "aioresult-look", lambda: True)
-        self._looks.append(task)
+    def _begin(self, read: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = StandingTask(read, "aioresult-read", lambda: True)
+        self._reads.append(task)
         task.start()
 
     # -- looking ----------------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ class Completions(Generic[L]):
             self._error = exc
         self._expire()
 
-    async def _look_at_the_end(self) -> None:
+    async def _read_at_the_end(self) -> None:
         with suppress(TimeoutError, AioResultError):  # then there is nothing that could beat the deadline
-            async with asyncio.timeout(LAST_LOOK):
+            async with asyncio.timeout(FINAL_READ):
                 await self._look_all()
         self._expire()
 
@@ -183,18 +183,18 @@ class Completions(Generic[L]):
             # Whoever watches is told of what goes wrong if it is for good, and else waits until it has passed.
             with suppress(Exception):
                 await self._look_up(store, inbox, some)
-            self._watch(store, inbox, [task_id for task_id in some if task_id in inbox.pending], look=False)
+            self._watch(store, inbox, [task_id for task_id in some if task_id in inbox.pending], read_first=False)
 
     async def _look_up(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
         for some in chunked(task_ids, store.fetch_chunk):
-            for task_id, outcome in zip(some, await store.look_up(some), strict=True):
+            for task_id, outcome in zip(some, await store.get_outcomes(some), strict=True):
                 if isinstance(outcome, Exception) or outcome.status != PENDING:
                     inbox.receive(task_id, outcome)
 
-    def _watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str], look: bool) -> None:
+    def _watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str], read_first: bool) -> None:
         for task_id in task_ids:
             try:
-                store.watch(task_id, inbox, look)
+                store.watch(task_id, inbox, read_first)
             except AioResultError as exc:  # it was closed meanwhile, or the id is none
                 inbox.receive(task_id, exc)
 
@@ -207,7 +207,7 @@ class Completions(Generic[L]):
             if len(task_ids) > _FEW:
                 self._begin(partial(self._look_and_watch, store, inbox, task_ids))
             else:
-                self._watch(store, inbox, task_ids, look=True)
+                self._watch(store, inbox, task_ids, read_first=True)
 
     def _add_ancestors(self, inboxes: Sequence[_Inbox[L]]) -> dict[ResultStore, list[str]]:
         """Wait for what stands above those leaves, too. Returns the ids that nothing was waiting for."""
@@ -242,7 +242,7 @@ class Completions(Generic[L]):
 
     def _is_doubtful(self, leaf: L) -> bool:
         """Whether a failure of the leaf may be another's."""
-        return not is_over(leaf) or (leaf.verdict is None and self._lineage.has_parents(leaf))
+        return not is_over(leaf) or (leaf.failure is None and self._lineage.has_parents(leaf))
 
     def _start_to_settle(self) -> None:
         if self._doubtful and self._settler is None and not self._once:
@@ -258,7 +258,7 @@ class Completions(Generic[L]):
         while self._doubtful:
             some = [leaf for leaf, _ in self._doubtful[:_FEW]]
             with suppress(Exception):
-                async with asyncio.timeout(LAST_LOOK):
+                async with asyncio.timeout(FINAL_READ):
                     await self._look_above(some)
             self._conclude(len(some))
         self._settler = None
@@ -270,9 +270,9 @@ class Completions(Generic[L]):
                 unknown.setdefault(handle.store, {}).setdefault(handle.id, []).append(handle)
         for store, handles in unknown.items():
             with suppress(Exception):
-                for task_id, outcome in zip(handles, await store.look_up(handles), strict=True):
+                for task_id, outcome in zip(handles, await store.get_outcomes(handles), strict=True):
                     for handle in handles[task_id]:
-                        handle.learn(outcome)
+                        handle.set_outcome(outcome)
 
     def _conclude(self, count: int) -> None:
         """Hand over the first of the doubtful leaves, with what is known of their ancestors."""
@@ -281,8 +281,8 @@ class Completions(Generic[L]):
         for (leaf, failure), cause in zip(some, self._lineage.causes([leaf for leaf, _ in some]), strict=True):
             outcome = leaf.meta
             if outcome is None or not outcome.ready or outcome.propagates:
-                outcome = leaf.verdict or cause or failure
-                leaf.settle(outcome)
+                outcome = leaf.failure or cause or failure
+                leaf.set_failure(outcome)
             self._unfinished -= 1
             self._finished.append((leaf, outcome))
         self._rouse()

@@ -79,7 +79,7 @@ class _Dispatcher:
                 raise
         else:
             some = list(islice(waiter.open, _SCAN_CHUNK))
-            await self._look(some)
+            await self._check(some)
             for _ in some:
                 waiter.open.popleft()
         return None
@@ -105,7 +105,7 @@ class _Dispatcher:
             self._waiter.remind(group_id, left)  # if its claimant dies, nobody will say so
         return ready
 
-    async def _look(self, group_ids: Sequence[str]) -> None:
+    async def _check(self, group_ids: Sequence[str]) -> None:
         """Have those of the open chords claimed next that are complete."""
         states = await self._store.chord_steps([ChordStep(ChordOp.READ, group_id) for group_id in group_ids])
         for state in states:

@@ -9,7 +9,7 @@ from .meta import ResultTuple, SupportsAsTuple, TaskMeta
 from .seconds import Timeout
 from .waiter import Outcome, Waiter
 
-__all__ = ["Leaf", "ResultStore", "is_over", "look_up"]
+__all__ = ["Leaf", "ResultStore", "is_over", "refresh"]
 
 T = TypeVar("T")
 
@@ -26,9 +26,9 @@ class ResultStore(Protocol):
 
     def check(self) -> None: ...
     def result(self, task_id: str) -> Any: ...
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
+    def watch(self, task_id: str, waiter: Waiter, read_first: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
-    async def look_up(self, task_ids: Iterable[str]) -> list[Outcome]: ...
+    async def get_outcomes(self, task_ids: Iterable[str]) -> list[Outcome]: ...
     async def get_task_meta(self, task_id: str) -> TaskMeta: ...
     async def wait_for(self, task_id: str, timeout: Timeout = None) -> TaskMeta: ...
     async def unless_lost(self, task_id: str, waiting: Coroutine[Any, Any, T]) -> T: ...
@@ -43,7 +43,7 @@ class ResultStore(Protocol):
     async def delete_group(self, group_id: str) -> None: ...
     async def group_size(self, group_id: str) -> int | None: ...
     async def group_counts(self, group_id: str) -> Any: ...
-    def watch_topic(self, topic: str, waiter: Waiter, look: bool = True) -> None: ...
+    def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None: ...
 
 
 class Leaf(Protocol):
@@ -63,17 +63,17 @@ class Leaf(Protocol):
         """The last meta of it, as it is stored."""
 
     @property
-    def verdict(self) -> TaskMeta | None:
-        """The failure that `settle` was given."""
+    def failure(self) -> TaskMeta | None:
+        """The failure that `set_failure` was given."""
 
     @property
     def outcome(self) -> Outcome | None:
         """The last news of it: its own, unless a parent's failure stands in the place of that."""
 
-    def learn(self, outcome: Outcome) -> None:
+    def set_outcome(self, outcome: Outcome) -> None:
         """Note the news."""
 
-    def settle(self, verdict: TaskMeta) -> None:
+    def set_failure(self, failure: TaskMeta) -> None:
         """Note which failure awaiting it raises: its own, or a parent's. Only a success of its own changes that."""
 
 
@@ -83,7 +83,7 @@ def is_over(leaf: Leaf) -> bool:
     return meta is not None and meta.ready
 
 
-async def look_up(leaves: Iterable[Leaf]) -> None:
+async def refresh(leaves: Iterable[Leaf]) -> None:
     """Have every leaf that is not known to be ready learn what is stored of it now, in one go per store.
 
     Raises what cannot be read, as `aioresult.backends.base.Backend.get_task_meta` does.
@@ -93,8 +93,8 @@ async def look_up(leaves: Iterable[Leaf]) -> None:
         if leaf.store is not None and not is_over(leaf):
             by_store.setdefault(leaf.store, []).append(leaf)
     for store, unknown in by_store.items():
-        outcomes = await store.look_up([leaf.id for leaf in unknown])
+        outcomes = await store.get_outcomes([leaf.id for leaf in unknown])
         for leaf, outcome in zip(unknown, outcomes, strict=True):
-            leaf.learn(outcome)
+            leaf.set_outcome(outcome)
             if isinstance(outcome, Exception):
                 raise outcome

@@ -5,15 +5,15 @@ waiter, subscribe, have the subscription confirmed, *then* read what is stored. 
 found by it; one stored after it arrives as a message. A lost connection throws every subscription back to the start
 of that order, so the gap of a reconnect is closed by the same rule.
 
-A first look, before subscribing, is only a fast path: what has finished already never costs a subscription. A caller
-that has just looked enters at "to add".
+The read before the subscription is only a fast path: a result that is stored already never costs a subscription. A
+caller that has just read the result enters at "to subscribe".
 
 ::
 
-              watch()          look: not ready          subscribed, confirmed, read       final meta, or unwatch()
-    (nothing) ──────▶ to look ───────────────▶ to add ────────────────────────────▶ live ─────▶ to drop ─▶ (nothing)
-                                                 ▲                                   │
-                                                 └────────────── lost() ─────────────┘
+           watch()                read: not ready              subscribed, confirmed, read         final or unwatch()
+    (none) ──────▶ to read first ────────────────▶ to subscribe ─────────────────────▶ live ─▶ to unsubscribe ─▶ (none)
+                                                        ▲                               │
+                                                        └──────────── lost() ───────────┘
 
 Each waiter is told what is known when it comes, once, and then each change, none twice. Two things make that true. The
 hub remembers the last state of each id, and tells it to waiters that join later. And every state comes with a *mark*,
@@ -136,12 +136,12 @@ class Hub:
         self._backoff = backoff or Backoff()
         self._topics: dict[str, _Topic] = {}
         # Dicts for their order: first come, first served.
-        self._to_look: dict[str, None] = {}
+        self._to_read_first: dict[str, None] = {}
         self._to_read: dict[str, None] = {}
-        self._to_add: dict[str, None] = {}
-        self._to_drop: dict[str, None] = {}
+        self._to_subscribe: dict[str, None] = {}
+        self._to_unsubscribe: dict[str, None] = {}
         self._work = asyncio.Event()
-        self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_drop))
+        self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_unsubscribe))
         self._closed: Exception | None = None
         #: News for more waiters than are told in one step, each with the waiters that have not been told yet.
         self._crowds: deque[tuple[str, _Topic, Outcome, deque[Waiter]]] = deque()
@@ -162,7 +162,7 @@ class Hub:
             self._timer.cancel()
         await self._task.stop()
         while self._crowds:
-            self._tell_some()
+            self._notify_some()
             await asyncio.sleep(0)
         told = 0
         for task_id, topic in tuple(self._topics.items()):
@@ -175,10 +175,10 @@ class Hub:
 
     # -- the waiters' side: plain calls, no await, nothing to cancel ------------------------------------------------
 
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None:
+    def watch(self, task_id: str, waiter: Waiter, read_first: bool = True) -> None:
         """Tell ``waiter`` what is stored of ``task_id``, and then of every change; a final state is the last.
 
-        With ``look=False`` the hub subscribes before it reads. Pass it when you have just read the result.
+        With ``read_first=False`` the hub subscribes before it reads. Pass it when you have just read the result.
         Raises the error given to `close` if that was called.
         """
         if self._closed is not None:
@@ -193,10 +193,10 @@ class Hub:
                 topic.newcomers.append(waiter)
         else:
             topic = self._topics[task_id] = _Topic(waiter)
-            if task_id in self._to_drop:  # its subscription still stands, and is this topic's to undo now
-                del self._to_drop[task_id]
+            if task_id in self._to_unsubscribe:  # its subscription still stands, and is this topic's to undo now
+                del self._to_unsubscribe[task_id]
                 topic.subscribed = True
-            (self._to_look if look else self._to_add)[task_id] = None
+            (self._to_read_first if read_first else self._to_subscribe)[task_id] = None
             self._wake()
 
     def unwatch(self, task_id: str, waiter: Waiter) -> None:
@@ -217,9 +217,9 @@ class Hub:
 
     def _detach(self, task_id: str) -> None:
         del self._topics[task_id]
-        self._to_look.pop(task_id, None)
+        self._to_read_first.pop(task_id, None)
         self._to_read.pop(task_id, None)
-        self._to_add.pop(task_id, None)
+        self._to_subscribe.pop(task_id, None)
 
     def _end_subscription(self, task_id: str, topic: _Topic) -> None:
         if topic.subscribed:
@@ -227,12 +227,12 @@ class Hub:
             if successor is not None:  # a waiter that was just told the end waits anew
                 successor.subscribed = True
             else:
-                self._to_drop[task_id] = None
+                self._to_unsubscribe[task_id] = None
                 self._wake()
 
     # -- the source's side: also plain calls, made as the bytes arrive ----------------------------------------------
 
-    def wants(self, task_id: str) -> bool:
+    def has_waiters(self, task_id: str) -> bool:
         """Whether anybody waits for ``task_id``: a message for nobody need not be decoded."""
         return task_id in self._topics
 
@@ -248,9 +248,9 @@ class Hub:
                 topic.heard += 1
                 self._pass_on(task_id, topic, outcome, mark)
             else:
-                self._tell(task_id, topic, outcome)
+                self._notify(task_id, topic, outcome)
 
-    def news(self, task_id: str) -> None:
+    def mark_stale(self, task_id: str) -> None:
         """There is something new to read: for sources whose messages do not carry the value."""
         if task_id in self._topics:
             self._to_read[task_id] = None
@@ -260,8 +260,8 @@ class Hub:
         """The listener's connection is gone, and every subscription with it: subscribe, then read, all anew."""
         for topic in self._topics.values():
             topic.subscribed = False
-        self._to_add.update(dict.fromkeys(self._topics))
-        self._to_drop.clear()
+        self._to_subscribe.update(dict.fromkeys(self._topics))
+        self._to_unsubscribe.clear()
         self._wake()
 
     # -- telling ----------------------------------------------------------------------------------------------------
@@ -272,28 +272,28 @@ class Hub:
         elif mark is None or mark != topic.mark:
             topic.known, topic.mark = outcome, mark
             topic.newcomers = None
-            self._tell(task_id, topic, outcome)
+            self._notify(task_id, topic, outcome)
 
     def _finish(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
         """The last news of a topic: a waiter that comes from now on has one of its own."""
         self._detach(task_id)
-        self._tell(task_id, topic, outcome)  # first: the waiters are to run before the subscription is ended
+        self._notify(task_id, topic, outcome)  # first: the waiters are to run before the subscription is ended
         self._end_subscription(task_id, topic)
 
-    def _tell(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
+    def _notify(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
         if topic.sole is not None and not topic.queued:
             self._give(task_id, topic, topic.sole, outcome)
             return
         if topic.queued or len(topic) > SLICE:
             if not self._crowds:
-                asyncio.get_running_loop().call_soon(self._tell_some)
+                asyncio.get_running_loop().call_soon(self._notify_some)
             topic.queued += 1
             self._crowds.append((task_id, topic, outcome, deque(topic.waiters())))
             return
         for waiter in topic.waiters():
             self._give(task_id, topic, waiter, outcome)
 
-    def _tell_some(self) -> None:
+    def _notify_some(self) -> None:
         """Go on telling a crowd: a few hundred, and then the event loop has its turn."""
         if not self._crowds:
             return
@@ -304,7 +304,7 @@ class Hub:
             topic.queued -= 1
             self._crowds.popleft()
         if self._crowds:
-            asyncio.get_running_loop().call_soon(self._tell_some)
+            asyncio.get_running_loop().call_soon(self._notify_some)
 
     def _give(self, task_id: str, topic: _Topic, waiter: Waiter, outcome: Outcome) -> None:
         """Tell one waiter, unless it has left. What it raises is its own affair."""
@@ -337,16 +337,18 @@ class Hub:
 
     async def _run(self) -> None:
         # What was under way when somebody cancelled this task, if that happened, is begun again.
-        self._to_add.update(dict.fromkeys(task_id for task_id in self._topics if task_id not in self._to_look))
+        self._to_subscribe.update(
+            dict.fromkeys(task_id for task_id in self._topics if task_id not in self._to_read_first)
+        )
         self._work.set()
         while self._closed is None:  # should a source swallow the cancellation in `close`
             await self._work.wait()
             self._work.clear()
             try:
-                while self._to_read or self._to_look or self._to_add or self._to_drop:
+                while self._to_read or self._to_read_first or self._to_subscribe or self._to_unsubscribe:
                     # A chunk of each in turn, so that a flood of one kind does not starve the others.
                     await self._read(self._take(self._to_read))
-                    await self._look()
+                    await self._read_first()
                     await self._add()
                     await self._drop()
                 self._backoff.reset()
@@ -356,9 +358,9 @@ class Hub:
                 if self._deaths > 1:
                     self._limit = max(1, self._limit // 2)
                 # Begin again with everyone. Not `lost`: if only a read failed, the subscriptions still stand.
-                self._to_add.update(dict.fromkeys(self._topics))
+                self._to_subscribe.update(dict.fromkeys(self._topics))
                 self._work.set()
-                if self._topics or self._to_drop:
+                if self._topics or self._to_unsubscribe:
                     pause = self._backoff.pause()
                     logger.warning("lost the way to the results (%s); trying again in %.2f s", exc, pause)
                     await asyncio.sleep(pause)
@@ -369,13 +371,13 @@ class Hub:
                     if self._topics.get(task_id) is topic:  # a waiter that was told may have ended another's wait
                         self._finish(task_id, topic, error)
 
-    async def _look(self) -> None:
-        ids = self._take(self._to_look)
+    async def _read_first(self) -> None:
+        ids = self._take(self._to_read_first)
         await self._read(ids)
-        self._to_add.update((task_id, None) for task_id in ids if task_id in self._topics)
+        self._to_subscribe.update((task_id, None) for task_id in ids if task_id in self._topics)
 
     async def _add(self) -> None:
-        ids = self._take(self._to_add)
+        ids = self._take(self._to_subscribe)
         if ids:
             for task_id in ids:
                 self._topics[task_id].subscribed = True
@@ -388,7 +390,7 @@ class Hub:
             self._refuse(task_id, error)
 
     async def _drop(self) -> None:
-        ids = self._take(self._to_drop)
+        ids = self._take(self._to_unsubscribe)
         try:
             if ids:
                 await self._source.unsubscribe(ids)
@@ -398,7 +400,7 @@ class Hub:
                 if task_id in self._topics:
                     self._topics[task_id].subscribed = True
                 else:
-                    self._to_drop[task_id] = None
+                    self._to_unsubscribe[task_id] = None
             raise
 
     async def _read(self, ids: Sequence[str]) -> None:

@@ -33,8 +33,8 @@ class Ancestor(Generic[L]):
         #: The parents that it is, or is part of.
         self.opens: dict[_Gate[L], None] = {}
 
-    def learn(self, outcome: TaskMeta | Exception) -> None:
-        self.handle.learn(outcome)
+    def set_outcome(self, outcome: TaskMeta | Exception) -> None:
+        self.handle.set_outcome(outcome)
 
     @property
     def failure(self) -> TaskMeta | None:

@@ -37,7 +37,7 @@ class LifeStore(Protocol):
 
     lease: float
 
-    def watch_topic(self, topic: str, waiter: Waiter, look: bool = True) -> None: ...
+    def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     async def beat(self, worker: str, lease: float, last: float | None = None, persist: bool = False) -> float: ...
     async def alive(self, workers: Sequence[str]) -> Sequence[bool]: ...
@@ -87,8 +87,8 @@ class Liveness:
         self._watched: dict[str, dict[Tell, None]] = {}
         #: The tasks to look at, and whether there is anything to do.
         self._due: dict[str, None] = {}
-        self._looking = asyncio.Event()
-        self._looks = StandingTask(self._look_on, "aioresult-liveness", lambda: bool(self._watched))
+        self._check_due = asyncio.Event()
+        self._checks = StandingTask(self._keep_checking, "aioresult-liveness", lambda: bool(self._watched))
         #: The workers that were announced as gone.
         self._gone: set[str] = set()
         #: Whether the hub tells of the workers; an error is the last that it tells.
@@ -138,7 +138,7 @@ class Liveness:
         for reminder in self._reminders:
             reminder.cancel()
         await self._beating.stop()
-        await self._looks.stop()
+        await self._checks.stop()
 
     @property
     def works(self) -> bool:
@@ -150,13 +150,13 @@ class Liveness:
     def watch(self, task_id: str, tell: Tell) -> None:
         """Have ``tell`` called, once, when the worker that runs the task is lost. Pair it with `unwatch`."""
         self._watched.setdefault(task_id, {})[tell] = None
-        self._look(task_id)
+        self._check(task_id)
         if not self._listens:
             self._listens = True
-            self._store.watch_topic(WORKERS_TOPIC, self, look=False)
+            self._store.watch_topic(WORKERS_TOPIC, self, read_first=False)
             self._needed.set()
             self._beating.start()
-            self._looks.start()
+            self._checks.start()
 
     def unwatch(self, task_id: str, tell: Tell) -> None:
         """End what `watch` began; harmless if it has ended."""
@@ -180,24 +180,24 @@ class Liveness:
         if isinstance(outcome, Exception):
             self._listens = False  # the next watcher has the hub tell of them anew
             for task_id in tuple(self._watched):
-                self._tell(task_id, outcome)
+                self._notify(task_id, outcome)
             return
         if outcome.result is None:  # subscribed: whatever was published before was not heard
             self._suspects.clear()
         else:
             self._gone.add(outcome.result)
-        self._look(*self._watched)
+        self._check(*self._watched)
 
-    def _look(self, *task_ids: str) -> None:
+    def _check(self, *task_ids: str) -> None:
         self._due.update(dict.fromkeys(task_ids))
-        self._looking.set()
+        self._check_due.set()
 
-    async def _look_on(self) -> None:
+    async def _keep_checking(self) -> None:
         backoff = Backoff()
-        self._look(*self._watched)
+        self._check(*self._watched)
         while True:
-            await self._looking.wait()
-            self._looking.clear()
+            await self._check_due.wait()
+            self._check_due.clear()
             due = [task_id for task_id in self._due if task_id in self._watched]
             self._due.clear()
             try:
@@ -206,11 +206,11 @@ class Liveness:
                 backoff.reset()
             except BackendConnectionError:
                 self._suspects.clear()
-                self._look(*due)
+                self._check(*due)
                 await asyncio.sleep(backoff.pause())
             except AioResultError as exc:
                 for task_id in due:
-                    self._tell(task_id, exc)
+                    self._notify(task_id, exc)
 
     async def _examine(self, task_ids: Sequence[str]) -> None:
         """Tell what there is to tell of these tasks, or come back to it after a lease."""
@@ -223,7 +223,7 @@ class Liveness:
             if not isinstance(state, RunState) or self._suspects.get(task_id, (state.run,))[0] != state.run:
                 self._suspects.pop(task_id, None)  # that was another run
             if isinstance(state, Exception):
-                self._tell(task_id, state)
+                self._notify(task_id, state)
             elif isinstance(state, RunState) and state.worker:
                 runs[task_id] = state
         workers = sorted({state.worker for state in runs.values()})
@@ -238,19 +238,19 @@ class Liveness:
                 continue
             waited = now - self._suspects.setdefault(task_id, (state.run, now))[1]
             if state.worker in gone or (waited >= lease and self._beats.last is not None):
-                self._tell(task_id, WorkerLostError(_LOST.format(task_id)))
+                self._notify(task_id, WorkerLostError(_LOST.format(task_id)))
             else:  # if the beats of this process had a gap, then so may the worker's
                 self._remind(task_id, max(lease - waited, lease / 3))
 
     def _remind(self, task_id: str, seconds: float) -> None:
         def remember() -> None:
             self._reminders.discard(reminder)
-            self._look(task_id)
+            self._check(task_id)
 
         reminder = asyncio.get_running_loop().call_later(seconds + 0.01, remember, context=EMPTY)
         self._reminders.add(reminder)
 
-    def _tell(self, task_id: str, error: Exception) -> None:
+    def _notify(self, task_id: str, error: Exception) -> None:
         for tell in tuple(self._watched.get(task_id, ())):
             tell(twin(error))
 

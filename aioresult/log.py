@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from .exceptions import InvalidCursor
 
-__all__ = ["CLOSED", "OUTPUT_TOPIC", "START", "TAIL", "Ask", "Entry", "Flush", "OutputNews", "Page", "Place"]
+__all__ = ["CLOSED", "OUTPUT_TOPIC", "START", "TAIL", "Entry", "Flush", "OutputNews", "Page", "PageRequest", "Place"]
 
 #: What the hub knows the output of a task by, before the task's id.
 OUTPUT_TOPIC: Final = "\x00output "
@@ -83,7 +83,7 @@ class Entry(NamedTuple):
     state: str = ""
 
 
-class Ask(NamedTuple):
+class PageRequest(NamedTuple):
     """A look into a log."""
 
     task_id: str

@@ -39,8 +39,8 @@ class LookoutStore(Protocol):
     heartbeat: float
     chords_beside: bool
 
-    def look_again(self, topic: str) -> None: ...
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
+    def read_again(self, topic: str) -> None: ...
+    def watch(self, task_id: str, waiter: Waiter, read_first: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     async def restore_group(self, group_id: str) -> GroupResult | None: ...
 
@@ -117,11 +117,11 @@ class Lookouts:
                 self._timer = None
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = loop.call_later(self._store.heartbeat, self._look, context=EMPTY)
+        self._timer = loop.call_later(self._store.heartbeat, self._check, context=EMPTY)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         for group_id in self._lookouts:
-            self._store.look_again(self._prefix + group_id)
+            self._store.read_again(self._prefix + group_id)
         self._set_timer(asyncio.get_running_loop())
 
 
@@ -177,11 +177,11 @@ class _Lookout:
         if isinstance(outcome, TaskMeta) and not outcome.ready:
             return
         if task_id == self._body_id:
-            self._store.look_again(self._topic)
+            self._store.read_again(self._topic)
         if task_id in self._missing and isinstance(outcome, TaskMeta):
             self._missing.discard(task_id)
             if outcome.status in PROPAGATE_STATES:
-                self._fail(part_failed(self._group_id, task_id, outcome.afresh().result))
+                self._fail(part_failed(self._group_id, task_id, outcome.with_new_exception().result))
             if not self._missing:
                 self._end()
 

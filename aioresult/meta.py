@@ -36,7 +36,7 @@ class TaskMeta:
     """What is known of a task at one moment. Read-only.
 
     In the states that carry an exception (`aioresult.states.EXCEPTION_STATES`) ``result`` is the exception. Waiters
-    that `aioresult.Backend.watch` registered share one meta: to raise its exception, take the one of `afresh`.
+    that `aioresult.Backend.watch` registered share one meta. To raise its exception, take that of `with_new_exception`.
     """
 
     task_id: str
@@ -55,7 +55,7 @@ class TaskMeta:
     #: Decodes the same meta again, where it carries an exception.
     _again: Callable[[], TaskMeta] | None = field(default=None, repr=False, compare=False)
 
-    def afresh(self) -> TaskMeta:
+    def with_new_exception(self) -> TaskMeta:
         """The same meta, with an exception of its own where it carries one that was stored.
 
         An exception that two callers raise collects the traceback, the context, the cause and the notes of both.

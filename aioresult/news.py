@@ -13,13 +13,13 @@ from .waiter import Outcome
 __all__ = ["News", "value_of"]
 
 
-class _Settled(NamedTuple):
+class _Failed(NamedTuple):
     """What a handle knows of a failed result after its parents were looked at."""
 
     #: Its own news.
     own: Outcome | None
     #: The failure that awaiting it raises: its own, or that of a parent, for which it never ran.
-    verdict: TaskMeta
+    failure: TaskMeta
 
 
 class News(ResultBase):
@@ -33,7 +33,7 @@ class News(ResultBase):
         #: The task stores no result (Celery: ``ignore_result``): awaiting gives ``None`` at once.
         self.ignored: bool = ignored
         # One attribute for all: there may be a hundred thousand handles, nearly all without parents.
-        self._outcome: Outcome | _Settled | None = None
+        self._outcome: Outcome | _Failed | None = None
 
     @property
     def meta(self) -> TaskMeta | None:
@@ -42,7 +42,7 @@ class News(ResultBase):
         return own if isinstance(own, TaskMeta) else None
 
     def _own(self) -> Outcome | None:
-        return self._outcome.own if isinstance(self._outcome, _Settled) else self._outcome
+        return self._outcome.own if isinstance(self._outcome, _Failed) else self._outcome
 
     def _known(self) -> bool:
         own = self._own()
@@ -54,38 +54,38 @@ class News(ResultBase):
 
         If a wait found that a parent had failed, that is the parent's meta, until this task itself succeeds.
         """
-        if isinstance(self._outcome, _Settled):
-            return self._outcome.verdict
+        if isinstance(self._outcome, _Failed):
+            return self._outcome.failure
         return TaskMeta(self.id, IGNORED) if self.ignored and not self._known() else self._outcome
 
     @property
-    def verdict(self) -> TaskMeta | None:
+    def failure(self) -> TaskMeta | None:
         """The failure that awaiting it raises, once a wait has looked at its parents, too."""
-        return self._outcome.verdict if isinstance(self._outcome, _Settled) else None
+        return self._outcome.failure if isinstance(self._outcome, _Failed) else None
 
-    def learn(self, outcome: Outcome) -> None:
+    def set_outcome(self, outcome: Outcome) -> None:
         """Note the news; for a join.
 
         What a read brings may be older than what a message has brought meanwhile: nothing comes after the end.
         """
         kept = self._outcome
-        if isinstance(kept, _Settled):
+        if isinstance(kept, _Failed):
             if not self._known():
                 succeeded = isinstance(outcome, TaskMeta) and outcome.status == SUCCESS
-                self._outcome = outcome if succeeded else _Settled(outcome, kept.verdict)
+                self._outcome = outcome if succeeded else _Failed(outcome, kept.failure)
         elif kept is None or not self._known():
             self._outcome = outcome
 
-    def settle(self, verdict: TaskMeta) -> None:
+    def set_failure(self, failure: TaskMeta) -> None:
         """Note which failure awaiting it raises; for a join."""
-        self._outcome = _Settled(self._own(), verdict)
+        self._outcome = _Failed(self._own(), failure)
 
     def value(self) -> Any:
-        return value_of(self._outcome.verdict if isinstance(self._outcome, _Settled) else self._outcome)
+        return value_of(self._outcome.failure if isinstance(self._outcome, _Failed) else self._outcome)
 
 
 def value_of(outcome: Outcome | None) -> Any:
     """The value or the exception that ``outcome`` carries. Raises it if the result could not be had."""
     if isinstance(outcome, Exception):
         raise twin(outcome)
-    return None if outcome is None else outcome.afresh().result
+    return None if outcome is None else outcome.with_new_exception().result

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from .completion import Completions, L
-from .handle import ResultStore, is_over, look_up
+from .handle import ResultStore, is_over, refresh
 from .lineage import Lineage
-from .retry import patiently
+from .retry import retry_outages
 from .seconds import Seconds, checked_seconds
 from .tasks import twin
 from .waiter import Outcome
@@ -70,7 +70,7 @@ async def progress_of(
                     await asyncio.sleep(pause)
             finally:
                 counter.stop()
-    await look_up(lineage.leaves)
+    await refresh(lineage.leaves)
     known = [leaf.outcome for leaf in lineage.leaves if leaf.ignored or is_over(leaf)]
     if len(known) < total or not total:
         progress = GroupProgress(len(known), sum(map(_failed, known)), total)
@@ -116,12 +116,12 @@ class _Counter:
                 return None
             counts = await self._counts()
         else:
-            if await patiently(partial(self._store.group_size, self._group_id)) != len(self._leaves):
+            if await retry_outages(partial(self._store.group_size, self._group_id)) != len(self._leaves):
                 return None
             counts = await self._counts()
             if not sum(counts) and not await self._right():
                 return None
-            self._store.watch_topic(GROUP_TOPIC + self._group_id, self, look=False)
+            self._store.watch_topic(GROUP_TOPIC + self._group_id, self, read_first=False)
             self._watching = True
         if sum(counts) < self._counted:  # they were lost
             return None
@@ -129,7 +129,7 @@ class _Counter:
         return counts
 
     async def _counts(self) -> GroupCounts:
-        counts: GroupCounts = await patiently(partial(self._store.group_counts, self._group_id))
+        counts: GroupCounts = await retry_outages(partial(self._store.group_counts, self._group_id))
         return counts
 
     async def _changed(self) -> bool:
@@ -147,7 +147,7 @@ class _Counter:
 
     async def _right(self) -> bool:
         """Whether no more members are over than were counted. Looks at those that are not known to be over."""
-        await look_up(self._leaves)
+        await refresh(self._leaves)
         over = sum(is_over(leaf) for leaf in self._leaves)
         return sum(await self._counts()) >= over
 

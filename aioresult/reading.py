@@ -86,7 +86,7 @@ class Reading:
         self.behind = True
         self._again = self._asked
 
-    def told(self, epoch: int, last: int, chunks: Sequence[Any] | None, size: int = 0) -> None:
+    def receive(self, epoch: int, last: int, chunks: Sequence[Any] | None, size: int = 0) -> None:
         """A message came, with ``chunks`` of ``size`` bytes or without them."""
         at = self._at
         if self.over or (epoch == at.epoch and last <= at.seq):

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 from .completion import Completions
 from .exceptions import CyclicResultError, DecodeError, UsageError
-from .handle import ResultStore, look_up
+from .handle import ResultStore, refresh
 from .hub import chunked
 from .lineage import Lineage
 from .live import LiveResult, OnLost
@@ -96,20 +96,20 @@ class AsyncResult(LiveResult, Generic[T]):
         timeout = checked_timeout(timeout)
         if self.ignored:
             return cast("T", None)
-        if follow_parents and (self.parent is not None or self.verdict is not None):
-            return self._tell(await self._followed(timeout), propagate)
+        if follow_parents and (self.parent is not None or self.failure is not None):
+            return self._value_or_raise(await self._followed(timeout), propagate)
         if not self._known():
-            self.learn(await self.backend.wait_for(self.id, timeout))
-        return self._tell(self._own(), propagate)
+            self.set_outcome(await self.backend.wait_for(self.id, timeout))
+        return self._value_or_raise(self._own(), propagate)
 
     @staticmethod
-    def _tell(outcome: Outcome | None, propagate: bool) -> T:
+    def _value_or_raise(outcome: Outcome | None, propagate: bool) -> T:
         return cast("T", raise_or_return(outcome) if propagate else value_of(outcome))
 
     async def _followed(self, timeout: Timeout) -> Outcome | None:
         """The outcome once it is known, or that of a parent that failed."""
         meta, outcome = self.meta, self.outcome
-        if meta is None or not meta.ready or (meta.propagates and self.verdict is None):
+        if meta is None or not meta.ready or (meta.propagates and self.failure is None):
             with Completions(Lineage[AsyncResult[Any]]([self]), timeout) as completions:
                 async for finished in completions:
                     ((_, outcome),) = finished
@@ -127,7 +127,7 @@ class AsyncResult(LiveResult, Generic[T]):
     async def fetch(self) -> TaskMeta:
         """Read what is stored now. Raises as `aioresult.backends.base.Backend.get_task_meta`."""
         meta = await self.backend.get_task_meta(self.id)
-        self.learn(meta)
+        self.set_outcome(meta)
         return meta
 
     async def _current(self) -> TaskMeta:
@@ -264,7 +264,7 @@ class ResultSet(ResultBase):
 
     async def _metas(self) -> list[TaskMeta]:
         leaves = list(self.leaves())
-        await look_up(leaves)
+        await refresh(leaves)
         return [leaf.meta or TaskMeta.pending(leaf.id) for leaf in leaves]
 
     async def ready(self) -> bool:

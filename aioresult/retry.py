@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from .exceptions import BackendConnectionError, BackendError, ImproperlyConfigured, UsageError
 
-__all__ = ["Backoff", "Persistence", "concerns_everyone", "patiently"]
+__all__ = ["Backoff", "Persistence", "concerns_everyone", "retry_outages"]
 
 Item = TypeVar("Item")
 Out = TypeVar("Out")
@@ -37,7 +37,7 @@ class Backoff:
         return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
 
 
-async def patiently(operation: Callable[[], Awaitable[Out]]) -> Out:
+async def retry_outages(operation: Callable[[], Awaitable[Out]]) -> Out:
     """``operation()``, repeated until the server can be reached: an outage is waited out, as every wait does."""
     backoff = Backoff()
     while True:

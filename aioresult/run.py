@@ -36,7 +36,7 @@ class RunOp(enum.Enum):
     RELEASE = "release"
     #: Let the note of the run live longer.
     RENEW = "renew"
-    #: Ask the worker that runs the task to stop it. Where no worker runs it, the task is REVOKED at once.
+    #: PageRequest the worker that runs the task to stop it. Where no worker runs it, the task is REVOKED at once.
     REVOKE = "revoke"
     #: Change nothing.
     READ = "read"

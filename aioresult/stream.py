@@ -17,10 +17,10 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 from .exceptions import AioResultError, UsageError, WorkerLostError
 from .following import Following
 from .liveness import Liveness
-from .log import CLOSED, OUTPUT_TOPIC, START, TAIL, Ask, Entry, OutputNews, Page, Place
+from .log import CLOSED, OUTPUT_TOPIC, START, TAIL, Entry, OutputNews, Page, PageRequest, Place
 from .meta import TaskMeta
 from .reading import END, Decoded, Reading
-from .retry import patiently
+from .retry import retry_outages
 from .states import SUCCESS
 from .tasks import twin
 from .tree import raise_or_return
@@ -55,10 +55,10 @@ class StreamStore(Protocol):
     def check(self) -> None: ...
     def dumps_text(self, task_id: str, value: Any) -> bytes: ...
     def loads_chunks(self, task_id: str, data: bytes) -> list[Any]: ...
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
+    def watch(self, task_id: str, waiter: Waiter, read_first: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
-    def watch_topic(self, topic: str, waiter: Waiter, look: bool = True) -> None: ...
-    async def page(self, ask: Ask) -> Page: ...
+    def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None: ...
+    async def page(self, ask: PageRequest) -> Page: ...
     async def wait_for(self, task_id: str) -> TaskMeta: ...
 
 
@@ -124,8 +124,8 @@ class _Tail:
         if not self._listens:
             self._listens, self._confirmed, self._final = True, False, None
             # The log first: the end of the task is to be heard by a reader that hears its output.
-            self._store.watch_topic(self._topic, self, look=False)
-            self._store.watch(self._task_id, self, look=False)
+            self._store.watch_topic(self._topic, self, read_first=False)
+            self._store.watch(self._task_id, self, read_first=False)
         elif self._confirmed:
             follower.reading.confirmed()
         if self._final is not None:
@@ -174,7 +174,7 @@ class _Tail:
                 with suppress(AioResultError):
                     chunks = self._store.loads_chunks(self._task_id, data)
                 data = None  # decoded once, for all
-            reading.told(epoch, last, chunks, size)
+            reading.receive(epoch, last, chunks, size)
             follower.wake()
 
 
@@ -350,7 +350,7 @@ class OutputStream(Following[T], Generic[T]):
                 self._close()
                 raise twin(follower.failure)
             if reading.behind:
-                await self._look(patient=deadline is None)
+                await self._read_page(patient=deadline is None)
             elif deadline is not None and asyncio.get_running_loop().time() >= deadline:
                 break
             elif self._leave is None:
@@ -360,9 +360,9 @@ class OutputStream(Following[T], Generic[T]):
                 break
         return not self._closed
 
-    async def _look(self, patient: bool) -> None:
+    async def _read_page(self, patient: bool) -> None:
         """Read a page of the log. If ``patient``, an outage is waited out, as every wait for a result does."""
-        page, entries = await (patiently(self._read) if patient else self._read())
+        page, entries = await (retry_outages(self._read) if patient else self._read())
         self._reading.page(entries, page.more, page.final, page.top)
         if entries:
             size = sum(len(entry.data) for entry in page.entries) / len(entries)
@@ -371,7 +371,7 @@ class OutputStream(Following[T], Generic[T]):
     async def _read(self) -> tuple[Page, list[Decoded]]:
         after = self._reading.ask()
         try:
-            page = await self._store.page(Ask(self._task_id, after, self._entries))
+            page = await self._store.page(PageRequest(self._task_id, after, self._entries))
             return page, [self._decoded(entry) for entry in page.entries]
         except BaseException:
             self._reading.failed()

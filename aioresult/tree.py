@@ -198,7 +198,7 @@ def raise_or_return(outcome: Outcome | None) -> Any:
     if outcome is None:
         return None
     if outcome.propagates:
-        error = outcome.afresh().result
+        error = outcome.with_new_exception().result
         if not isinstance(error, BaseException):  # only ever of an `EagerResult`
             raise RemoteError(error)
         # Of an `EagerResult` there is one instance; each raise starts with a traceback of its own.

@@ -10,7 +10,7 @@ from .exceptions import UsageError
 from .following import Following
 from .liveness import Liveness
 from .meta import TaskMeta
-from .retry import patiently
+from .retry import retry_outages
 from .tasks import twin
 from .waiter import Outcome, Waiter
 
@@ -24,7 +24,7 @@ class UpdateStore(Protocol):
     def liveness(self) -> Liveness: ...
     def check(self) -> None: ...
     def dumps_text(self, task_id: str, value: Any) -> bytes: ...
-    def watch(self, task_id: str, waiter: Waiter, look: bool = True) -> None: ...
+    def watch(self, task_id: str, waiter: Waiter, read_first: bool = True) -> None: ...
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     async def get_task_meta(self, task_id: str) -> TaskMeta: ...
 
@@ -103,14 +103,14 @@ class Updates(Following[TaskMeta]):
     async def _present(self) -> TaskMeta:
         """What is stored now."""
         self._store.check()
-        return await patiently(partial(self._store.get_task_meta, self._task_id))
+        return await retry_outages(partial(self._store.get_task_meta, self._task_id))
 
     async def _change(self) -> TaskMeta | None:
         """The next state; ``None`` if another task has closed this."""
         self._store.check()
         if self._leave is None:
             self._hold(partial(_leave, self._store, self._task_id, self._newest))
-            self._store.watch(self._task_id, self._newest, look=False)
+            self._store.watch(self._task_id, self._newest, read_first=False)
             if self._on_lost:
                 self._store.liveness.watch(self._task_id, self._newest.lost)
         while True:
@@ -121,7 +121,7 @@ class Updates(Following[TaskMeta]):
                 self._close()
                 raise twin(news)
             if self._last is None or news.ready or _likeness(news) != _likeness(self._last):
-                return news.afresh()
+                return news.with_new_exception()
 
     def resumed(self, on_lost: str) -> Updates:
         """The updates of the same task, the present state first; ``on_lost`` as for `aioresult.AsyncResult.updates`."""

@@ -11,11 +11,11 @@ from .exceptions import TimeoutError
 from .meta import TaskMeta
 from .tasks import EMPTY, fail
 
-__all__ = ["LAST_LOOK", "Outcome", "SingleWaiter", "Waiter", "timed_out"]
+__all__ = ["FINAL_READ", "Outcome", "SingleWaiter", "Waiter", "timed_out"]
 
 #: A timeout below that many seconds may be over before the store was read at all. Then it is read once more, and that
 #: may take as long.
-LAST_LOOK = 1.0
+FINAL_READ = 1.0
 
 #: What a waiter is told: a meta, or why there will be none.
 Outcome: TypeAlias = TaskMeta | Exception
@@ -33,18 +33,18 @@ class Waiter(Protocol):
 class SingleWaiter:
     """Waits for the end of one task, with the caller's deadline on a timer: no lock, no task, no cancellation.
 
-    ``what`` is waited for, as the error names it, for ``timeout`` seconds at most, until a meta is ``enough``: by
+    ``what`` is waited for, as the error names it, for ``timeout`` seconds at most, until ``until(meta)`` is true: by
     default one that is ready. Whichever comes first, the result or the deadline, settles `future`.
     """
 
-    __slots__ = ("_enough", "_timer", "future")
+    __slots__ = ("_timer", "_until", "future")
 
     def __init__(
-        self, what: str, timeout: float | None, enough: Callable[[TaskMeta], bool] = attrgetter("ready")
+        self, what: str, timeout: float | None, until: Callable[[TaskMeta], bool] = attrgetter("ready")
     ) -> None:
         loop = asyncio.get_running_loop()
         self.future: asyncio.Future[TaskMeta] = loop.create_future()
-        self._enough = enough
+        self._until = until
         self._timer = None if timeout is None else loop.call_later(timeout, self._expire, what, timeout, context=EMPTY)
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
@@ -52,7 +52,7 @@ class SingleWaiter:
             return
         if isinstance(outcome, Exception):
             fail(self.future, outcome)
-        elif self._enough(outcome):
+        elif self._until(outcome):
             self.future.set_result(outcome)
 
     def _expire(self, what: str, timeout: float) -> None:

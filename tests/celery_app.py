@@ -136,7 +136,7 @@ def hopeless(self: Any, with_exception: bool) -> None:
 
 
 @task("look_up", bind=True)
-def look_up(self: Any, task_id: str) -> list[Any]:
+def get_outcomes(self: Any, task_id: str) -> list[Any]:
     found = self.AsyncResult(task_id)
     return [found.state, found.result]
 

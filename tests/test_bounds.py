@@ -821,7 +821,7 @@ async def test_each_watcher_is_told_the_present_state_once_and_then_each_change_
     await worker.store_result("t", 2, PROGRESS)
     await second.heard(*states[1:3])
     await first.heard(*states[:3])
-    web.watch("t", third, look=False)
+    web.watch("t", third, read_first=False)
     await third.heard(states[2])
     await worker.store_result("t", 3, PROGRESS)
     for recorder, since in ((first, 0), (second, 1), (third, 2)):

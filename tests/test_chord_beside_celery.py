@@ -536,7 +536,7 @@ async def test_a_dispatcher_is_done_with_what_celery_has_finished(site: Site, va
 async def test_chords_of_ours_are_not_looked_at_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     async with site.backend() as backend:
         looks: list[str] = []
-        monkeypatch.setattr(backend, "look_again", looks.append)
+        monkeypatch.setattr(backend, "read_again", looks.append)
         await backend.create_chord("ours", size=1)
         mine = asyncio.ensure_future(backend.chord("ours").get(timeout=GUARD))
         other = asyncio.ensure_future(backend.chord("celerys").get(timeout=GUARD))

@@ -179,7 +179,9 @@ async def test_who_waits_finds_what_completed_while_its_connections_were_gone(se
     async with aioresult.connect(server.url_of_proxy) as reader, aioresult.connect(server.url) as worker:
         await worker.create_chord("g", size=1)
         waiting = asyncio.create_task(reader.chord("g").get())
-        await until(lambda: bool(reader._hub._topics) and not reader._hub._to_look and not reader._hub._to_add)
+        await until(
+            lambda: bool(reader._hub._topics) and not reader._hub._to_read_first and not reader._hub._to_subscribe
+        )
         server.proxy.refuse()
         server.proxy.cut()
         await part(worker, 0)

@@ -347,7 +347,7 @@ async def test_no_exception_class_whatever_harms_anybody_but_its_readers(
         fields = {"status": FAILURE, "result": _STORED, "traceback": "Traceback", "task_id": "bad"}
         await harness.put_raw("bad", json.dumps(fields).encode())
         await asyncio.gather(*(web.mark_as_done(task_id, 1) for task_id in ("good", "fine")))
-        found = [await told(each) for each in waiting], await web.look_up(["good", "bad", "fine"])
+        found = [await told(each) for each in waiting], await web.get_outcomes(["good", "bad", "fine"])
         for good, bad, fine in found:
             assert isinstance(good, TaskMeta)
             assert isinstance(fine, TaskMeta)
@@ -413,7 +413,7 @@ async def test_whatever_a_pickle_raises_is_a_decode_error_for_its_own_id_alone(h
     await asyncio.gather(*(worker.mark_as_done(each, Bomb(raised) if each == "bad" else 1) for each in ids))
     for good, bad, fine in (
         [await told(each) for each in waiting],
-        await web.look_up(ids),
+        await web.get_outcomes(ids),
         await asyncio.gather(*map(web.get_task_meta, ids), return_exceptions=True),
     ):
         assert isinstance(bad, DecodeError)
@@ -466,7 +466,7 @@ async def test_nothing_about_an_exception_keeps_it_from_being_stored(
         assert await told(backend.mark_as_failure("t", exc)) is True
         await told(backend.on_chord_part_return("g", "t", FAILURE, exc))
         assert (await backend.chord("g").progress()).done == 1
-        (outcome,) = await backend.look_up(["t"])
+        (outcome,) = await backend.get_outcomes(["t"])
         assert isinstance(outcome, DecodeError) or (isinstance(outcome, TaskMeta) and outcome.status == FAILURE)
 
 
@@ -583,7 +583,7 @@ _BY_ID: dict[str, Call] = {
     "mark_as_revoked": lambda b, x: b.mark_as_revoked(x),
     "get_task_meta": lambda b, x: b.get_task_meta(x),
     "get_many": lambda b, x: b.get_many(["a", x]),
-    "look_up": lambda b, x: b.look_up([x, "a"]),
+    "look_up": lambda b, x: b.get_outcomes([x, "a"]),
     "exists": lambda b, x: b.exists(x),
     "wait_for": lambda b, x: b.wait_for(x),
     "wait_for at once": lambda b, x: b.wait_for(x, 0),
@@ -849,7 +849,7 @@ async def test_a_batch_that_is_refused_as_a_whole_is_an_error_to_the_culprits_al
         assert failed(ids, outcomes) == culprits
         assert all("poisoned" in str(outcome) for outcome in outcomes if isinstance(outcome, Exception))
         if what == "read":
-            assert failed(ids, await backend.look_up(ids)) == culprits
+            assert failed(ids, await backend.get_outcomes(ids)) == culprits
         if what == "store":
             assert set(harness.store.values) == {f"celery-task-meta-{task_id}" for task_id in set(ids) - culprits}
 

@@ -148,7 +148,7 @@ async def test_what_the_columns_may_hold(url: str, admin: asyncpg.Connection[Any
         await put(admin, long, "utf-8", '{"a": "é"}')
         await put(admin, "none", "utf-8", None)
         await put(admin, "odd", "binary", "not base64")
-        found = await backend.look_up(["pickled", long, "none", "odd", "unknown"])
+        found = await backend.get_outcomes(["pickled", long, "none", "odd", "unknown"])
         assert [meta.result for meta in found if not isinstance(meta, Exception)] == [
             {"a": (1, 2)},
             {"a": "é"},

@@ -132,7 +132,7 @@ async def subscribed(web: Backend, count: int) -> None:
 
 async def _mostly_subscribed(web: Backend) -> bool:
     hub = web._hub
-    return sum(topic.subscribed for topic in hub._topics.values()) > 0.9 * len(hub) and not hub._to_add
+    return sum(topic.subscribed for topic in hub._topics.values()) > 0.9 * len(hub) and not hub._to_subscribe
 
 
 Fault = Callable[[Load], Awaitable[None]]

@@ -182,7 +182,7 @@ async def test_a_chord_announced_by_anybody_stops_no_dispatcher(
         await redis_client.zadd("aioresult-chords", {payload: 10**12})
         chords = backend.ready_chords()
         dispatching = asyncio.ensure_future(anext(chords))
-        await until(lambda: backend._hub.wants("\x00chords") and not backend._hub._to_add)
+        await until(lambda: backend._hub.has_waiters("\x00chords") and not backend._hub._to_subscribe)
         await redis_client.publish("aioresult-chords", payload)
         await backend.create_chord("sound", size=0)
         assert (await dispatching).id == "sound"

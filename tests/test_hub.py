@@ -131,7 +131,7 @@ def watch(source: ScriptedSource, task_id: str = "a") -> SingleWaiter:
 
 async def test_who_has_looked_is_read_for_once_subscribed(source: ScriptedSource) -> None:
     waiter = SingleWaiter("a", None)
-    source.hub.watch("a", waiter, look=False)
+    source.hub.watch("a", waiter, read_first=False)
     source.store("a")  # before the subscription: no message tells of it
     await source.drain()
     assert waiter.future.done()
@@ -297,7 +297,7 @@ async def test_an_event_during_a_read_does_not_hide_what_the_read_finds(source: 
             heard.append(outcome.status)
 
     source.store("a", STARTED)
-    source.hub.watch("a", Listener(), look=False)
+    source.hub.watch("a", Listener(), read_first=False)
     await source.drain_until(lambda: source.calls[-1:] == [("read", ("a",))])
     await source.advance()  # the read is executed, and not answered
     source.hub.receive("a", TaskMeta("a", "EVENT"), remember=False)

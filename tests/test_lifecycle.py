@@ -103,7 +103,7 @@ async def subscribed(backend: Backend, count: int = 0) -> None:
     await until(
         lambda: (
             len(hub) >= count
-            and not (hub._to_look or hub._to_add)
+            and not (hub._to_read_first or hub._to_subscribe)
             and all(topic.subscribed for topic in hub._topics.values())
         )
     )

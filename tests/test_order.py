@@ -570,7 +570,7 @@ async def test_a_late_progress_wakes_nobody(harness: Harness) -> None:
     await worker.mark_as_failure("t", ValueError(1))
     await until(lambda: bool(told))
     later = Watcher()
-    web.watch("t", later, look=False)
+    web.watch("t", later, read_first=False)
     await worker.store_result("t", 2, PROGRESS)
     await until(lambda: len(told) == 2)
     assert told == [FAILURE, FAILURE]

@@ -138,7 +138,7 @@ def heard(world: World, reader: Reading) -> Iterator[tuple[World, Reading]]:
         if message is FINAL:
             reader.ended()
         else:
-            reader.told(message.epoch, message.last, None if message.state else chunks(message), 1)
+            reader.receive(message.epoch, message.last, None if message.state else chunks(message), 1)
         yield world._replace(messages=tuple(others), heard_final=world.heard_final or message is FINAL), reader
 
 
@@ -257,27 +257,27 @@ class NoReadAfterTheConfirmation(Reading):
 
 
 class ForgetsWhatComesDuringARead(Reading):
-    def told(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
+    def receive(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
         if not self._asked:
-            super().told(epoch, last, chunks, size)
+            super().receive(epoch, last, chunks, size)
 
 
 class TakesWhatDoesNotFollow(Reading):
-    def told(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
+    def receive(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
         if chunks and epoch == self._at.epoch:
             self._at = Place(epoch, max(self._at.seq, last - len(chunks)))
-        super().told(epoch, last, chunks, size)
+        super().receive(epoch, last, chunks, size)
 
 
 class TakesAnyEpoch(Reading):
-    def told(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
-        super().told(self._at.epoch, last, chunks, size)
+    def receive(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
+        super().receive(self._at.epoch, last, chunks, size)
 
 
 class ForgetsWhatDoesNotFit(Reading):
-    def told(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
+    def receive(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
         behind = self.behind
-        super().told(epoch, last, chunks, size)
+        super().receive(epoch, last, chunks, size)
         self.behind = behind
 
 
@@ -288,9 +288,9 @@ class EndsWithAnOldPage(Reading):
 
 
 class IgnoresOlderEpochs(Reading):
-    def told(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
+    def receive(self, epoch: int, last: int, chunks: Any, size: int = 0) -> None:
         if epoch >= self._at.epoch:
-            super().told(epoch, last, chunks, size)
+            super().receive(epoch, last, chunks, size)
 
 
 MISTAKES: dict[type[Reading], dict[str, int]] = {

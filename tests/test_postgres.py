@@ -193,8 +193,8 @@ def waited_for(backend: PostgresBackend, count: int) -> bool:
 
 async def settled(backend: PostgresBackend, count: int) -> None:
     """Return once so many ids are waited for and everything due has been read: from here on only a push can help."""
-    await until(lambda: waited_for(backend, count) and not (backend._hub._to_add or backend._hub._to_look))
-    await backend.look_up(["done when everything before it is"])
+    await until(lambda: waited_for(backend, count) and not (backend._hub._to_subscribe or backend._hub._to_read_first))
+    await backend.get_outcomes(["done when everything before it is"])
 
 
 async def connections(admin: asyncpg.Connection[Any]) -> int:

@@ -417,7 +417,7 @@ async def test_an_odd_row_harms_only_its_readers(
             await admin.execute(f"UPDATE celery_taskmeta SET {column} WHERE task_id = 'odd'")
         await store_as_celery(admin, "b")
         assert [meta.result for meta in await asyncio.gather(*waiters)] == [7, 7]
-        found: list[Any] = [*await backend.look_up(["a", "odd", "b"])]
+        found: list[Any] = [*await backend.get_outcomes(["a", "odd", "b"])]
         assert [meta.result for meta in (found[0], found[2]) if not isinstance(meta, Exception)] == [7, 7]
         if isinstance(found[1], DecodeError) or found[1].ready:
             await asyncio.wait({odd})

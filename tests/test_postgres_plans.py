@@ -13,7 +13,7 @@ import pytest
 from aioresult.backends.postgres import PostgresBackend
 from aioresult.backends.postgres.runs import RunTable
 from aioresult.chord import ChordOp, ChordStep
-from aioresult.log import START, Ask, Flush, Place
+from aioresult.log import START, Flush, PageRequest, Place
 from aioresult.record import Record
 from aioresult.run import RunOp, RunStep
 
@@ -88,7 +88,7 @@ async def run(table: RunTable, task_id: str, connection: asyncpg.Connection[Any]
     """Every kind of flush, page and step."""
     for epoch in (0, 1, 1):
         await table.append([Flush(task_id, "p", epoch, 2, b"1", keep_from=1, expires=9.0, run="r")], connection)
-    await table.pages([Ask(task_id, START, 9), Ask(task_id, None, 1)], connection)
+    await table.pages([PageRequest(task_id, START, 9), PageRequest(task_id, None, 1)], connection)
     payload = ("REVOKED", b"1", 10**15, "traceback")
     for op in (*RunOp, RunOp.START):
         last = Record(task_id, payload, 9.0, group_id=task_id)

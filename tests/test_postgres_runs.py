@@ -15,10 +15,10 @@ import pytest
 
 from aioresult import BackendRefusedError, TaskMeta
 from aioresult.backends.postgres import PostgresBackend
-from aioresult.backends.postgres.runs import _look
+from aioresult.backends.postgres.runs import _page_arguments
 from aioresult.backends.postgres.schema import EXTENDED_COLUMNS
 from aioresult.exceptions import OutputSuperseded
-from aioresult.log import CLOSED, OUTPUT_TOPIC, START, Ask, Entry, Flush, OutputNews, Page, Place
+from aioresult.log import CLOSED, OUTPUT_TOPIC, START, Entry, Flush, OutputNews, Page, PageRequest, Place
 from aioresult.record import Record
 from aioresult.run import WORKER_TOPIC, RunOp, RunState, RunStep, Verdict
 from aioresult.states import FAILURE, PENDING, RETRY, REVOKED, STARTED, SUCCESS
@@ -81,7 +81,7 @@ def given(outcome: int | BaseException) -> int:
 
 
 async def page(backend: PostgresBackend, task_id: str = "t", after: Place = START, limit: int = 100) -> Page:
-    (found,) = await backend._pages([Ask(task_id, after, limit)])
+    (found,) = await backend._pages([PageRequest(task_id, after, limit)])
     assert isinstance(found, Page), found
     return found
 
@@ -92,7 +92,7 @@ class Hearing:
     def __init__(self, backend: PostgresBackend, topic: str) -> None:
         self.news: list[Any] = []
         self._connected = asyncio.Event()
-        backend._hub.watch(topic, self, look=False)
+        backend._hub.watch(topic, self, read_first=False)
 
     def receive(self, topic: str, outcome: Any) -> None:
         if self._connected.is_set() and isinstance(outcome, TaskMeta):  # and not the end of the backend
@@ -492,7 +492,7 @@ async def test_a_database_of_an_older_version_does_all_but_running_tasks(
         assert await backend.cleanup() == 0
         calls: Sequence[Any] = [
             backend._append([Flush("t", "p", 0, 1, b"[1]")]),
-            backend._pages([Ask("t", START, 1)]),
+            backend._pages([PageRequest("t", START, 1)]),
             backend._run_steps([RunStep(RunOp.READ, "t")]),
             backend._beat("w", 1.0, NO_GAP),
             backend._alive(["w"]),
@@ -532,7 +532,7 @@ async def test_a_page_costs_the_same_wherever_it_is_in_a_long_output(
         "INSERT INTO celery_taskmeta_output SELECT 't', $1, i, '[1]', '' FROM generate_series(2, 20000) i", epoch
     )
     for after in (Place(epoch, 0), Place(epoch, 10_000), Place(epoch, 19_990), Place(epoch - 1, 5), None):
-        look = _look(Ask("t", after, 5))
+        look = _page_arguments(PageRequest("t", after, 5))
         rows = await admin.fetch(f"EXPLAIN (ANALYZE, BUFFERS) {backend._run_table._pages}", *zip(look, strict=True))
         plan = "\n".join(row[0] for row in rows)
         hits = re.search(r"shared hit=(\d+)", plan)

@@ -86,7 +86,7 @@ async def test_ten_thousand_waiters_cost_two_connections_and_nothing_while_they_
     assert await library_connections(redis_client) == 2
     assert threading.active_count() == threads
 
-    await until(lambda: not backend._hub._to_add)  # the read that follows the last subscription
+    await until(lambda: not backend._hub._to_subscribe)  # the read that follows the last subscription
     await backend.get_task_meta("done when everything before it is")
     await redis_client.config_resetstat()
     woken = backend.result("one more")

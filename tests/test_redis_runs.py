@@ -26,7 +26,7 @@ from aioresult.backends.keyvalue import sibling
 from aioresult.backends.redis import RedisBackend
 from aioresult.backends.redis.connection import translate
 from aioresult.exceptions import OutputSuperseded
-from aioresult.log import OUTPUT_TOPIC, START, Ask, Entry, Flush, OutputNews, Page, Place
+from aioresult.log import OUTPUT_TOPIC, START, Entry, Flush, OutputNews, Page, PageRequest, Place
 from aioresult.record import Record
 from aioresult.run import RunOp, RunState, RunStep, Verdict
 from aioresult.states import FAILURE, REVOKED, STARTED, SUCCESS
@@ -89,7 +89,7 @@ async def flush(backend: RedisBackend, flush: Flush) -> int:
 
 
 async def page(backend: RedisBackend, after: Place | None = START, task_id: str = "t") -> Page:
-    (found,) = await backend._pages([Ask(task_id, after, 100)])
+    (found,) = await backend._pages([PageRequest(task_id, after, 100)])
     if isinstance(found, BaseException):
         raise found
     return found
@@ -110,10 +110,10 @@ async def test_flushes_looks_and_steps_of_many_tasks_share_a_round_trip(
     epochs = await backend._append([opening(task_id) for task_id in ids])
     flushes = [Flush(task_id, "p", int(str(epoch)), 2, b"[2]") for task_id, epoch in zip(ids, epochs, strict=True)]
     await backend._append(flushes)
-    await backend._pages([Ask(task_id, START, 10) for task_id in ids])
+    await backend._pages([PageRequest(task_id, START, 10) for task_id in ids])
     assert len(trips) == 4
     await backend._append(flushes)  # refused by the streams; what has become of them is one look more for all
-    await backend._pages([Ask(task_id, Place(1, 10**9), 10) for task_id in ids])
+    await backend._pages([PageRequest(task_id, Place(1, 10**9), 10) for task_id in ids])
     assert len(trips) == 7
 
 
@@ -352,7 +352,7 @@ async def test_a_strangers_entry_is_an_error_of_those_who_read_it(
     epoch = await flush(backend, opening())
     await redis_client.xadd(OUT, fields, id=f"{epoch}-2")
     await flush(backend, opening("u"))
-    asks = [Ask("t", START, 10), Ask("u", START, 10), Ask("t", None, 1)]
+    asks = [PageRequest("t", START, 10), PageRequest("u", START, 10), PageRequest("t", None, 1)]
     first, other, last = await backend._pages(asks)
     assert isinstance(first, DecodeError)
     assert isinstance(last, DecodeError)
@@ -637,8 +637,8 @@ async def test_the_output_of_a_task_on_the_channel_of_the_result_of_another(
 ) -> None:
     """As it is where an id has a tag of its own: both waiters are told what is theirs."""
     heard, output = Heard(), OUTPUT_TOPIC + "{x}"
-    backend.watch("{x}.out", heard, look=False)
-    backend.watch_topic(output, heard, look=False)
+    backend.watch("{x}.out", heard, read_first=False)
+    backend.watch_topic(output, heard, read_first=False)
     await until(lambda: (output, None) in heard.news)
     async with redis.asyncio.Redis.from_url(redis_url) as client:
         for message in (b"7-3 [1, 2]", backend._encode(TaskMeta("{x}.out", SUCCESS, 42))):

@@ -145,7 +145,7 @@ async def test_a_waiter_that_ends_the_waits_of_others_while_it_is_told_does_not_
     source.refuses = False
     again = SingleWaiter("c", None)
     hub.watch("c", again)
-    await until(lambda: not hub._to_look)
+    await until(lambda: not hub._to_read_first)
     await hub.close(BackendConnectionError("closed"))
     assert isinstance(again.future.exception(), BackendConnectionError)
 

@@ -73,7 +73,7 @@ async def connected(backend: Backend) -> None:
 async def settled(*backends: Backend) -> None:
     """Return once nobody is told anything by these: no topic, no subscription, no watched task."""
     for backend in backends:
-        await until(lambda backend=backend: not backend._hub._topics and not backend._hub._to_drop)
+        await until(lambda backend=backend: not backend._hub._topics and not backend._hub._to_unsubscribe)
         assert backend._streams._tails == {}
         assert backend.liveness._watched == {}
 
@@ -567,7 +567,7 @@ async def test_an_evicted_note_of_a_run_is_no_death_and_no_end(redis_site: Redis
             await task.output.send(1)
             await until(lambda: waiting.read == [1])
             assert await client.delete(f"{{celery-task-meta-{task.task_id}}}.run") == 1
-            web.liveness._look(task.task_id)
+            web.liveness._check(task.task_id)
             beat = web.liveness._beats._last
             await until(lambda: web.liveness._beats._last != beat)
             if task.task_id == "revoked":
@@ -598,7 +598,7 @@ async def test_evicted_leases_are_given_again_before_anybody_is_declared_lost(re
             for _ in range(3):
                 assert await client.delete("aioresult-workers") == 1
                 # What seems missing is looked at, as after a reconnect.
-                web.liveness._look("t")
+                web.liveness._check("t")
                 await eventually(lambda: client.zscore("aioresult-workers", worker.liveness.worker))
             await until(lambda: web.liveness._beats.last is not None)
             task.value = "done"

@@ -682,7 +682,7 @@ async def test_each_reader_of_a_failed_task_has_an_exception_of_its_own(
 async def test_each_waiter_that_one_message_tells_has_an_exception_of_its_own(harness: Harness, way: str) -> None:
     worker, reader = await harness.pair()
     waiting = [asyncio.ensure_future(WAYS[each](reader)) for each in (way, way, way, "await result")]
-    await until(lambda: len(reader._hub) > 0 and not (reader._hub._to_look or reader._hub._to_add))
+    await until(lambda: len(reader._hub) > 0 and not (reader._hub._to_read_first or reader._hub._to_subscribe))
     await fail(worker)
     check_apart(await asyncio.gather(*waiting))
     await harness.subscribed(0)

@@ -198,14 +198,14 @@ class Backend(LiveSide):
         """One atomic step; for `aioresult.chord`."""
         self.check()
         if self._steps.full:
-            await self._steps.room()
+            await self._steps.wait_for_room()
         return await self._steps.submit(step, size=len(step.part) + len(step.body or b""))
 
     async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
         """Many steps in few round trips, with errors in their places; for `aioresult.chord`."""
         self.check()
         if self._steps.full:
-            await self._steps.room()
+            await self._steps.wait_for_room()
         return await asyncio.gather(*map(self._steps.submit, steps), return_exceptions=True)
 
     async def active_chords(self) -> Sequence[str]:
@@ -213,10 +213,10 @@ class Backend(LiveSide):
         self.check()
         return [group_id for group_id in await self._call(self._active_chords) if self._is_id(group_id)]
 
-    def look_again(self, topic: str) -> None:
+    def read_again(self, topic: str) -> None:
         """Have what is waited for under ``topic`` read once more, with all that is due; for `aioresult.chord`."""
         if self._loop is not None:
-            self._hub.news(topic)
+            self._hub.mark_stale(topic)
 
     # -- handles: no I/O --------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from uuid import UUID
 from ..chord import ChordState, ChordStep
 from ..dialect import StoredType
 from ..exceptions import ImproperlyConfigured, UsageError
-from ..log import Ask, Flush, Page
+from ..log import Flush, Page, PageRequest
 from ..meta import ResultTuple, TaskMeta
 from ..progress import GroupCounts
 from ..record import Record
@@ -254,7 +254,7 @@ class BackendContract(ABC):
         """
         raise UsageError(f"{type(self).__name__} keeps no output of running tasks")
 
-    async def _pages(self, asks: Sequence[Ask]) -> Sequence[Page | BaseException]:
+    async def _pages(self, requests: Sequence[PageRequest]) -> Sequence[Page | BaseException]:
         """What each look finds: *first* whether the task is over, *then* the log, or both in one snapshot."""
         raise UsageError(f"{type(self).__name__} keeps no output of running tasks")
 

@@ -31,7 +31,7 @@ from ..exceptions import (
     WrongEventLoopError,
 )
 from ..hub import Finding, Hub
-from ..log import OUTPUT_TOPIC, Ask, Flush, OutputNews, Page
+from ..log import OUTPUT_TOPIC, Flush, OutputNews, Page, PageRequest
 from ..meta import TaskMeta
 from ..progress import GROUP_TOPIC
 from ..record import Record
@@ -86,32 +86,32 @@ class BackendCore(BackendContract):
 
     def _received(self, task_id: str, stored: Any) -> None:
         """A backend calls this with each message that arrives; ``stored`` is as from `_fetch`."""
-        if self._hub.wants(task_id):
+        if self._hub.has_waiters(task_id):
             self._hub.receive(task_id, *self._finding(task_id, stored))
 
     def _chord_news(self, group_id: str, ready: bool) -> None:
         """A backend calls this with each message about a chord; ``ready`` if there may be a callback to dispatch."""
-        self._hub.news(CHORD_TOPIC + group_id)
+        self._hub.mark_stale(CHORD_TOPIC + group_id)
         if ready and self._is_id(group_id):
-            self._tell(READY_TOPIC, group_id)
+            self._notify_topic(READY_TOPIC, group_id)
 
     def _output_news(self, task_id: str, epoch: int, last: int, data: bytes | None) -> None:
         """A backend calls this with each message about an output; ``data`` as in `OutputNews`."""
-        self._tell(OUTPUT_TOPIC + task_id, OutputNews(epoch, last, data))
+        self._notify_topic(OUTPUT_TOPIC + task_id, OutputNews(epoch, last, data))
 
     def _worker_news(self, worker: str) -> None:
         """A backend calls this with the id of each worker that has died or ended."""
-        self._tell(WORKERS_TOPIC, worker)
+        self._notify_topic(WORKERS_TOPIC, worker)
 
     def _group_news(self, group_id: str) -> None:
         """A backend calls this when the counts of a group have changed."""
-        self._tell(GROUP_TOPIC + group_id, group_id)
+        self._notify_topic(GROUP_TOPIC + group_id, group_id)
 
     def _revoke_news(self, worker: str, run: str) -> None:
         """A backend calls this in the process of ``worker`` with each run that is to be stopped."""
-        self._tell(WORKER_TOPIC + worker, run)
+        self._notify_topic(WORKER_TOPIC + worker, run)
 
-    def _tell(self, topic: str, news: object) -> None:
+    def _notify_topic(self, topic: str, news: object) -> None:
         self._hub.receive(topic, TaskMeta(topic, "NEWS", news), remember=False)
 
     def _listener_lost(self, reason: BaseException) -> None:
@@ -199,8 +199,8 @@ class BackendCore(BackendContract):
             persistence=self._persistence,
             at_once=self._append_at_once,
         )
-        self._looks: Batcher[Ask, Page] = batcher(
-            self._perform_looks, max_items=self.fetch_chunk, parallel=2, persistence=self._persistence
+        self._page_reads: Batcher[PageRequest, Page] = batcher(
+            self._perform_page_reads, max_items=self.fetch_chunk, parallel=2, persistence=self._persistence
         )
         self._runs: Batcher[RunStep, RunState] = batcher(
             self._perform_runs,
@@ -210,7 +210,7 @@ class BackendCore(BackendContract):
             persistence=self._persistence,
         )
         results = (self._writes, self._fetches, self._calls, self._steps)
-        self._batchers = (*results, self._appends, self._looks, self._runs)
+        self._batchers = (*results, self._appends, self._page_reads, self._runs)
         self._hub.start()
 
     def _settle_change(self) -> None:
@@ -324,8 +324,8 @@ class BackendCore(BackendContract):
     async def _perform_appends(self, flushes: Sequence[Flush]) -> Sequence[int | BaseException]:
         return await self._append(flushes)
 
-    async def _perform_looks(self, asks: Sequence[Ask]) -> Sequence[Page | BaseException]:
-        return await self._pages(asks)
+    async def _perform_page_reads(self, requests: Sequence[PageRequest]) -> Sequence[Page | BaseException]:
+        return await self._pages(requests)
 
     async def _perform_runs(self, steps: Sequence[RunStep]) -> Sequence[RunState | BaseException]:
         return await self._run_steps(steps)

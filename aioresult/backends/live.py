@@ -12,7 +12,7 @@ from uuid import UUID
 from ..exceptions import TaskRevokedError, UsageError
 from ..interruption import Interruption
 from ..liveness import Liveness
-from ..log import Ask, Flush, Page
+from ..log import Flush, Page, PageRequest
 from ..output import Keep, Output, Overflow
 from ..progress import GroupCounts
 from ..run import RunOp, RunState, RunStep, Verdict
@@ -238,9 +238,9 @@ class LiveSide(ReaderSide):
         self.check()
         return self._appends.submit(flush, flush.task_id, len(flush.data))
 
-    async def page(self, ask: Ask) -> Page:
+    async def page(self, request: PageRequest) -> Page:
         """A look into the log."""
-        return await self._looks.submit(ask)
+        return await self._page_reads.submit(request)
 
     def submit_run_step(self, step: RunStep) -> asyncio.Future[RunState]:
         """Take a step; steps of one task are taken in the order in which they were submitted."""

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, Unpack
 
 from ..chord import ChordOp, ChordState, ChordStep
 from ..exceptions import AioResultError, SerializationError
-from ..log import Ask, Flush, Page
+from ..log import Flush, Page, PageRequest
 from ..run import RunState, RunStep
 from ..tasks import TURN
 from .base import BackendOptions
@@ -333,13 +333,13 @@ class MemoryBackend(KeyValueStoreBackend):
             self._publish(sibling(key, ".out"), output_message(epoch, flush.last, flush.data))
         return epoch
 
-    async def _pages(self, asks: Sequence[Ask]) -> list[Page | BaseException]:
-        return [self._page(ask) for ask in asks]
+    async def _pages(self, requests: Sequence[PageRequest]) -> list[Page | BaseException]:
+        return [self._page(request) for request in requests]
 
-    def _page(self, ask: Ask) -> Page:
-        key = self._task_key(ask.task_id)
+    def _page(self, request: PageRequest) -> Page:
+        key = self._task_key(request.task_id)
         log = _current(self.store.logs, key, monotonic()) or Log()
-        return Page(self._is_final(key), *log.page(ask))
+        return Page(self._is_final(key), *log.page(request))
 
     def _is_final(self, key: str) -> bool:
         """Whether the task is over: also if that cannot be read, for then its readers are to learn why."""

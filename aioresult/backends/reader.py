@@ -12,7 +12,7 @@ from ..exceptions import BackendConnectionError, BackendGetMetaError, Serializat
 from ..hub import chunked
 from ..meta import TaskMeta
 from ..seconds import Timeout, checked_timeout
-from ..waiter import LAST_LOOK, Outcome, SingleWaiter, Waiter, timed_out
+from ..waiter import FINAL_READ, Outcome, SingleWaiter, Waiter, timed_out
 from .core import Removal
 from .worker import WorkerSide
 
@@ -35,13 +35,13 @@ class ReaderSide(WorkerSide):
     async def get_many(self, task_ids: Iterable[str | UUID]) -> list[TaskMeta]:
         """What is stored of each id, in order: one round trip per `fetch_chunk` ids. Raises as `get_task_meta`."""
         metas: list[TaskMeta] = []
-        for outcome in await self.look_up(task_ids):
+        for outcome in await self.get_outcomes(task_ids):
             if isinstance(outcome, Exception):
                 raise outcome
             metas.append(outcome)
         return metas
 
-    async def look_up(self, task_ids: Iterable[str | UUID]) -> list[Outcome]:
+    async def get_outcomes(self, task_ids: Iterable[str | UUID]) -> list[Outcome]:
         """As `get_many`, but a result that cannot be read is an exception in its place and spoils no other."""
         self.check()
         outcomes: list[Outcome] = []
@@ -86,11 +86,11 @@ class ReaderSide(WorkerSide):
         waiter = SingleWaiter(f"task {task_id}", seconds)
         self._hub.watch(task_id, waiter)
         try:
-            return (await waiter.future).afresh()
+            return (await waiter.future).with_new_exception()
         except TimeoutError:
-            if seconds is None or seconds >= LAST_LOOK:
+            if seconds is None or seconds >= FINAL_READ:
                 raise
-            found = await self._last_look(task_id)
+            found = await self._final_read(task_id)
             if found is None or not found.ready:
                 raise
             return found
@@ -110,37 +110,37 @@ class ReaderSide(WorkerSide):
         except TimeoutError:
             if patient:
                 raise
-            return await self._last_look(topic)
+            return await self._final_read(topic)
         finally:
             self._hub.unwatch(topic, waiter)
             waiter.stop()
 
-    async def _last_look(self, topic: str) -> TaskMeta | None:
+    async def _final_read(self, topic: str) -> TaskMeta | None:
         """What is stored, as far as that can be had within a second."""
         try:
-            async with asyncio.timeout(LAST_LOOK):
+            async with asyncio.timeout(FINAL_READ):
                 return cast("TaskMeta | None", await self._fetches.submit(topic))
         except (TimeoutError, BackendConnectionError):
             return None
 
-    def watch(self, task_id: str | UUID, waiter: Waiter, look: bool = True) -> None:
-        """Have ``waiter`` told the state of ``task_id`` and of each change: the layer below `wait_for`.
+    def watch(self, task_id: str | UUID, waiter: Waiter, read_first: bool = True) -> None:
+        """Notify ``waiter`` of the state of ``task_id`` and of each change: the layer below `wait_for`.
 
-        Pair it with `unwatch`. A final state is the last that the waiter is told. With ``look=False`` nothing is read
-        before the subscription is confirmed: pass it when you have just read the result yourself.
+        Pair it with `unwatch`. After a final state the waiter hears no more. With ``read_first=False`` the backend
+        subscribes without reading first. Pass it when you have just read the result yourself.
         """
         self.check()
-        self._hub.watch(self._valid_id(task_id), waiter, look)
+        self._hub.watch(self._valid_id(task_id), waiter, read_first)
 
     def unwatch(self, task_id: str | UUID, waiter: Waiter) -> None:
         """End what `watch` began; harmless if it has ended."""
         if self._loop is not None:
             self._hub.unwatch(str(task_id), waiter)
 
-    def watch_topic(self, topic: str, waiter: Waiter, look: bool = True) -> None:
+    def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None:
         """As `watch`, of what is no task; for chords and running tasks."""
         self.check()
-        self._hub.watch(topic, waiter, look)
+        self._hub.watch(topic, waiter, read_first)
 
     # -- forgetting -------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class ReaderSide(WorkerSide):
         self.check()
         task_id = self._valid_id(task_id)
         if self._writes.full:  # not to overtake the stores that wait
-            await self._writes.room()
+            await self._writes.wait_for_room()
         await self._writes.submit(Removal(task_id), task_id)
 
     async def forget_many(self, task_ids: Iterable[str | UUID]) -> None:
@@ -160,7 +160,7 @@ class ReaderSide(WorkerSide):
         self.check()
         for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
             if self._writes.full:
-                await self._writes.room()
+                await self._writes.wait_for_room()
             await asyncio.gather(*(self._writes.submit(Removal(task_id), task_id) for task_id in ids))
 
     async def cleanup(self) -> int:

@@ -11,7 +11,7 @@ from collections import deque
 from typing import NamedTuple
 
 from ..exceptions import OutputSuperseded
-from ..log import START, Ask, Entry, Flush, Place
+from ..log import START, Entry, Flush, PageRequest, Place
 from ..record import Record
 from ..run import RunOp, RunState, RunStep, Verdict
 from ..states import FAILURE, READY_STATES, RETRY, REVOKED, SUCCESS
@@ -69,13 +69,13 @@ class Log:
             return own
         return None if self.entries and self.entries[-1].state else Place(top.epoch + 1, 0)
 
-    def page(self, ask: Ask) -> tuple[tuple[Entry, ...], bool, Place]:
+    def page(self, request: PageRequest) -> tuple[tuple[Entry, ...], bool, Place]:
         """The entries behind a place, whether there are more, and the end of the log."""
-        after = ask.after
+        after = request.after
         if after is None:
             return tuple(self.entries)[-1:], False, self.top
         found = [entry for entry in self.entries if (entry.epoch, entry.last) > after]
-        return tuple(found[: ask.limit]), len(found) > ask.limit, self.top
+        return tuple(found[: request.limit]), len(found) > request.limit, self.top
 
 
 class Taken(NamedTuple):

@@ -90,7 +90,7 @@ class WorkerSide(BackendCore):
         :raises BackendConnectionError: the server was away for longer than ``retry_for``. It may have been stored.
         """
         if self._must_wait():
-            await self._writes.room()
+            await self._writes.wait_for_room()
         return await self._submit(self.record(task_id, value, state, traceback, request, expires))
 
     def _must_wait(self) -> bool:
@@ -168,13 +168,13 @@ class WorkerSide(BackendCore):
         Changes nothing, and returns false, if anything is stored under the id: the worker may have been quicker.
         """
         if self._must_wait():
-            await self._writes.room()
+            await self._writes.wait_for_room()
         return await self._submit(self.record(task_id, None, PENDING, expires=expires, only_new=True))
 
     async def mark_as_started(self, task_id: str | UUID, /, **info: Any) -> bool:
         """The task runs. ``info`` (Celery stores ``pid`` and ``hostname``) becomes the result for the time being."""
         if self._must_wait():
-            await self._writes.room()
+            await self._writes.wait_for_room()
         return await self._submit(self.record(task_id, info, STARTED))
 
     async def mark_as_done(
@@ -183,7 +183,7 @@ class WorkerSide(BackendCore):
         """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``."""
         part = None if request is None else self._part_of(request, task_id)
         if self._must_wait():
-            await self._writes.room()
+            await self._writes.wait_for_room()
         if getattr(request, "ignore_result", False):
             kept = False
         else:
@@ -212,7 +212,7 @@ class WorkerSide(BackendCore):
         links = () if request is None else links_of(getattr(request, "chain", None))
         parts = self._parts_of(part, links)
         if self._must_wait():
-            await self._writes.room()
+            await self._writes.wait_for_room()
         if links:
             own = self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires))
             return await self._fail_with_links(own, exc, traceback, expires, parts, links)
@@ -279,7 +279,7 @@ class WorkerSide(BackendCore):
     ) -> bool:
         """The task raised ``exc`` and will run again."""
         if self._must_wait():
-            await self._writes.room()
+            await self._writes.wait_for_room()
         return await self._submit(self.record(task_id, exc, RETRY, traceback_of(exc, traceback), request, expires))
 
     async def mark_as_revoked(
@@ -292,7 +292,7 @@ class WorkerSide(BackendCore):
         part = None if request is None else self._part_of(request, task_id)
         exc = TaskRevokedError(reason)
         if self._must_wait():
-            await self._writes.room()
+            await self._writes.wait_for_room()
         kept = await self._submit(self.record(task_id, exc, REVOKED, None, request, expires))
         if part is not None:
             await self._return_part(part, REVOKED, exc)

@@ -377,7 +377,7 @@ async def test_a_read_that_comes_late_does_not_undo_the_end(harness: Harness) ->
     result = backend.result("t")
     await backend.mark_as_done("t", 1)
     assert await result == 1
-    result.learn(TaskMeta("t", STARTED, {"pid": 1}))
+    result.set_outcome(TaskMeta("t", STARTED, {"pid": 1}))
     assert result.meta is not None
     assert result.meta.status == SUCCESS
 

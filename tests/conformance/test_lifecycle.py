@@ -34,7 +34,7 @@ CALLS: dict[str, Callable[[Backend], Awaitable[Any]]] = {
     "mark_as_revoked": lambda backend: backend.mark_as_revoked("t"),
     "get_task_meta": lambda backend: backend.get_task_meta("t"),
     "get_many": lambda backend: backend.get_many(["t"]),
-    "look_up": lambda backend: backend.look_up(["t"]),
+    "look_up": lambda backend: backend.get_outcomes(["t"]),
     "wait_for": lambda backend: backend.wait_for("t"),
     "wait_for a moment": lambda backend: backend.wait_for("t", timeout=0),
     "exists": lambda backend: backend.exists("t"),

@@ -343,7 +343,7 @@ async def test_a_suspicion_does_not_begin_when_those_that_asked_have_left(live: 
     web.liveness.unwatch("t", told.append)
     gate.open.set()
     web.liveness.watch("u", told.append)
-    await until(lambda: not web.liveness._due and not web.liveness._looking.is_set())
+    await until(lambda: not web.liveness._due and not web.liveness._check_due.is_set())
     for _ in range(20):
         await asyncio.sleep(0)
     assert not web.liveness._suspects

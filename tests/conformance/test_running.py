@@ -24,7 +24,7 @@ from aioresult import (
     current_task,
 )
 from aioresult.exceptions import BackendStoreError, EncodeError
-from aioresult.log import START, Ask
+from aioresult.log import START, PageRequest
 
 from ..harness import Harness, intercept, until
 from .test_streams import put, read, reading, waiting
@@ -249,7 +249,7 @@ async def test_the_end_stands_in_the_log_too(live: Harness, ending: Any) -> None
     else:
         body.end.set_result(ending)
     await body.outcome()
-    (page,) = await web._pages([Ask("t", START, 10)])
+    (page,) = await web._pages([PageRequest("t", START, 10)])
     assert not isinstance(page, BaseException)
     last = page.entries[-1]
     expected = {int: (3, "SUCCESS"), KeyError: (3, "FAILURE")}.get(type(ending), (2, ""))

@@ -15,7 +15,7 @@ import pytest
 import aioresult
 from aioresult import Backend, TaskMeta
 from aioresult.exceptions import OutputSuperseded
-from aioresult.log import CLOSED, OUTPUT_TOPIC, START, Ask, Entry, Flush, OutputNews, Page, Place
+from aioresult.log import CLOSED, OUTPUT_TOPIC, START, Entry, Flush, OutputNews, Page, PageRequest, Place
 from aioresult.record import Record
 from aioresult.run import WORKER_TOPIC, WORKERS_TOPIC, RunOp, RunState, RunStep, Verdict
 from aioresult.states import FAILURE, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
@@ -83,7 +83,7 @@ async def flush(backend: Backend, task_id: str = "t", writer: str = "p", epoch: 
 
 
 async def page(backend: Backend, after: Place | None = START, limit: int = 100, task_id: str = "t") -> Page:
-    (found,) = await backend._pages([Ask(task_id, after, limit)])
+    (found,) = await backend._pages([PageRequest(task_id, after, limit)])
     assert isinstance(found, Page), found
     return found
 
@@ -101,7 +101,7 @@ class Listener:
         self.news: list[Any] = []
         self._connected = asyncio.Event()
         self._backend, self._topic = backend, topic
-        backend._hub.watch(topic, self, look=False)
+        backend._hub.watch(topic, self, read_first=False)
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
         assert isinstance(outcome, TaskMeta), outcome
@@ -231,7 +231,7 @@ class Beside:
         for backend in (self.model, self.store):
             side = backend is self.store
             places[backend] = [
-                Ask(task_id, Place(epochs[side], seq) if seq >= 0 else None, limit)
+                PageRequest(task_id, Place(epochs[side], seq) if seq >= 0 else None, limit)
                 for task_id, epochs, seq, limit in asks
             ]
             pages[backend] = await backend._pages(places[backend])
@@ -253,7 +253,7 @@ class Beside:
         if all(epochs) and not any(one == epochs[0] or other == epochs[1] for one, other in known):
             known.append(epochs)
 
-    def _alike(self, ask: Ask, page: Page | BaseException, side: bool) -> Page:
+    def _alike(self, ask: PageRequest, page: Page | BaseException, side: bool) -> Page:
         """The page with the epochs of the reference, and with an end only where one is needed."""
         assert isinstance(page, Page), page
         known = {0: 0, **{epochs[side]: epochs[0] for epochs in self.epochs.get(ask.task_id, [])}}
@@ -404,7 +404,7 @@ async def test_a_page_says_whether_the_task_is_over(store: Backend) -> None:
 async def test_flushes_and_looks_of_many_tasks_in_one_call(store: Backend) -> None:
     ids = [f"t{n}" for n in range(50)]
     epochs = await store._append([Flush(task_id, "p", 0, 1, b'["%s"]' % task_id.encode()) for task_id in ids])
-    pages = await store._pages([Ask(task_id, START, 10) for task_id in ids])
+    pages = await store._pages([PageRequest(task_id, START, 10) for task_id in ids])
     for task_id, epoch, found in zip(ids, epochs, pages, strict=True):
         assert isinstance(epoch, int)
         assert isinstance(found, Page)

@@ -411,7 +411,7 @@ async def test_a_type_that_cannot_be_decoded_is_the_error_of_that_result_alone(h
     reader = await harness.connect(types=[StoredType(Fraction, "fraction", str, lambda text: Fraction(int(text)))])
     await worker.mark_as_done("bad", Fraction(1, 2))
     await worker.mark_as_done("good", Fraction(2))
-    bad, good = await reader.look_up(["bad", "good"])
+    bad, good = await reader.get_outcomes(["bad", "good"])
     assert isinstance(bad, DecodeError)
     assert isinstance(good, TaskMeta)
     assert good.result == 2
@@ -557,7 +557,7 @@ async def test_what_cannot_be_read_exists_and_spoils_no_other(harness: Harness) 
     assert good.result == 1
     assert isinstance(bad, DecodeError)
     assert await reader.exists("bad")
-    first, second = await reader.look_up(["bad", "good"])
+    first, second = await reader.get_outcomes(["bad", "good"])
     assert isinstance(first, DecodeError)
     assert isinstance(second, TaskMeta)
     with pytest.raises(DecodeError, match="task bad"):

@@ -98,7 +98,7 @@ async def redis_replies(data: bytes, listening: bool) -> None:
 class _StrictHub:
     """Somebody waits for everything; ids are what the hub takes for ids."""
 
-    def wants(self, task_id: str) -> bool:
+    def has_waiters(self, task_id: str) -> bool:
         return True
 
     def receive(self, task_id: str, outcome: object, mark: object = None, remember: bool = True) -> None:

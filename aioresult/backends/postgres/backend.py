@@ -31,7 +31,7 @@ from ...exceptions import (
     InvalidCursor,
     UsageError,
 )
-from ...log import OUTPUT_TOPIC, Ask, Flush, Page, Place
+from ...log import OUTPUT_TOPIC, Flush, Page, PageRequest, Place
 from ...meta import TaskMeta
 from ...record import Record
 from ...run import WORKER_TOPIC, WORKERS_TOPIC, RunState, RunStep
@@ -43,7 +43,7 @@ from .cleanup import Cleaner
 from .connections import Connections
 from .django import GROUP_TABLE, MAX_ID_LENGTH, TABLE, DjangoRows, DjangoStatements
 from .dsn import parse_dsn
-from .inspection import Found, look
+from .inspection import Found, inspect_tables
 from .listener import Listener, bounded, close_connection
 from .rows import CeleryRows
 from .runs import RunTable, Version
@@ -161,13 +161,13 @@ class PostgresBackend(Backend):
         finally:
             await close_connection(connection)
 
-    async def _look(self, connection: Any) -> Found:
+    async def _find_tables(self, connection: Any) -> Found:
         """What there is: of Celery's tables; or of Django's, if those are not there and these are in use."""
-        found = [await look(connection, names, self.as_uri()) for names in self._places]
+        found = [await inspect_tables(connection, names, self.as_uri()) for names in self._places]
         return found[-1] if found[0].tasks is None and (found[-1].notifies or found[-1].in_use) else found[0]
 
     async def _run_schema(self, connection: Any) -> None:
-        found = await self._look(connection)
+        found = await self._find_tables(connection)
         names = found.names
         text = trigger_sql(names) if found.only_read else schema_sql(names.schema, names.table, names.group_table)
         try:
@@ -184,11 +184,11 @@ class PostgresBackend(Backend):
 
     async def _inspect(self) -> None:
         """Learn which tables and columns there are, create them if that is wanted, and prepare the statements."""
-        found = await self._connections.run(self._look)
+        found = await self._connections.run(self._find_tables)
         nothing = found.tasks is None and found.groups is None
         if (self._create and not found.up_to_date) or (self._create is None and nothing):
             await self.create_schema()
-            found = await self._connections.run(self._look)
+            found = await self._connections.run(self._find_tables)
         if not found.usable:
             raise BackendRefusedError(
                 f"the database of {self.as_uri()} lacks tables or the trigger that wakes waiters; create them once "
@@ -346,8 +346,8 @@ class PostgresBackend(Backend):
     async def _append(self, flushes: Sequence[Flush]) -> Sequence[int | BaseException]:
         return await self._connections.run(partial(self._runs_of_tasks().append, flushes), BackendStoreError)
 
-    async def _pages(self, asks: Sequence[Ask]) -> Sequence[Page | BaseException]:
-        return await self._connections.run(partial(self._runs_of_tasks().pages, asks), BackendGetMetaError)
+    async def _pages(self, requests: Sequence[PageRequest]) -> Sequence[Page | BaseException]:
+        return await self._connections.run(partial(self._runs_of_tasks().pages, requests), BackendGetMetaError)
 
     async def _run_steps(self, steps: Sequence[RunStep]) -> Sequence[RunState | BaseException]:
         return await self._connections.run(partial(self._runs_of_tasks().take, steps), BackendStoreError)
@@ -445,7 +445,7 @@ class PostgresBackend(Backend):
         elif kind == "gone":
             self._worker_news(rest)
         elif kind.isdecimal():  # anybody who may connect can send anything
-            self._hub.news(rest[int(kind[:4]) :])  # behind the state, whose length it is
+            self._hub.mark_stale(rest[int(kind[:4]) :])  # behind the state, whose length it is
 
     def _listener_lost(self, reason: BaseException) -> None:
         self._waiting.clear()

@@ -9,7 +9,7 @@ from ...exceptions import ImproperlyConfigured
 from .django import TABLE
 from .schema import Tables, digest, functions, run_functions
 
-__all__ = ["Found", "look"]
+__all__ = ["Found", "inspect_tables"]
 
 _INSPECT: Final = """
     SELECT ARRAY(SELECT to_regclass(name)::oid::int8 FROM unnest($1::text[]) WITH ORDINALITY AS r(name, place)
@@ -84,7 +84,7 @@ class Found:
         return self.usable and not self.only_read and not self.current
 
 
-async def look(connection: Any, names: Tables, where: str) -> Found:
+async def inspect_tables(connection: Any, names: Tables, where: str) -> Found:
     """See what there is. Raises `ImproperlyConfigured` for a connection that makes something else of the basic types.
 
     ``where`` names the database in the error.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ...exceptions import BackendRefusedError
-from ...log import START, Ask, Entry, Flush, Page, Place
+from ...log import START, Entry, Flush, Page, PageRequest, Place
 from ...run import RunState, RunStep, Verdict
 from ..runs import superseded
 from .schema import Tables, id_channel_sql, instant_sql, prefix_sql
@@ -124,14 +124,14 @@ class RunTable:
                 outcomes[index] = superseded(flushes[index].task_id) if epoch is None else epoch
         return outcomes
 
-    async def pages(self, asks: Sequence[Ask], connection: Any) -> list[Page | BaseException]:
+    async def pages(self, requests: Sequence[PageRequest], connection: Any) -> list[Page | BaseException]:
         """As `BackendContract._pages`: all in one snapshot."""
         self._check()
-        rows = await connection.fetch(self._pages, *zip(*map(_look, asks), strict=True))
-        found: list[list[Any]] = [[] for _ in asks]
+        rows = await connection.fetch(self._pages, *zip(*map(_page_arguments, requests), strict=True))
+        found: list[list[Any]] = [[] for _ in requests]
         for row in rows:
             found[row["place"] - 1].append(row)
-        return [_page(ask, some) for ask, some in zip(asks, found, strict=True)]
+        return [_page(request, some) for request, some in zip(requests, found, strict=True)]
 
     async def take(self, steps: Sequence[RunStep], connection: Any) -> list[RunState | BaseException]:
         """As `BackendContract._run_steps`."""
@@ -353,16 +353,21 @@ def _seconds(lives: float | None) -> float | None:
     return None if lives is None else lives or math.inf
 
 
-def _look(ask: Ask) -> tuple[str, int | None, int | None, int]:
-    if ask.after is None:
-        return ask.task_id, None, None, 1
+def _page_arguments(request: PageRequest) -> tuple[str, int | None, int | None, int]:
+    if request.after is None:
+        return request.task_id, None, None, 1
     # One more than may be, to see whether there are more.
-    return ask.task_id, min(ask.after.epoch, _MAX_BIGINT), min(ask.after.seq, _MAX_BIGINT), ask.limit + 1
+    return (
+        request.task_id,
+        min(request.after.epoch, _MAX_BIGINT),
+        min(request.after.seq, _MAX_BIGINT),
+        request.limit + 1,
+    )
 
 
-def _page(ask: Ask, rows: Sequence[Any]) -> Page:
+def _page(request: PageRequest, rows: Sequence[Any]) -> Page:
     first = rows[0]
     entries = [Entry(row["epoch"], row["seq"], row["data"], row["state"]) for row in rows if row["epoch"] is not None]
-    more = ask.after is not None and len(entries) > ask.limit
+    more = request.after is not None and len(entries) > request.limit
     top = START if first["top_epoch"] is None else Place(first["top_epoch"], first["top_seq"])
-    return Page(first["final"], tuple(entries[: ask.limit] if more else entries), more, top)
+    return Page(first["final"], tuple(entries[: request.limit] if more else entries), more, top)

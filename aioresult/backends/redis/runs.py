@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import hiredis
 
 from ...exceptions import BackendError, BackendGetMetaError, BackendStoreError, DecodeError, SerializationError
-from ...log import START, Ask, Entry, Flush, Page, Place
+from ...log import START, Entry, Flush, Page, PageRequest, Place
 from ...run import RunOp, RunState, RunStep, Verdict
 from ...serialization import FINAL_HEADS
 from ...states import READY_STATES
@@ -122,60 +122,64 @@ class RunningTasks(KeyValueStoreBackend):
             return reply or superseded(flush.task_id)
         return superseded(flush.task_id) if top_of(reply).epoch > flush.epoch else flush.epoch
 
-    async def _pages(self, asks: Sequence[Ask]) -> list[Page | BaseException]:
+    async def _pages(self, requests: Sequence[PageRequest]) -> list[Page | BaseException]:
         # Of what this backend writes, the head may not tell the state.
-        pages = await self._look(asks, whole=not self.codec.plain)
+        pages = await self._read_pages(requests, whole=not self.codec.plain)
         if doubtful := [index for index, page in enumerate(pages) if page is None]:
-            for index, page in zip(doubtful, await self._look([asks[i] for i in doubtful], whole=True), strict=True):
+            for index, page in zip(
+                doubtful, await self._read_pages([requests[i] for i in doubtful], whole=True), strict=True
+            ):
                 pages[index] = page
         found = [page for page in pages if page is not None]
         # Where nothing was found behind a place, the reader wants to know whether that still is in the log.
         beyond = [
-            (index, ask, page)
-            for index, (ask, page) in enumerate(zip(asks, found, strict=True))
-            if isinstance(page, Page) and not page.entries and ask.after is not None and ask.after.epoch
+            (index, request, page)
+            for index, (request, page) in enumerate(zip(requests, found, strict=True))
+            if isinstance(page, Page) and not page.entries and request.after is not None and request.after.epoch
         ]
         if beyond:
-            keys = [sibling(self._task_key(ask.task_id), ".out") for _, ask, _ in beyond]
+            keys = [sibling(self._task_key(request.task_id), ".out") for _, request, _ in beyond]
             ends = await self._execute([last_of(key) for key in keys])
-            for (index, ask, page), reply in zip(beyond, ends, strict=True):
+            for (index, request, page), reply in zip(beyond, ends, strict=True):
                 if isinstance(reply, hiredis.ReplyError):
-                    found[index] = self._not_read(ask, reply)
+                    found[index] = self._not_read(request, reply)
                 else:  # more, if it came after the look
                     top = top_of(reply)
-                    found[index] = page._replace(top=top, more=ask.after is not None and top > ask.after)
+                    found[index] = page._replace(top=top, more=request.after is not None and top > request.after)
         return found
 
-    async def _look(self, asks: Sequence[Ask], whole: bool) -> list[Page | BaseException | None]:
+    async def _read_pages(self, requests: Sequence[PageRequest], whole: bool) -> list[Page | BaseException | None]:
         """A page for each, without the end of an empty one; ``None`` where only the whole result tells its state."""
         commands: list[Command] = []
-        for ask in asks:
-            key = self._task_key(ask.task_id)
+        for request in requests:
+            key = self._task_key(request.task_id)
             # The state first: a last chunk and a final state that come between the two do not end the output too early.
             commands.append(("GET", key) if whole else ("GETRANGE", key, 0, _HEAD_BYTES - 1))
-            commands.append(_range(sibling(key, ".out"), ask))
+            commands.append(_range(sibling(key, ".out"), request))
         replies = await self._execute(commands)
         return [
-            self._page(ask, self._is_final(state, whole), log)
-            for ask, state, log in zip(asks, replies[::2], replies[1::2], strict=True)
+            self._page(request, self._is_final(state, whole), log)
+            for request, state, log in zip(requests, replies[::2], replies[1::2], strict=True)
         ]
 
-    def _page(self, ask: Ask, final: bool | hiredis.ReplyError | None, log: Any) -> Page | BaseException | None:
+    def _page(
+        self, request: PageRequest, final: bool | hiredis.ReplyError | None, log: Any
+    ) -> Page | BaseException | None:
         for reply in (final, log):
             if isinstance(reply, hiredis.ReplyError):
-                return self._not_read(ask, reply)
+                return self._not_read(request, reply)
         if final is None:
             return None
         try:
-            entries = [_entry(ask.task_id, *entry) for entry in log]
+            entries = [_entry(request.task_id, *entry) for entry in log]
         except SerializationError as exc:
             return exc
-        shown = tuple(entries[: ask.limit])
+        shown = tuple(entries[: request.limit])
         top = Place(entries[-1].epoch, entries[-1].last) if entries else START
         return Page(bool(final), shown, len(entries) > len(shown), top)
 
-    def _not_read(self, ask: Ask, reply: hiredis.ReplyError) -> BackendError:
-        return self._refusal(reply, BackendGetMetaError, f"read the output of task {ask.task_id}")
+    def _not_read(self, request: PageRequest, reply: hiredis.ReplyError) -> BackendError:
+        return self._refusal(reply, BackendGetMetaError, f"read the output of task {request.task_id}")
 
     def _is_final(self, stored: Any, whole: bool) -> bool | hiredis.ReplyError | None:
         """Whether the task is over; ``None`` if ``stored``, which is not the whole value, does not tell."""
@@ -284,11 +288,11 @@ def last_of(out: str) -> Command:
     return "XREVRANGE", out, "+", "-", "COUNT", 1
 
 
-def _range(out: str, ask: Ask) -> Command:
-    if ask.after is None:
+def _range(out: str, request: PageRequest) -> Command:
+    if request.after is None:
         return last_of(out)
-    epoch, seq = ask.after
-    return "XRANGE", out, f"({min(epoch, _GREATEST - 1)}-{min(seq, _GREATEST)}", "+", "COUNT", ask.limit + 1
+    epoch, seq = request.after
+    return "XRANGE", out, f"({min(epoch, _GREATEST - 1)}-{min(seq, _GREATEST)}", "+", "COUNT", request.limit + 1
 
 
 def top_of(reply: Any) -> Place:
