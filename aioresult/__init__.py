@@ -56,6 +56,7 @@ from .joins import as_completed, gather, wait
 from .log import TAIL
 from .meta import TaskMeta, TaskRequest
 from .output import Keep, Output
+from .per_loop import PerLoop, per_loop
 from .progress import GroupProgress
 from .registry import by_name, by_url, connect
 from .result import AsyncResult, GroupResult, ResultBase, ResultSet, result_from_tuple
@@ -102,6 +103,7 @@ __all__ = [
     "OutputRestarted",
     "OutputStream",
     "OutputSuperseded",
+    "PerLoop",
     "ReadyChord",
     "RemoteError",
     "ResultBase",
@@ -126,6 +128,7 @@ __all__ = [
     "connect",
     "current_task",
     "gather",
+    "per_loop",
     "result_from_tuple",
     "states",
     "wait",

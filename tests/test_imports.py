@@ -92,6 +92,7 @@ ORDER = [
     "backends.postgres.backend",
     "backends.postgres",
     "registry",
+    "per_loop",
     "settings",
     "celery",
     "__init__",

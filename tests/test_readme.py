@@ -19,6 +19,7 @@ _CHORDS = _ROOT / "docs" / "chords.md"
 _CELERY = _ROOT / "docs" / "celery.md"
 
 _RUNNING = _ROOT / "docs" / "running.md"
+_DJANGO = _ROOT / "docs" / "django.md"
 #: What the names of the modules contain that are about what a backend need not have.
 _OPTIONAL = ("chord", "running", "revoking", "stream", "liveness")
 
@@ -57,7 +58,8 @@ def lay_out(document: Path, folder: Path) -> list[Block]:
 
 
 @pytest.mark.parametrize(
-    ("document", "count"), [(_README, 2), (_WRITING_A_BACKEND, 1), (_CHORDS, 1), (_CELERY, 1), (_RUNNING, 1)]
+    ("document", "count"),
+    [(_README, 2), (_WRITING_A_BACKEND, 1), (_CHORDS, 1), (_CELERY, 1), (_RUNNING, 1), (_DJANGO, 1)],
 )
 def test_every_block_of_python_runs(document: Path, count: int, tmp_path: Path) -> None:
     to_run = lay_out(document, tmp_path)

@@ -22,6 +22,7 @@ from aioresult import (
     Output,
     OutputPage,
     OutputStream,
+    PerLoop,
     ResultBase,
     ResultSet,
     Running,
@@ -35,6 +36,7 @@ from aioresult import (
     connect,
     current_task,
     gather,
+    per_loop,
     result_from_tuple,
     wait,
 )
@@ -65,6 +67,8 @@ async def connecting() -> None:
     assert_type(redis.as_uri(), str)
     assert_type(by_name("redis"), type[Backend])
     assert_type(by_url("redis://"), tuple[type[Backend], str])
+    assert_type(await per_loop("redis://").current(), Backend)
+    assert_type(per_loop(lambda: MemoryBackend()), PerLoop)
     MemoryBackend(expires="a day")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     MemoryBackend(expire=5)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
 

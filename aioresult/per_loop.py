@@ -1,0 +1,101 @@
+"""`per_loop`: an open backend for each event loop, for frameworks that run every request in a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from threading import Lock
+from typing import Any
+
+from .backends.base import Backend
+from .registry import connect
+from .tasks import SingleFlight
+
+__all__ = ["PerLoop", "per_loop"]
+
+
+def per_loop(url: str | Callable[[], Backend], **options: Any) -> PerLoop:
+    """One open backend for each event loop: opened when the loop first asks for it, closed with the loop.
+
+    A backend belongs to the event loop that opened it. Django's ``runserver``, WSGI and tests run every request in an
+    event loop of its own, so a module cannot hold one open backend there. It can hold this::
+
+        results = aioresult.per_loop("redis://localhost:6379/0")
+
+        async def view(request, task_id):
+            backend = await results.current()
+            return JsonResponse({"value": await backend.result(task_id).get(timeout=30)})
+
+    :param url: as for `aioresult.connect`; or a callable without arguments that returns a new backend, not yet open,
+        such as ``functools.partial(aioresult.celery.backend_from_app, app)``.
+    :param options: as for `aioresult.connect`.
+    :raises ImproperlyConfigured: as `aioresult.connect`, at once. No I/O.
+    """
+    if not isinstance(url, str):
+        return PerLoop(url)
+    connect(url, **options)  # a mistake is to be seen where it was made, and not in the first request
+    return PerLoop(lambda: connect(url, **options))
+
+
+class PerLoop:
+    """Gives each event loop an open backend; see `aioresult.per_loop`. May be used from any thread."""
+
+    def __init__(self, make: Callable[[], Backend]) -> None:
+        self._make = make
+        self._lock = Lock()
+        self._held: dict[asyncio.AbstractEventLoop, _Held] = {}
+
+    async def current(self) -> Backend:
+        """The backend of the running event loop. The first call in a loop opens it; calls meanwhile wait for that.
+
+        The backend is closed when the loop ends: `asyncio.run` does so, and every server that uses it. A backend that
+        was closed before is opened again.
+
+        :raises BackendConnectionError: the server cannot be reached; the next call tries again.
+        """
+        loop = asyncio.get_running_loop()
+        held = self._held.get(loop)
+        if held is None:
+            held = _Held(self._make(), self._closing(loop))
+            with self._lock:
+                ended = [self._held.pop(each) for each in tuple(self._held) if each.is_closed()]
+                self._held[loop] = held
+            for each in ended:  # of a loop that ended without closing its asynchronous generators
+                await each.backend.aclose()
+        if not held.backend.is_open:
+            await held.open()
+        return held.backend
+
+    async def aclose(self) -> None:
+        """Close the backend of the running event loop, if there is one. `current` opens a new one."""
+        held = self._held.get(asyncio.get_running_loop())
+        if held is not None:
+            await held.closing.aclose()
+            await held.backend.aclose()
+
+    async def _closing(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
+        """Waits for the end of the loop, which closes the asynchronous generators that were begun in it."""
+        held = self._held[loop]
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._held[loop]
+            await held.backend.aclose()
+
+
+class _Held:
+    """The backend of one event loop."""
+
+    def __init__(self, backend: Backend, closing: AsyncGenerator[None, None]) -> None:
+        self.backend = backend
+        self.closing = closing
+        self.open: SingleFlight[None] = SingleFlight(self._open)
+        self._began = False
+
+    async def _open(self) -> None:
+        if not self.backend.is_open:
+            await self.backend.open()
+        if not self._began:
+            self._began = True
+            await anext(self.closing)

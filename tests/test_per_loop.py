@@ -1,0 +1,221 @@
+"""`per_loop`: each event loop has an open backend of its own. A Django site that uses it works under every server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from threading import Barrier, Thread
+
+import httpx
+import pytest
+import redis.asyncio
+
+import aioresult
+from aioresult import Backend, BackendConnectionError, ImproperlyConfigured, PerLoop
+from aioresult.backends.memory import MemoryBackend, MemoryStore
+
+from .harness import until
+from .test_readme import lay_out, run
+
+ROOT = Path(__file__).parent.parent
+
+
+async def value(backends: PerLoop, task_id: str = "t") -> tuple[Backend, object]:
+    backend = await backends.current()
+    return backend, await backend.result(task_id).get(timeout=30)
+
+
+def stored(value: object) -> MemoryStore:
+    store = MemoryStore()
+
+    async def main() -> None:
+        async with MemoryBackend(store=store) as backend:
+            await backend.mark_as_done("t", value)
+
+    asyncio.run(main())
+    return store
+
+
+def test_each_loop_has_a_backend_of_its_own_which_ends_with_it() -> None:
+    closed: list[Backend] = []
+
+    class Noting(MemoryBackend):
+        async def aclose(self) -> None:
+            await super().aclose()
+            closed.append(self)
+
+    store = stored(42)
+    backends = aioresult.per_loop(lambda: Noting(store=store))
+    first, found = asyncio.run(value(backends))
+    second, again = asyncio.run(value(backends))
+    assert (found, again) == (42, 42)
+    assert first is not second
+    assert closed == [first, second]
+    assert not backends._held
+
+
+async def test_callers_of_one_loop_share_the_backend_and_its_opening() -> None:
+    backends = aioresult.per_loop("memory://")
+    some = await asyncio.gather(*(backends.current() for _ in range(10)))
+    assert len(set(map(id, some))) == 1
+    assert await backends.current() is some[0]
+    await backends.aclose()
+    assert not some[0].is_open
+    assert (await backends.current()).is_open
+    await backends.aclose()
+    await backends.aclose()
+
+
+async def test_a_backend_that_was_closed_is_opened_again() -> None:
+    backends = aioresult.per_loop("memory://")
+    backend = await backends.current()
+    await backend.aclose()
+    assert await backends.current() is backend
+    assert backend.is_open
+    await backend.aclose()
+    assert (await backends.current()).is_open
+    await backends.aclose()
+
+
+def test_threads_with_loops_of_their_own_do_not_meet() -> None:
+    store = stored("value")
+    backends = aioresult.per_loop(lambda: MemoryBackend(store=store))
+    together, found = Barrier(5), list[tuple[Backend, object]]()
+
+    async def main() -> tuple[Backend, object]:
+        mine = await value(backends)
+        await asyncio.to_thread(together.wait, 30)  # all five loops are alive now
+        return mine
+
+    threads = [Thread(target=lambda: found.append(asyncio.run(main()))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [each for _, each in found] == ["value"] * 5
+    assert len({id(backend) for backend, _ in found}) == 5
+    assert not backends._held
+
+
+def test_a_loop_that_ends_without_a_word_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    store = stored(42)
+    backends = aioresult.per_loop(lambda: MemoryBackend(store=store))
+    caplog.set_level(logging.CRITICAL, "asyncio")  # which complains of the hub's task, as of any in such a loop
+    loop = asyncio.new_event_loop()
+    backend, _ = loop.run_until_complete(value(backends))
+    loop.close()
+    asyncio.run(value(backends))
+    assert not backend.is_open
+    assert not backends._held
+
+
+def test_a_mistake_is_seen_where_it_is_made() -> None:
+    with pytest.raises(ImproperlyConfigured, match="unknown result backend"):
+        aioresult.per_loop("no-such-scheme://")
+    with pytest.raises(ImproperlyConfigured, match="expires"):
+        aioresult.per_loop("memory://", expires=-1)
+
+
+async def test_a_server_that_cannot_be_reached_is_tried_again(unused_tcp_port: int) -> None:
+    made: list[Backend] = []
+
+    def make() -> Backend:
+        made.append(aioresult.connect(f"redis://127.0.0.1:{unused_tcp_port}/0"))
+        return made[-1]
+
+    backends = aioresult.per_loop(make)
+    for _ in range(2):
+        with pytest.raises(BackendConnectionError):
+            await backends.current()
+    assert len(made) == 1
+    await backends.aclose()
+
+
+# -- the site of docs/django.md ----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def served(folder: Path, url: str, *command: str) -> AsyncIterator[str]:
+    """The site, served by ``command``; ends with everything that it started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environ = {
+        **os.environ,
+        "RESULTS_URL": url,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "ADDRESS": address,
+    }
+    words = [word.format(address=address, port=address.rpartition(":")[2]) for word in command]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
+            [sys.executable, *words], cwd=folder, env=environ, stdout=log, stderr=log
+        )
+    try:
+        async with httpx.AsyncClient() as client:
+
+            async def answers() -> bool:
+                assert server.poll() is None, (folder / "log").read_text()
+                try:
+                    return (await client.get(f"http://{address}/none")).status_code == 404
+                except httpx.TransportError:
+                    return False
+
+            await until(answers)
+        yield f"http://{address}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+WSGI = (
+    "import os\n"
+    "from wsgiref.simple_server import make_server\n"
+    "from site_of_results import wsgi_application\n"
+    "host, port = os.environ['ADDRESS'].split(':')\n"
+    "make_server(host, int(port), wsgi_application).serve_forever()"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "loops"),
+    [
+        pytest.param(
+            ("site_of_results.py", "runserver", "--noreload", "--skip-checks", "{address}"), "many", id="runserver"
+        ),
+        pytest.param(("-c", WSGI), "many", id="wsgi"),
+        pytest.param(("-m", "uvicorn", "site_of_results:application", "--port", "{port}"), "one", id="asgi"),
+    ],
+)
+async def test_a_django_site_works_under_every_server(
+    command: tuple[str, ...], loops: str, redis_url: str, redis_client: redis.asyncio.Redis, tmp_path: Path
+) -> None:
+    async def connected() -> bool:
+        return len(await redis_client.client_list()) > others
+
+    async def unconnected() -> bool:
+        return not await connected()
+
+    lay_out(ROOT / "docs" / "django.md", tmp_path)
+    async with aioresult.connect(redis_url) as worker, httpx.AsyncClient(timeout=60) as client:
+        others = len(await redis_client.client_list())
+        async with served(tmp_path, redis_url, *command) as site:
+            for number, view in enumerate(("results", "results", "plain")):
+                waiting = asyncio.create_task(client.get(f"{site}/{view}/t{number}"))
+                await worker.mark_as_done(f"t{number}", number)
+                assert (await waiting).json() == {"value": number}
+            await until(connected if loops == "one" else unconnected)
+        await until(unconnected)
+
+
+def test_the_other_blocks_of_the_page_run(tmp_path: Path) -> None:
+    lay_out(ROOT / "docs" / "django.md", tmp_path)
+    assert run(tmp_path, "-W", "error", "results.py") == ""
