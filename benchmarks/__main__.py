@@ -2,7 +2,8 @@
 
 See docs/benchmarks.md; and ``python -m benchmarks stalls`` for the longest turn of the event loop during cancellations,
 wake-ups, closing, forgetting and large reads, beside that of a bare `asyncio.gather` (`benchmarks.stalls`); and
-``python -m benchmarks running`` for running tasks, by themselves (`benchmarks.running`).
+``python -m benchmarks running`` for running tasks, by themselves (`benchmarks.running`); and
+``python -m benchmarks service`` for a web service beside other ways to wait (`benchmarks.service`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import running, stalls
+from . import running, service, stalls
 from .facts import facts
 from .progress import Progress
 from .report import as_data, table
@@ -24,13 +25,15 @@ from .runner import run
 from .servers import start
 from .suite import BENCHMARK_NAMES, Entry, suite
 
-_RUNNING = "running"
+#: What is measured by itself, and prints a table of its own.
+_ALONE = {"running": running, "service": service}
 _NAMES = ", ".join(BENCHMARK_NAMES)
+_ALONE_NAMES = " alone, or ".join(_ALONE) + " alone"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="See docs/benchmarks.md.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these of {_NAMES}; or {_RUNNING} alone")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these of {_NAMES}; or {_ALONE_NAMES}")
     parser.add_argument("--backend", choices=("redis", "postgres", "memory"), default="redis")
     parser.add_argument("--peers", action="store_true", help="other libraries too, each in an environment of its own")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, and nothing with 100,000 waiters")
@@ -40,10 +43,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number of every run")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies and the growth")
     arguments = parser.parse_args()
-    if arguments.names == [_RUNNING]:
+    if _alone(arguments.names):
         return arguments
     if unknown := set(arguments.names) - set(BENCHMARK_NAMES):
-        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {_NAMES}; or {_RUNNING} alone")
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {_NAMES}; or {_ALONE_NAMES}")
     if any(count < 1 for count in arguments.count or ()):
         parser.error("--count must be at least 1")
     if arguments.plot and find_spec("matplotlib") is None:  # said now, and not after minutes of measuring
@@ -54,8 +57,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
-    if arguments.names == [_RUNNING]:
-        _run_running(arguments)
+    if name := _alone(arguments.names):
+        _run_alone(name, arguments)
         return
     peers: tuple[Entry, ...] = ()
     if arguments.peers:
@@ -84,12 +87,18 @@ def main() -> None:
         draw(data, arguments.plot)
 
 
-def _run_running(arguments: argparse.Namespace) -> None:
+def _alone(names: list[str]) -> str | None:
+    return names[0] if len(names) == 1 and names[0] in _ALONE else None
+
+
+def _run_alone(name: str, arguments: argparse.Namespace) -> None:
+    if name == "service" and arguments.backend != "redis":
+        sys.exit("service compares with Celery's own waiting on Redis: leave --backend out")
     with start(arguments.backend, durable=True) as server:
         data: dict[str, Any] = {"backend": arguments.backend, "facts": facts(server)}
         print(", ".join(f"{name} {value}" for name, value in data["facts"].items() if value), end="\n\n", flush=True)
-        rows = asyncio.run(running.measure(server, arguments.quick))
-    print(running.table(rows))
+        rows: list[Any] = asyncio.run(_ALONE[name].measure(server, arguments.quick))
+    print(_ALONE[name].table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(data | {"rows": [row._asdict() for row in rows]}, indent=1))
 
