@@ -30,7 +30,7 @@ SECONDS_PER_WORD = float(os.environ.get("SECONDS_PER_WORD", "0.1"))
 ANSWER = " ".join(f"{n} green bottles hanging on the wall;" for n in range(20, 0, -1)) + " none.\n“Ça suffit!” 🍾"
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>An answer, as it is written</title>
-<form method="post" action="/tasks"><button>PageRequest</button></form>
+<form method="post" action="/tasks"><button>Ask</button></form>
 <div id="task" hidden>
   <progress id="bar" value="0"></progress> <button id="stop">Stop</button> <output id="state"></output>
   <p id="text" style="white-space: pre-wrap"></p> <p id="error"></p>
