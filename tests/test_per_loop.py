@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -23,6 +17,7 @@ from aioresult.backends.memory import MemoryBackend, MemoryStore
 
 from .harness import until
 from .test_readme import lay_out, run
+from .webserver import served
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,41 +136,6 @@ async def test_a_server_that_cannot_be_reached_is_tried_again(unused_tcp_port: i
 # -- the site of docs/django.md ----------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def served(folder: Path, url: str, *command: str) -> AsyncIterator[str]:
-    """The site, served by ``command``; ends with everything that it started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environ = {
-        **os.environ,
-        "RESULTS_URL": url,
-        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "ADDRESS": address,
-    }
-    words = [word.format(address=address, port=address.rpartition(":")[2]) for word in command]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-            [sys.executable, *words], cwd=folder, env=environ, stdout=log, stderr=log
-        )
-    try:
-        async with httpx.AsyncClient() as client:
-
-            async def answers() -> bool:
-                assert server.poll() is None, (folder / "log").read_text()
-                try:
-                    return (await client.get(f"http://{address}/none")).status_code == 404
-                except httpx.TransportError:
-                    return False
-
-            await until(answers)
-        yield f"http://{address}"
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
 WSGI = (
     "import os\n"
     "from wsgiref.simple_server import make_server\n"
@@ -207,7 +167,7 @@ async def test_a_django_site_works_under_every_server(
     lay_out(ROOT / "docs" / "django.md", tmp_path)
     async with aioresult.connect(redis_url) as worker, httpx.AsyncClient(timeout=60) as client:
         others = len(await redis_client.client_list())
-        async with served(tmp_path, redis_url, *command) as site:
+        async with served(tmp_path, {"RESULTS_URL": redis_url}, *command) as site:
             for number, view in enumerate(("results", "results", "plain")):
                 waiting = asyncio.create_task(client.get(f"{site}/{view}/t{number}"))
                 await worker.mark_as_done(f"t{number}", number)

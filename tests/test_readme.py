@@ -40,8 +40,13 @@ def blocks(document: Path) -> list[Block]:
     return [Block(match["source"], match["name"], match["prints"] or "") for match in found]
 
 
-def run(folder: Path, *words: str) -> str:
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(_ROOT)]), "PYTHONDONTWRITEBYTECODE": "1"}
+def run(folder: Path, *words: str, **settings: str) -> str:
+    environ = {
+        **os.environ,
+        **settings,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(_ROOT)]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environ, capture_output=True, text=True, timeout=220
     )

@@ -1,0 +1,104 @@
+"""The services and scripts that the guides show, run as their readers would run them, against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import redis.asyncio
+
+import aioresult
+
+from .test_readme import blocks, lay_out, run
+from .webserver import served
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@asynccontextmanager
+async def tutorial_worker(folder: Path, environ: dict[str, str]) -> AsyncIterator[None]:
+    worker = subprocess.Popen([sys.executable, "worker.py"], cwd=folder, env=environ)  # noqa: ASYNC220 - returns at once
+    try:
+        yield
+    finally:
+        worker.terminate()
+        await asyncio.to_thread(worker.wait, 20)
+
+
+async def test_the_tutorial_from_the_first_result_to_the_errors(
+    redis_url: str, redis_client: redis.asyncio.Redis, tmp_path: Path
+) -> None:
+    page = DOCS / "tutorial.md"
+    lay_out(page, tmp_path)
+    environ = {"REDIS_URL": redis_url}
+    async with served(tmp_path, environ, "-m", "uvicorn", "web:app", "--port", "{port}") as site:
+        async with httpx.AsyncClient(base_url=site, timeout=60) as client:
+
+            async def charge(amount: int) -> str:
+                return str((await client.post("/charges", params={"amount": amount})).json()["id"])
+
+            early = await charge(1)
+            response = await client.get(f"/charges/{early}", params={"wait": 0.1})
+            assert (response.status_code, response.json()) == (202, {"state": "PENDING"})
+            response = await client.get(f"/charges/{uuid4()}")
+            assert response.status_code == 404
+
+            everything = {**os.environ, **environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(DOCS.parent)])}
+            async with tutorial_worker(tmp_path, everything):
+                assert (await client.get(f"/charges/{early}")).json() == {"receipt": "receipt for 1"}
+                paid, declined = await charge(42), await charge(4200)
+                assert (await client.get(f"/charges/{paid}")).json() == {"receipt": "receipt for 42"}
+                response = await client.get(f"/charges/{declined}")
+                assert (response.status_code, response.json()) == (402, {"error": "declined", "limit": 100})
+
+                many = next(block for block in blocks(page) if block.name == "many.py")
+                assert await asyncio.to_thread(run, tmp_path, "many.py", **environ) == many.prints
+
+
+async def test_the_service_of_the_fastapi_guide(redis_url: str, tmp_path: Path) -> None:
+    lay_out(DOCS / "fastapi.md", tmp_path)
+    environ = {"REDIS_URL": redis_url}
+    async with (
+        aioresult.connect(redis_url) as worker,
+        served(tmp_path, environ, "-m", "uvicorn", "plain:app", "--port", "{port}") as site,
+        httpx.AsyncClient(base_url=site, timeout=60) as client,
+    ):
+        ids = {name: str(uuid4()) for name in ("done", "failed", "revoked", "never", "written")}
+        waiting = asyncio.create_task(client.get(f"/tasks/{ids['done']}"))
+        async with worker.running(ids["written"]) as task:
+            await task.output.send("a chunk")
+        await worker.mark_as_done(ids["done"], 42)
+        await worker.mark_as_failure(ids["failed"], NotImported("no"))
+        await worker.mark_as_revoked(ids["revoked"], "too late")
+        assert (await waiting).json() == {"value": 42}
+        assert (await client.get(f"/plain/{ids['done']}")).json() == {"value": 42}
+        seen = {name: await client.get(f"/tasks/{ids[name]}", params={"wait": 0}) for name in ids}
+        codes = {name: response.status_code for name, response in seen.items()}
+        assert codes == {"done": 200, "failed": 500, "revoked": 410, "never": 202, "written": 200}
+        assert seen["failed"].json() == {"error": "NotImported: no"}
+        assert (await client.get("/health")).json()["seconds"] < 60
+        assert '"a chunk"' in (await client.get(f"/tasks/{ids['written']}/output")).text
+        cursor = {"last-event-id": "no cursor"}
+        assert (await client.get(f"/tasks/{ids['written']}/output", headers=cursor)).status_code == 400
+        group = await client.get("/groups", params={"ids": f"{ids['done']},{ids['failed']}"})
+        assert f"data: {ids['done']} 42\n\n" in group.text
+
+
+class NotImported(Exception):
+    """The service does not know this module."""
+
+
+def test_the_tests_of_the_testing_guide(tmp_path: Path) -> None:
+    lay_out(DOCS / "testing.md", tmp_path)
+    (tmp_path / "test_fixture.py").write_text(
+        "async def test_it(backend):\n    await backend.mark_as_done('t', 1)\n    assert await backend.result('t')\n"
+    )
+    options = ("-q", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist")
+    assert "3 passed" in run(tmp_path, "-m", "pytest", *options)
