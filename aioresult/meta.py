@@ -10,10 +10,13 @@ from uuid import UUID
 
 from .states import PENDING, PROPAGATE_STATES, READY_STATES
 
-__all__ = ["ResultTuple", "SupportsAsTuple", "TaskMeta", "TaskRequest"]
+__all__ = ["META_FIELD", "ResultTuple", "SupportsAsTuple", "TaskMeta", "TaskRequest"]
 
 #: Celery's serializable form of a result: ``((id, parent's tuple or None), None or the members' tuples)``.
 ResultTuple: TypeAlias = Sequence[Any]
+
+#: The field with a caller's own metadata. Celery has no field of that name, and its readers ignore it.
+META_FIELD = "meta"
 
 T = TypeVar("T")
 
@@ -94,6 +97,11 @@ class TaskMeta:
     def parent_id(self) -> str | None:
         """The task that started this one."""
         return cast("str | None", self._optional("parent_id"))
+
+    @property
+    def meta(self) -> Mapping[str, Any] | None:
+        """The metadata that was stored beside this state: ``meta=`` of `aioresult.Backend.store_result`."""
+        return cast("Mapping[str, Any] | None", self._optional(META_FIELD))
 
     # The remaining properties are filled when results are stored with ``extended=True`` (Celery: result_extended).
 

@@ -16,9 +16,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from copy import deepcopy
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -80,6 +81,8 @@ class RunStore(OutputStore, Protocol):
         traceback: str | None = None,
         request: Any = None,
         expires: float | None = None,
+        only_new: bool = False,
+        meta: Mapping[str, Any] | None = None,
     ) -> Record: ...
     async def follow_up(self, task_id: str, state: str, value: Any, request: Any, expires: float | None) -> None: ...
 
@@ -194,6 +197,7 @@ class Running:
         self.request: Any = request
         #: What SUCCESS stores.
         self.value: Any = None
+        self._meta: Mapping[str, Any] | None = None
         self._runs = runs
         self._store = store
         self._track = track
@@ -252,6 +256,19 @@ class Running:
                     )
                 )
         return self._output
+
+    @property
+    def meta(self) -> Mapping[str, Any] | None:
+        """Metadata to store with the end of the task; see `aioresult.Backend.store_result`. Assigning it copies it.
+
+        Raises `UsageError` or `EncodeError` if it cannot be stored.
+        """
+        return self._meta
+
+    @meta.setter
+    def meta(self, meta: Mapping[str, Any] | None) -> None:
+        self._store.record(self.task_id, None, STARTED, meta=meta)  # raises here, where the body can mend it
+        self._meta = deepcopy(meta)
 
     @property
     def revoked(self) -> bool:
@@ -447,7 +464,9 @@ class Running:
             traceback: str | None = None
             if state in (FAILURE, RETRY):
                 traceback = traceback_of(value if raised is None else raised)
-            record = self._store.record(self.task_id, value, state, traceback, self.request, self._expires)
+            record = self._store.record(
+                self.task_id, value, state, traceback, self.request, self._expires, meta=self._meta
+            )
         return RunStep(
             RunOp.FINISH, self.task_id, self._run, lives=self._lives, record=record, state=state, output=self._place()
         )

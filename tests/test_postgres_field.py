@@ -701,7 +701,7 @@ async def test_a_table_of_the_first_release_is_made_anew(postgres_url: str, admi
     for table in ("celery_taskmeta", "celery_tasksetmeta"):
         await admin.execute(
             f"DROP TRIGGER aioresult_stored ON {table}; ALTER TABLE {table}_expiry DROP COLUMN stored_at, "
-            f"ALTER COLUMN id TYPE varchar(155), ALTER COLUMN expires_at SET NOT NULL"
+            f"DROP COLUMN meta, ALTER COLUMN id TYPE varchar(155), ALTER COLUMN expires_at SET NOT NULL"
         )
     with pytest.raises(BackendRefusedError, match="create_schema"):
         await PostgresBackend(postgres_url).open()
@@ -712,6 +712,17 @@ async def test_a_table_of_the_first_release_is_made_anew(postgres_url: str, admi
         await store_as_celery(far, "a")
         assert await backend.result("a") == 7
         assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry WHERE stored_at IS NOT NULL") == 1
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+async def test_what_celery_stores_later_has_no_metadata_of_an_earlier_state(postgres_url: str, zone: str) -> None:
+    """In a session of another zone, the trigger writes the row that had the metadata."""
+    async with PostgresBackend(postgres_url) as backend, session(postgres_url, timezone=zone) as celery:
+        await backend.mark_as_failure("a", ValueError(), meta={"tries": 1})
+        assert (await backend.get_task_meta("a")).meta == {"tries": 1}
+        await celery.execute("UPDATE celery_taskmeta SET status = 'SUCCESS', result = '7', date_done = now()")
+        found = await backend.get_task_meta("a")
+        assert (found.result, found.meta) == (7, None)
 
 
 async def test_the_zone_is_that_of_the_database_and_not_of_the_session(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
@@ -89,6 +89,7 @@ async def storing(backend: Backend) -> None:
     assert_type(await backend.mark_as_pending("a"), bool)
     assert_type(await backend.mark_as_started("a", pid=1, hostname="here"), bool)
     assert_type(await backend.mark_as_done("a", {"any": "value"}, request=request), bool)
+    assert_type(await backend.mark_as_done("a", 1, meta={"seconds": 0.5}), bool)
     assert_type(await backend.mark_as_failure("a", ValueError(), traceback="text"), bool)
     assert_type(await backend.mark_as_retry("a", ValueError()), bool)
     assert_type(await backend.mark_as_revoked("a", reason="why"), bool)
@@ -115,6 +116,7 @@ def a_meta(meta: TaskMeta) -> None:
     assert_type(meta.date_done, datetime | None)
     assert_type(meta.ready, bool)
     assert_type(meta.group_id, str | None)
+    assert_type(meta.meta, Mapping[str, Any] | None)
     assert_type(meta.retries, int | None)
     meta.status = "SUCCESS"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Unpack
 from uuid import UUID
@@ -12,8 +12,8 @@ from uuid import UUID
 from ..chain import links_of
 from ..chord import ReadyChord
 from ..exceptions import AioResultError, ChordError, TaskRevokedError, UsageError
-from ..failure import traceback_of
-from ..meta import ResultTuple, SupportsAsTuple, TaskMeta
+from ..failure import safe_repr, traceback_of
+from ..meta import META_FIELD, ResultTuple, SupportsAsTuple, TaskMeta
 from ..record import Record
 from ..seconds import Seconds, checked_seconds
 from ..serialization import CORE_FIELDS
@@ -72,6 +72,8 @@ class WorkerSide(BackendCore):
         traceback: str | None = None,
         request: Any = None,
         expires: Seconds | None = None,
+        *,
+        meta: Mapping[str, Any] | None = None,
     ) -> bool:
         """Store ``value`` and ``state`` and wake the waiters, in one atomic step.
 
@@ -80,6 +82,8 @@ class WorkerSide(BackendCore):
         :param traceback: the worker's traceback as text, for states that carry an exception.
         :param request: what is known of the task, a `TaskRequest` or an object of Celery's with such attributes.
         :param expires: seconds to keep it, instead of the backend's default; 0 for ever.
+        :param meta: metadata of your own, any dict that can be stored. It is stored beside the value, belongs to this
+            state alone, and is read as `TaskMeta.meta`. Celery's readers ignore it.
         :returns: whether it was stored. It was not if the task has been stored as SUCCESS before; nor, for a state of
             your own such as PROGRESS, if it has been stored as FAILURE or REVOKED and not as STARTED or RETRY since.
         :raises UsageError: an argument makes no sense.
@@ -91,7 +95,7 @@ class WorkerSide(BackendCore):
         """
         if self._must_wait():
             await self._writes.wait_for_room()
-        return await self._submit(self.record(task_id, value, state, traceback, request, expires))
+        return await self._submit(self.record(task_id, value, state, traceback, request, expires, meta=meta))
 
     def _must_wait(self) -> bool:
         """Whether too much is queued to store more at once. Raises as `check` does."""
@@ -110,6 +114,7 @@ class WorkerSide(BackendCore):
         request: Any = None,
         expires: Seconds | None = None,
         only_new: bool = False,
+        meta: Mapping[str, Any] | None = None,
     ) -> Record:
         """What `store_result` stores. Raises as that does.
 
@@ -134,6 +139,8 @@ class WorkerSide(BackendCore):
             place = getattr(request, "group_index", None)
             if group_id is not None and done is not None and type(place) is int:
                 index = place
+        if meta is not None:
+            extra = {**(extra or {}), META_FIELD: _checked_meta(meta)}
         payload = self._encode(TaskMeta(task_id, state, value, traceback, children, done, extra))
         default = self.failure_expires if state == FAILURE else self.expires
         seconds = default if expires is None else checked_seconds("expires", expires)
@@ -178,16 +185,25 @@ class WorkerSide(BackendCore):
         return await self._submit(self.record(task_id, info, STARTED))
 
     async def mark_as_done(
-        self, task_id: str | UUID, value: Any, request: Any = None, expires: Seconds | None = None
+        self,
+        task_id: str | UUID,
+        value: Any,
+        request: Any = None,
+        expires: Seconds | None = None,
+        *,
+        meta: Mapping[str, Any] | None = None,
     ) -> bool:
-        """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``."""
+        """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``.
+
+        Parameters, errors and the returned value are those of `store_result`.
+        """
         part = None if request is None else self._part_of(request, task_id)
         if self._must_wait():
             await self._writes.wait_for_room()
         if getattr(request, "ignore_result", False):
             kept = False
         else:
-            kept = await self._submit(self.record(task_id, value, SUCCESS, None, request, expires))
+            kept = await self._submit(self.record(task_id, value, SUCCESS, None, request, expires, meta=meta))
         if part is not None:
             await self._return_part(part, SUCCESS, value)
         return kept
@@ -199,6 +215,8 @@ class WorkerSide(BackendCore):
         traceback: str | None = None,
         request: Any = None,
         expires: Seconds | None = None,
+        *,
+        meta: Mapping[str, Any] | None = None,
     ) -> bool:
         """The task raised ``exc``. Without ``traceback`` the exception's own is stored, if it has one.
 
@@ -214,9 +232,9 @@ class WorkerSide(BackendCore):
         if self._must_wait():
             await self._writes.wait_for_room()
         if links:
-            own = self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires))
+            own = self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires, meta=meta))
             return await self._fail_with_links(own, exc, traceback, expires, parts, links)
-        kept = await self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires))
+        kept = await self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires, meta=meta))
         if part is not None:
             await self._return_part(part, FAILURE, exc)
         return kept
@@ -276,14 +294,23 @@ class WorkerSide(BackendCore):
         traceback: str | None = None,
         request: Any = None,
         expires: Seconds | None = None,
+        *,
+        meta: Mapping[str, Any] | None = None,
     ) -> bool:
         """The task raised ``exc`` and will run again."""
         if self._must_wait():
             await self._writes.wait_for_room()
-        return await self._submit(self.record(task_id, exc, RETRY, traceback_of(exc, traceback), request, expires))
+        traceback = traceback_of(exc, traceback)
+        return await self._submit(self.record(task_id, exc, RETRY, traceback, request, expires, meta=meta))
 
     async def mark_as_revoked(
-        self, task_id: str | UUID, reason: str = "", request: Any = None, expires: Seconds | None = None
+        self,
+        task_id: str | UUID,
+        reason: str = "",
+        request: Any = None,
+        expires: Seconds | None = None,
+        *,
+        meta: Mapping[str, Any] | None = None,
     ) -> bool:
         """The task was revoked: awaiting it raises `TaskRevokedError`.
 
@@ -293,7 +320,7 @@ class WorkerSide(BackendCore):
         exc = TaskRevokedError(reason)
         if self._must_wait():
             await self._writes.wait_for_room()
-        kept = await self._submit(self.record(task_id, exc, REVOKED, None, request, expires))
+        kept = await self._submit(self.record(task_id, exc, REVOKED, None, request, expires, meta=meta))
         if part is not None:
             await self._return_part(part, REVOKED, exc)
         return kept
@@ -359,6 +386,12 @@ def check_state(state: object) -> None:
         state.encode()
     except UnicodeEncodeError as exc:
         raise UsageError(f"the state {state!r} cannot be written as UTF-8: {exc.reason}") from None
+
+
+def _checked_meta(meta: object) -> dict[str, Any]:
+    if not isinstance(meta, Mapping) or not all(isinstance(name, str) for name in meta):
+        raise UsageError(f"meta must be a dict whose keys are texts, not {safe_repr(meta)}")
+    return dict(meta)
 
 
 def checked_count(what: str, number: int) -> int:

@@ -1,5 +1,5 @@
--- Beside {table}: the rows that do not expire by their date_done and the reader's default. A row here means nothing
--- once date_done differs from that of the result: another program has stored since.
+-- Beside {table}: the rows that do not expire by their date_done and the reader's default, and those with metadata. A
+-- row here means nothing once date_done differs from that of the result: another program has stored since.
 DO $aioresult$
 DECLARE
     expiry text; -- the table below, with its schema: the trigger's function has no search_path
@@ -12,13 +12,16 @@ BEGIN
             expires_at timestamptz,
             -- The row expires after the reader's default, counted from here; by the server's clock.
             stored_at timestamptz,
-            date_done timestamp
+            date_done timestamp,
+            -- A caller's own metadata of the result, as its serializer wrote it.
+            meta bytea
         );
-    ELSIF NOT EXISTS (
-        SELECT FROM pg_attribute WHERE attrelid = {expiry_literal}::regclass AND attname = 'stored_at'
+    ELSIF 2 > (
+        SELECT count(*) FROM pg_attribute
+        WHERE attrelid = {expiry_literal}::regclass AND attname IN ('stored_at', 'meta')
     ) THEN
         ALTER TABLE {expiry} ALTER COLUMN id TYPE text, ALTER COLUMN expires_at DROP NOT NULL,
-            ADD COLUMN stored_at timestamptz;
+            ADD COLUMN IF NOT EXISTS stored_at timestamptz, ADD COLUMN IF NOT EXISTS meta bytea;
     END IF;
     IF NOT EXISTS (
         SELECT FROM pg_trigger WHERE tgname = 'aioresult_stored' AND tgrelid = {table_literal}::regclass

@@ -21,7 +21,7 @@ _INSPECT: Final = """
            ARRAY(SELECT attname::text FROM pg_attribute
                  WHERE attrelid = to_regclass($1[1]) AND attnum > 0 AND NOT attisdropped) AS columns,
            (SELECT count(*)::int8 FROM pg_attribute
-            WHERE attrelid IN (to_regclass($1[3]), to_regclass($1[4])) AND attname = 'stored_at') AS dated,
+            WHERE attrelid IN (to_regclass($1[3]), to_regclass($1[4])) AND attname IN ('stored_at', 'meta')) AS noted,
            EXISTS(SELECT FROM pg_trigger WHERE tgrelid = to_regclass($1[1]) AND tgname = 'aioresult_notify'
                   AND tgenabled <> 'D') AS notifies,
            (SELECT tgargs FROM pg_trigger WHERE tgrelid = to_regclass($1[1]) AND tgname = 'aioresult_stored'
@@ -114,7 +114,7 @@ async def inspect_tables(connection: Any, names: Tables, where: str) -> Found:
         and await connection.fetchval(f"SELECT EXISTS (SELECT FROM {names.tasks})"),
         None not in row["relations"][: len(needed)]
         and all(row["callable"][:called])
-        and row["dated"] == 2
+        and row["noted"] == 4
         and has_zones,
         None not in row["relations"][len(needed) :] and all(row["callable"][called:]),
         all(

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from ...exceptions import DecodeError
-from ...meta import TaskMeta
+from ...meta import META_FIELD, TaskMeta
 from ...serialization import Codec
 
 __all__ = ["CeleryRows", "moment"]
@@ -35,12 +35,12 @@ class CeleryRows:
         self._write = _text_writer(encoding)
 
     def encode(self, meta: TaskMeta) -> tuple[Any, ...]:
-        """The columns of the result, from ``status`` on; no more than `PLAIN_COLUMNS` if the others are null."""
+        """The columns of the result, from ``status`` on, and metadata; `PLAIN_COLUMNS` if the others are null."""
         done = None if meta.date_done is None else (meta.date_done - _EPOCH) // _MICROSECOND
         plain = (meta.status, self._codec.dumps_result(meta), done)
         if meta.traceback is None and not meta.children and not meta.extra:
             return plain
-        others = (self.text(meta.traceback), *(self._encode(column, meta) for column in self._optional))
+        others = (self.text(meta.traceback), *(self._encode(column, meta) for column in (*self._optional, META_FIELD)))
         return plain if others.count(None) == len(others) else (*plain, *others)
 
     def _encode(self, column: str, meta: TaskMeta) -> Any:
@@ -53,8 +53,8 @@ class CeleryRows:
                 return None
             stamps = {name: extra[name] for name in headers if name in extra}
             return self._codec.dumps({"stamped_headers": headers, "stamps": stamps}, "the stamps")
-        if column in ("args", "kwargs"):
-            return self._codec.dumps(extra[column], column) if column in extra else None
+        if column in ("args", "kwargs", META_FIELD):
+            return self._codec.dumps(extra[column], f"{column} of task {meta.task_id}") if column in extra else None
         value = extra.get(column)
         return value if column == "retries" else self.text(value, _MAX_NOTE_LENGTH)
 
@@ -65,7 +65,7 @@ class CeleryRows:
     def decode(self, task_id: str, row: Mapping[str, Any]) -> TaskMeta:
         """The meta in a row of `Statements.fetch`. Raises as `Codec.decode`."""
         fields = dict(row)
-        for name in ("result", "children", "args", "kwargs"):
+        for name in ("result", "children", "args", "kwargs", META_FIELD):
             if (data := fields.get(name)) is not None:
                 fields[name] = self._codec.loads(data, f"the {name} of task {task_id}")
         if stamps := fields.pop("stamps", None):

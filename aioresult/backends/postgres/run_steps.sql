@@ -7,7 +7,7 @@ CREATE OR REPLACE FUNCTION {run_steps}(
     lifetimes float8[], given_states text[], reasons text[], skips boolean[], epochs bigint[], lasts bigint[],
     dead text[], stores boolean[], statuses text[], results bytea[], dates bigint[], tracebacks text[],
     childrens bytea[], names text[], argss bytea[], kwargss bytea[], hosts text[], retriess integer[], queues text[],
-    stampss bytea[], lives_by_rule float8[], group_ids text[], ttls float8[]
+    stampss bytea[], metas bytea[], lives_by_rule float8[], group_ids text[], ttls float8[]
 ) RETURNS TABLE (verdict text, run text, worker text, wish text, group_id text, group_seconds float8)
 LANGUAGE plpgsql SET enable_seqscan = off AS $aioresult$
 #variable_conflict use_column
@@ -35,11 +35,11 @@ BEGIN
         SELECT s.* FROM unnest(
             ids, ops, runs, workers, lifetimes, given_states, reasons, skips, epochs, lasts, dead, stores, statuses,
             results, dates, tracebacks, childrens, names, argss, kwargss, hosts, retriess, queues, stampss,
-            lives_by_rule, group_ids, ttls
+            metas, lives_by_rule, group_ids, ttls
         ) WITH ORDINALITY AS s(
             id, op, run, worker, lives, state, reason, skip, epoch, last, gone, stores, status, result, date_done,
-            traceback, children, name, args, kwargs, host, retries, queue, stamps, seconds, group_id, group_seconds,
-            place
+            traceback, children, name, args, kwargs, host, retries, queue, stamps, meta, seconds, group_id,
+            group_seconds, place
         ) ORDER BY place
     LOOP
         IF step.op = 'read' THEN
@@ -154,8 +154,8 @@ BEGIN
                 ELSE
                     SELECT CASE WHEN step.stores THEN to_jsonb(w) END INTO own FROM (SELECT
                         step.status, step.result, step.date_done, step.traceback, step.children, step.name, step.args,
-                        step.kwargs, step.host, step.retries, step.queue, step.stamps, step.seconds, step.group_id,
-                        step.group_seconds) AS w;
+                        step.kwargs, step.host, step.retries, step.queue, step.stamps, step.meta, step.seconds,
+                        step.group_id, step.group_seconds) AS w;
                     note.wish := own;
                     note.reason := step.reason;
                     IF running THEN
@@ -191,8 +191,8 @@ BEGIN
             IF putting = 'wish' THEN
                 SELECT * INTO taken FROM jsonb_to_record(note.wish) AS w(
                     status text, result bytea, date_done bigint, traceback text, children bytea, name text, args bytea,
-                    kwargs bytea, host text, retries integer, queue text, stamps bytea, seconds float8, group_id text,
-                    group_seconds float8);
+                    kwargs bytea, host text, retries integer, queue text, stamps bytea, meta bytea, seconds float8,
+                    group_id text, group_seconds float8);
             END IF;
             IF present AND taken.seconds IS NULL THEN
                 DELETE FROM {task_expiry} e WHERE e.id = step.id;
@@ -202,9 +202,10 @@ BEGIN
                 taken.args, taken.kwargs, taken.host, taken.retries, taken.queue, taken.stamps;
             GET DIAGNOSTICS written = ROW_COUNT;
             IF written > 0 AND taken.seconds IS NOT NULL THEN
-                INSERT INTO {task_expiry} (id, expires_at, date_done) VALUES (step.id, {taken_expires_at}, done)
+                INSERT INTO {task_expiry} (id, expires_at, date_done, meta)
+                VALUES (step.id, {taken_expires_at}, done, taken.meta)
                 ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at, stored_at = NULL,
-                    date_done = excluded.date_done;
+                    date_done = excluded.date_done, meta = excluded.meta;
             END IF;
             EXIT WHEN written > 0; -- otherwise somebody has stored meanwhile: decide anew
         END LOOP;

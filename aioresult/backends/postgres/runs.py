@@ -61,7 +61,7 @@ class RunTable:
             self._open += " CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true) OFFSET 0) AS lazy"
         self._pages = _pages_sql(names, statements)
         self._given = (statements.insert_step, statements.update_step, *statements.rule)
-        given = ", ".join(f"${number}" for number in range(1, 32))
+        given = ", ".join(f"${number}" for number in range(1, 33))
         self._steps = f"""
             WITH taken AS MATERIALIZED (SELECT * FROM {names.run_steps}({prefix_sql(names)}, {given})),
             living_on AS ({statements.living_on_of_runs})
@@ -148,10 +148,10 @@ class RunTable:
     def _step(self, step: RunStep) -> tuple[Any, ...]:
         columns: list[Any] = [None] * len(STEP_COLUMNS)
         if step.record is not None:
-            *stored, seconds, group_id, group_seconds = self._storing.row(step.record)
+            *stored, meta, seconds, group_id, group_seconds = self._storing.row(step.record)
             for place, value in zip(self._places, stored, strict=True):
                 columns[place] = value
-            columns[-3:] = seconds, group_id, group_seconds
+            columns[-4:] = meta, seconds, group_id, group_seconds
         return (
             step.task_id,
             step.op.value,

@@ -36,7 +36,7 @@ PLAIN_COLUMNS = ("status", "result", "date_done")
 #: All that there may be of a result: the function that takes steps of runs numbers them alike in every database.
 STEP_COLUMNS = (
     *("task_id", *PLAIN_COLUMNS, "traceback", "children", *EXTENDED_COLUMNS),
-    *("seconds", "group_id", "group_seconds"),
+    *("meta", "seconds", "group_id", "group_seconds"),
 )
 
 #: How many rows one statement of `Statements.cleanup` deletes at most.
@@ -206,7 +206,7 @@ class Statements:
         tasks, groups = names.tasks, names.groups
         kept = _Kept(tasks, "task_id", names.task_expiry, zones[0], expires)
         kept_groups = _Kept(groups, "taskset_id", names.group_expiry, zones[1], expires)
-        #: Of a result, in the order in which `store` takes them, between the id and ``seconds`` to live.
+        #: Of a result, in the order in which `store` takes them, between the id and what goes into our own table.
         self.columns: list[str] = [*PLAIN_COLUMNS, "traceback", *optional]
         columns = self.columns
         listed = ", ".join(columns)
@@ -215,6 +215,7 @@ class Statements:
             "date_done": "int8",  # microseconds since 1970
             "result": "bytea",
             "children": "bytea",
+            "meta": "bytea",
             "seconds": "float8",
             "group_seconds": "float8",
         }
@@ -222,7 +223,7 @@ class Statements:
 
         self.fetch: str = f"""
             SELECT t.task_id, t.status, t.result, {epoch_sql(kept.turned("t.date_done"))} AS date_done,
-                   {epoch_sql("e.stored_at")} AS stored_at, t.traceback
+                   {epoch_sql("e.stored_at")} AS stored_at, t.traceback, e.meta
                    {"".join(f", t.{column}" for column in optional)}
             FROM unnest($1::varchar[]) AS wanted(id)
             CROSS JOIN LATERAL (SELECT * FROM {tasks} WHERE task_id = wanted.id LIMIT 1) t
@@ -260,7 +261,7 @@ class Statements:
 
         def store(only_new: bool, plain: bool) -> str:
             given = PLAIN_COLUMNS if plain else columns
-            inputs = ["task_id", *given, *(() if plain else ("seconds", "group_id", "group_seconds"))]
+            inputs = ["task_id", *given, *(() if plain else ("meta", "seconds", "group_id", "group_seconds"))]
             arrays = ", ".join(
                 f"${index}::{types.get(name, 'text').partition('(')[0]}[]" for index, name in enumerate(inputs, 1)
             )
@@ -283,11 +284,11 @@ class Statements:
             }
             if not plain:
                 steps["expiring AS"] = f"""
-                INSERT INTO {names.task_expiry} AS e (id, expires_at, date_done)
-                SELECT task_id, {instant_sql("seconds")}, done FROM input JOIN stored USING (task_id)
+                INSERT INTO {names.task_expiry} AS e (id, expires_at, date_done, meta)
+                SELECT task_id, {instant_sql("seconds")}, done, meta FROM input JOIN stored USING (task_id)
                 WHERE seconds IS NOT NULL
                 ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at, stored_at = NULL,
-                    date_done = excluded.date_done"""
+                    date_done = excluded.date_done, meta = excluded.meta"""
                 # A group lives at least as long as its members.
                 steps["living_on AS"] = living_on("input JOIN stored USING (task_id)")
             return f"WITH {', '.join(f'{name} ({sql})' for name, sql in steps.items())} SELECT task_id FROM stored"

@@ -9,7 +9,7 @@ BEGIN
         'INSERT INTO %1$s AS e (id, stored_at, date_done) '
         'SELECT ($1).%2$I, clock_timestamp(), ($1).date_done WHERE octet_length(($1).%2$I) < 2000 ' -- nor null
         'ON CONFLICT (id) DO UPDATE '
-        'SET expires_at = NULL, stored_at = excluded.stored_at, date_done = excluded.date_done '
+        'SET expires_at = NULL, stored_at = excluded.stored_at, date_done = excluded.date_done, meta = NULL '
         -- otherwise the store itself has said when it expires
         'WHERE e.date_done IS DISTINCT FROM excluded.date_done', TG_ARGV[1], TG_ARGV[2]) USING NEW;
     RETURN NULL;

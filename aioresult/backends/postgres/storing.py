@@ -68,13 +68,17 @@ class Storing:
         return len(record.payload) == len(PLAIN_COLUMNS) and not record.group_id and self._expires_by_default(record)
 
     def _expires_by_default(self, record: Record) -> bool:
-        """Celery's rule, date_done plus the reader's default, is enough for most; others get a row in our table."""
-        return record.expires == self._expires and record.payload[2] is not None
+        """Celery's rule, date_done plus the reader's default, is enough for most; others get a row in our table.
+
+        A result with metadata has a row there in any case, which keeps the metadata.
+        """
+        _, _, date_done, *others = record.payload
+        return record.expires == self._expires and date_done is not None and not (others and others[-1] is not None)
 
     def row(self, record: Record) -> tuple[Any, ...]:
         """What `Statements.store` takes of ``record``."""
         seconds = record.expires or math.inf
-        missing = (None,) * (len(self.statements.columns) - len(record.payload))
+        missing = (None,) * (len(self.statements.columns) + 1 - len(record.payload))
         expiry = None if self._expires_by_default(record) else seconds
         return (record.task_id, *record.payload, *missing, expiry, record.group_id, seconds)
 
