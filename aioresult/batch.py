@@ -1,15 +1,16 @@
 """The batcher: concurrent calls become one round trip.
 
-Whatever is asked for in one turn of the event loop, or while as many round trips as may be are in flight, goes out
-together in the next one. A lone call therefore pays one round trip and no delay, a thousand concurrent ones pay a few;
-nothing waits for a timer. A caller that comes alone again and again is not even kept for that turn, if there is a way
-to send at once.
+The batcher sends all calls of one turn of the event loop together in one batch. While the maximum number of batches is
+in flight, it collects the calls that arrive and sends them together in the next batch. A lone call therefore pays one
+round trip and no delay; a thousand concurrent calls pay a few round trips. No call waits for a timer. If the caller
+provides a way to send at once, a call that follows a batch of one does not even wait for the end of the turn.
 
-Calls with the same key take effect in the order in which they were submitted: none of them is sent while an earlier one
-is in another batch. So a batch may be repeated, split or delayed without one call overtaking another of its key::
+Calls with the same key take effect in the order in which they were submitted: the batcher does not send a call while an
+earlier call with its key is in another batch. So it may repeat, split or delay a batch, and no call overtakes another
+call with the same key::
 
-    due:   a1 ── a2 ── a3      b1      c1 ── c2         one chain of calls per key, of which the first stands in line
-           └─ sent together ┘                           a batch takes as much of each chain as is of one kind
+    due:   a1 ── a2 ── a3      b1      c1 ── c2         one chain of calls per key; only its first call is in `_due`
+           └─ sent together ┘                           a batch takes calls from a chain while their type is the same
 """
 
 from __future__ import annotations
@@ -41,28 +42,29 @@ class _Call(Generic[Item, Out]):
         self.key = key
         self.size = size
         self.next: _Call[Item, Out] | None = None
-        #: Whether it is the last of its key in its batch: what comes next may be sent once this is settled.
+        #: Whether this is the last call of its key in its batch. Once it is settled, `next` may be sent.
         self.last = True
 
 
 class Batcher(Generic[Item, Out]):
-    """Gathers the items of concurrent callers, hands them to ``run`` and each outcome back to its caller.
+    """Gathers the items of concurrent callers, passes them to ``run``, and returns each outcome to its caller.
 
-    ``run(items)`` returns one outcome per item, in order; an outcome that is an exception is raised to that caller
-    alone. An exception out of ``run`` itself goes to every caller of the batch, unless there is a ``persistence``: that
-    repeats and splits the batch (see `Persistence.perform`). At most ``max_items`` go into one batch, and no more than
-    ``max_bytes`` unless a single item is larger; at most ``parallel`` batches are in flight.
+    ``run(items)`` returns one outcome per item, in order. If an outcome is an exception, only the caller of that item
+    gets it. If ``run`` itself raises, every caller of the batch gets that exception. With a ``persistence``, the
+    batcher repeats and splits the batch instead (see `Persistence.perform`). A batch has at most ``max_items`` items
+    and at most ``max_bytes`` bytes, unless a single item is larger. At most ``parallel`` batches are in flight.
 
-    The batch runs in a task of its own: a caller that is cancelled stops waiting, its item is not sent from then on,
-    and nobody's cancellation reaches the I/O.
+    Each batch runs in its own task. When a caller is cancelled, it stops waiting and its item is not sent any more; the
+    cancellation never reaches the I/O.
 
-    ``at_once(item, done)`` is tried for an item that comes while nothing is under way, if the last batch was of one. It
-    sends the item in this very call and returns true, or does nothing and returns false. Once, and not before it has
-    returned, it calls ``done`` with the outcome, or with ``None`` after any trouble: then ``run`` gets the item. What
-    comes meanwhile is kept until then, so that trouble cannot put one item behind another.
+    The batcher tries ``at_once(item, done)`` for an item that arrives while no call is in flight, if the last batch had
+    one item. ``at_once`` either sends the item within the call and returns true, or does nothing and returns false.
+    After it has returned true, it calls ``done`` once: with the outcome, or with ``None`` after any failure. After a
+    failure the batcher passes the item to ``run``. It holds back later items until ``done`` is called, so that a
+    failure cannot change the order of items.
 
-    While more than ``max_held`` bytes are queued or in flight, `full` is true, and callers wait in
-    `wait_for_room` before they submit more.
+    While more than ``max_held`` bytes are queued or in flight, `full` is true. Callers then wait in `wait_for_room`
+    before they submit more.
     """
 
     def __init__(
@@ -84,32 +86,33 @@ class Batcher(Generic[Item, Out]):
         self._parallel = parallel
         self._persistence = persistence
         self._loop = asyncio.get_running_loop()
-        #: The calls that may be sent: the first of each key, and all without one.
+        #: The calls that may be sent: the first call of each key, and all calls without a key.
         self._due: deque[_Call[Item, Out]] = deque()
-        #: The last call of each key that has any, in line or in flight.
+        #: For each key with calls that are queued or in flight, the last of these calls.
         self._tails: dict[Hashable, _Call[Item, Out]] = {}
         self._in_flight: set[_Call[Item, Out]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        #: What was sent at once and has not been answered.
+        #: The call that was sent at once and is not answered yet.
         self._lone: _Call[Item, Out] | None = None
-        #: Whether the last batch was of more than one: so, most likely, is the next.
+        #: Whether the last batch had more than one call: then the next one most likely has more than one, too.
         self._expect_company = True
         self._working = 0
-        #: A task that has not begun: it will take what is submitted until then.
+        #: A task that has not begun to run. When it begins, it takes all calls that were submitted until then.
         self._starting: asyncio.Task[None] | None = None
         self._closed: Exception | None = None
-        #: Bytes of the calls that are queued or in flight, and the callers that wait for them to become fewer.
+        #: The bytes of all calls that are queued or in flight, and the callers that wait until there are fewer bytes.
         self._held = 0
         self._waiting: dict[asyncio.Future[None], None] = {}
-        #: The turn of the caller that may submit now, and has not done so.
+        #: The future of the caller that may submit now and has not submitted yet.
         self._admitted: asyncio.Future[None] | None = None
 
     # -- callers ----------------------------------------------------------------------------------------------------
 
     def submit(self, item: Item, key: Hashable = None, size: int = 0) -> asyncio.Future[Out]:
-        """The outcome for ``item``, to be awaited: whatever ``run`` has for it, or the error given to `close`.
+        """Queue ``item`` and return a future of its outcome.
 
-        ``size`` is in bytes.
+        The future gets what ``run`` returns or raises for the item, or the error given to `close` or `fail_queued`.
+        ``size`` is in bytes. After `close`, this raises the error given to `close`.
         """
         if self._closed is not None:
             raise twin(self._closed)
@@ -129,7 +132,7 @@ class Batcher(Generic[Item, Out]):
 
     @property
     def full(self) -> bool:
-        """Whether a caller ought to wait in `wait_for_room` before it submits."""
+        """Whether a caller should wait in `wait_for_room` before it submits."""
         if self._max_held is None:
             return False
         return self._held > self._max_held or self._admitted is not None or bool(self._waiting)
@@ -145,7 +148,8 @@ class Batcher(Generic[Item, Out]):
             self._waiting.pop(turn, None)
             if turn is self._admitted:
                 self._admitted = None
-            # The next one has its turn when this one has submitted, or has not: it does so without another await.
+            # A caller submits directly after this returns, without another await. So by the time of this callback it
+            # has submitted, or it never will, and the next caller may have its turn.
             self._loop.call_soon(self._admit)
 
     def _admit(self) -> None:
@@ -209,11 +213,11 @@ class Batcher(Generic[Item, Out]):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled():  # by a stranger: what it had taken is in line again
+        if task.cancelled():  # by a shutdown handler, for example; its calls are queued again
             self._working -= 1
             if self._starting is task:
                 self._starting = None
-            # At the end of `asyncio.run` the callers are cancelled in the same sweep, and this timer never fires.
+            # `asyncio.run` cancels all tasks when it ends, the callers among them. Then this timer never fires.
             self._loop.call_later(RESTART_AFTER, self._start_again, context=EMPTY)
 
     def _start_again(self) -> None:
@@ -224,7 +228,8 @@ class Batcher(Generic[Item, Out]):
             self._start()
 
     async def _work(self) -> None:
-        # Only now, and not in `submit`: every coroutine that was ready to run in this turn of the loop is in the batch.
+        # The batch is taken here and not in `submit`, so that it includes the calls of every coroutine that was ready
+        # to run in this turn of the loop.
         self._starting = None
         while self._due:
             calls = self._take()
@@ -232,7 +237,7 @@ class Batcher(Generic[Item, Out]):
                 self._start()
             if calls:
                 await self._perform(calls)
-        self._working -= 1  # in the step that found the queue empty: nothing can be submitted between
+        self._working -= 1  # no await since the queue was found empty, so no call was submitted since
 
     def _take(self) -> list[_Call[Item, Out]]:
         due, most, room = self._due, self._max_items, self._max_bytes
@@ -264,12 +269,12 @@ class Batcher(Generic[Item, Out]):
                     room -= call.size
         self._expect_company = len(calls) > 1
         self._in_flight.update(calls)
-        if self._waiting:  # those that have gone have made room
+        if self._waiting:  # the calls that were left out have made room
             self._admit()
         return calls
 
     def _discard(self, call: _Call[Item, Out]) -> None:
-        """Leave out a call that was in line: its caller has gone."""
+        """Drop a queued call whose caller has gone."""
         self._held -= call.size
         if call.next is not None:
             self._due.appendleft(call.next)
@@ -277,7 +282,7 @@ class Batcher(Generic[Item, Out]):
             del self._tails[call.key]
 
     def _release(self, call: _Call[Item, Out]) -> None:
-        """A call that was in flight is over: the next of its key has its turn."""
+        """Note that a call in flight is over, and queue the next call of its key."""
         self._in_flight.discard(call)
         self._held -= call.size
         if call.last and call.key is not None:
@@ -303,7 +308,7 @@ class Batcher(Generic[Item, Out]):
                         failed = outcome
                     else:
                         future.set_result(outcome)
-                if call.next is None and call.last:  # as `_release`, for what nearly all are like
+                if call.next is None and call.last:  # the same as `_release`, but faster, for the usual case
                     in_flight.discard(call)
                     self._held -= call.size
                     if call.key is not None:
@@ -328,35 +333,37 @@ class Batcher(Generic[Item, Out]):
                 everybody = range(len(calls))
                 try:
                     outcomes = await self._run(items)
-                    if len(outcomes) != len(items):  # otherwise those beyond the last outcome would wait for ever
+                    if len(outcomes) != len(items):  # otherwise callers without an outcome would wait for ever
                         raise BackendError(f"{len(outcomes)} outcomes came back for {len(items)} items")
                 except Exception as exc:
                     settle(everybody, [exc] * len(calls))
                 else:
                     settle(everybody, outcomes)
         except asyncio.CancelledError:
-            # By `close`, or by a stranger that cancels every task of the loop: then others shall send it.
+            # Cancelled by `close`, or by a shutdown handler that cancels every task of the loop. In the second case
+            # another task of this batcher sends these calls.
             left = [call for call in calls if call in self._in_flight]
             if self._closed is not None:
                 fail_all([call.future for call in left], self._closed)
             for call in left:
                 if not call.last and call.next not in self._in_flight:
-                    # Nobody waits for it, and what comes after it was settled without it: it is in no chain any more.
+                    # No caller waits for this call, and the next call of its key is already settled. So this call
+                    # belongs to no chain any more.
                     call.next = call.key = None
             self._put_back(left)
             raise
         for call in calls:
-            if call in self._in_flight:  # not sent again, for its caller has gone
+            if call in self._in_flight:  # it was not settled, because its caller has gone
                 self._release(call)
 
     def _put_back(self, calls: Sequence[_Call[Item, Out]]) -> None:
-        """Put calls that were in flight in line again, in front, each chain by its first."""
+        """Queue calls that were in flight again, in front: of each chain only the first call."""
         self._in_flight.difference_update(calls)
         behind = {call.next for call in calls if not call.last}
         self._due.extendleft(call for call in reversed(calls) if call not in behind)
 
     async def close(self, error: Exception) -> None:
-        """Refuse new items, fail the queued ones with ``error``, let what is in flight finish for a moment."""
+        """Refuse new items, fail the queued ones with ``error``, and give those in flight one second to finish."""
         self._closed = error
         self.fail_queued(error)
         under_way: list[asyncio.Future[Any]] = [*self._tasks]
@@ -373,7 +380,7 @@ class Batcher(Generic[Item, Out]):
 
 
 def _chain(call: _Call[Item, Out] | None) -> Iterator[_Call[Item, Out]]:
-    """``call`` and all that come after it with its key."""
+    """``call`` and all later calls with its key."""
     while call is not None:
         yield call
         call = call.next

@@ -1,8 +1,8 @@
-"""What happens to a call that fails: repeated while the server is away, split where the server refuses many at once.
+"""Retries: a call is repeated while the server cannot be reached, and a refused batch is split.
 
-Both stand here, once, for results, groups, reads and chords. A batch that is refused as a whole is halved until the
-culprit stands alone with its error. So is a batch on which a connection died twice: one item in it may be what the
-server cannot take. Other callers of that batch succeed.
+Results, groups, reads and chords all use this module. If the server refuses a whole batch, the batch is halved until
+the item that causes the error is alone. The same happens to a batch if the connection died twice while the batch was in
+flight: one of its items may make the server drop the connection. The other callers of that batch succeed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Backoff:
         self._next = self._first
 
     def pause(self) -> float:
-        """The next pause: between half of and the whole of a value that doubles each time."""
+        """The next pause in seconds: a random part, from half to all, of a value that doubles each time."""
         pause, self._next = self._next, min(self._next * 2, self._cap)
         return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
 
 
 async def retry_outages(operation: Callable[[], Awaitable[Out]]) -> Out:
-    """``operation()``, repeated until the server can be reached: an outage is waited out, as every wait does."""
+    """Await ``operation()``, and repeat it for as long as it raises `BackendConnectionError`, without a limit."""
     backoff = Backoff()
     while True:
         try:
@@ -48,19 +48,20 @@ async def retry_outages(operation: Callable[[], Awaitable[Out]]) -> Out:
 
 
 def concerns_everyone(error: Exception) -> bool:
-    """Whether each item alone would get the same error: it says something of the server, or of the call."""
+    """Whether the error concerns the server or the whole call, so that each item alone would get the same error."""
     if isinstance(error, BackendError):
         return error.of_server
     return isinstance(error, (UsageError, ImproperlyConfigured))
 
 
 class Persistence:
-    """How long calls are repeated while the server is away: one account for all calls of a backend.
+    """Repeats failed calls while the server cannot be reached. All calls of one backend share one instance.
 
-    ``retry_for`` is in seconds. They count from the first failure of *any* call, so that in a long outage each further
-    call fails after its first attempt, instead of waiting for the same disappointment. A failure so long ago that
-    nobody knows what happened since does not count. When an outage has lasted that long, ``on_outage(error)`` is called
-    with every failed attempt, so that the calls that have not had their turn learn of it, too.
+    ``retry_for`` is in seconds and counts from the first failure of *any* call. So once an outage has lasted that long,
+    each further call fails after its first attempt, instead of being repeated for ``retry_for`` seconds again. If more
+    than ``retry_for`` seconds lie between the last failure and the next attempt, a failure of that attempt counts as a
+    new outage. Once an outage has lasted for ``retry_for`` seconds, every failed attempt calls ``on_outage(error)``, so
+    that the calls that are still queued fail, too.
     """
 
     def __init__(self, retry_for: float, on_outage: Callable[[BackendConnectionError], None]) -> None:
@@ -71,18 +72,18 @@ class Persistence:
 
     @property
     def down_since(self) -> float | None:
-        """When the present outage began, by the event loop's clock; ``None`` if the server was reached since."""
+        """When the present outage began, by the event loop's clock; ``None`` if there is no outage."""
         return self._down_since
 
     def reached(self) -> None:
-        """The server has done something: an outage is over."""
+        """Note that the server has answered, so that no outage lasts any longer."""
         self._down_since = None
 
     def not_reached(self, began: float | None = None) -> tuple[float, float]:
-        """A call has failed with `BackendConnectionError`. The time, and since when the server has been away.
+        """Note that a call failed with `BackendConnectionError`; return the time now and the start of the outage.
 
-        ``began`` is the time at which the attempt began: if that was long after the last failure, nobody knows what
-        happened in between, and an outage begins.
+        ``began`` is the time at which the attempt began. If that was more than ``retry_for`` seconds after the last
+        failure, the server may have been reachable in between, so a new outage begins now.
         """
         now = asyncio.get_running_loop().time()
         if self._down_since is None or (now if began is None else began) - self._down_at > self._retry_for:
@@ -98,10 +99,11 @@ class Persistence:
         wanted: Callable[[int], bool],
         key: Callable[[int], Hashable] = lambda _: None,
     ) -> None:
-        """Have ``run`` do all ``items``; ``settle(indexes, outcomes)`` is called for some at a time, each index once.
+        """Have ``run`` process all ``items``, and report the outcomes through ``settle(indexes, outcomes)``.
 
-        An item for which ``wanted(index)`` is false is not sent again, and not settled. Items with the same ``key``, if
-        that is not ``None``, are done in order. Others are not kept waiting by one that has to be repeated alone.
+        ``settle`` is called with some outcomes at a time, and once for each index. An item for which ``wanted(index)``
+        is false is neither sent again nor settled. Items with the same ``key`` are processed in order, unless the key
+        is ``None``. An item that has to be repeated alone does not delay the others.
         """
         parts: list[Sequence[int]] = [range(len(items))]
         backoff: Backoff | None = None
@@ -112,18 +114,18 @@ class Persistence:
             began = asyncio.get_running_loop().time()
             try:
                 outcomes = await run(items if len(part) == len(items) else [items[index] for index in part])
-                if len(outcomes) != len(part):  # otherwise those beyond the last outcome would wait for ever
+                if len(outcomes) != len(part):  # otherwise callers without an outcome would wait for ever
                     raise _miscounted(len(outcomes), len(part))
             except BackendConnectionError as exc:
                 now, down_since = self.not_reached(began)
                 if backoff is None:
                     backoff, first = Backoff(), now
                 if now - down_since >= self._retry_for:
-                    self._on_outage(exc)  # first: to settle these would let others have their turn
+                    self._on_outage(exc)  # before `settle`, which would let queued calls have their turn
                     for failed in (part, *parts):
                         settle(failed, [exc] * len(failed))
                     return
-                if now - first >= self._retry_for:  # the server is there for others, and dies of this
+                if now - first >= self._retry_for:  # the server answers other calls, but fails on this part
                     settle(part, [exc] * len(part))
                     backoff = None
                     continue
@@ -133,7 +135,7 @@ class Persistence:
                     continue
                 if exc.in_flight and deaths > 1 and parts:
                     _put_off(part[0], parts, key)
-                    if part[0] not in late:  # once, without a pause: the others have waited long enough
+                    if part[0] not in late:  # the first time there is no pause: the other items have waited long enough
                         late.add(part[0])
                         continue
                 else:
@@ -152,9 +154,9 @@ class Persistence:
     async def collect(
         self, run: Callable[[Sequence[Item]], Awaitable[Sequence[Out | BaseException]]], items: Sequence[Item]
     ) -> list[Out | BaseException]:
-        """The outcomes of `perform`, in order, for a caller that wants them all.
+        """Call `perform` and return all outcomes, in the order of ``items``.
 
-        Raises `BackendConnectionError` if none could be had.
+        Raises `BackendConnectionError` if that is the outcome of every item.
         """
         found: list[Any] = [None] * len(items)
 
@@ -171,7 +173,7 @@ class Persistence:
         return found
 
     async def call(self, operation: Callable[[], Awaitable[Out]]) -> Out:
-        """``await operation()``, repeated for as long as this persists. Raises what it raises."""
+        """Await ``operation()``, and repeat it during an outage for at most ``retry_for`` seconds. Raises its error."""
 
         async def run(_: Sequence[None]) -> Sequence[Out]:
             return [await operation()]
@@ -183,13 +185,13 @@ class Persistence:
 
 
 def _halves(part: Sequence[int]) -> list[Sequence[int]]:
-    """The halves of ``part``, the first one last: that is the end from which they are taken."""
+    """The halves of ``part``. The first half comes last, because `perform` takes the next part from the end."""
     middle = (len(part) + 1) // 2
     return [half for half in (part[middle:], part[:middle]) if half]
 
 
 def _put_off(index: int, parts: list[Sequence[int]], key: Callable[[int], Hashable]) -> None:
-    """Have ``index`` come last, and behind it, in order, what has the same key."""
+    """Move ``index`` behind all other items, followed by the items with the same key, in their order."""
     late = [index]
     if key(index) is not None:
         late += [other for part in reversed(parts) for other in part if key(other) == key(index)]

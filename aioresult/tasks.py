@@ -1,4 +1,7 @@
-"""Tasks of the library's own: they keep nothing of their callers, and no stranger's cancellation ends them for good."""
+"""Tasks that the library starts for itself.
+
+They keep no context of their callers. If code outside the library cancels such a task, the library starts it again.
+"""
 
 from __future__ import annotations
 
@@ -32,27 +35,30 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 T = TypeVar("T")
 
-#: The context of timers and callbacks: each keeps the one it was made in for as long as it may still be called, and a
-#: timer that was cancelled does so until it would have been due.
+#: The context for timers and callbacks. A callback keeps its context alive for as long as it may still be called, and a
+#: cancelled timer keeps it until the timer would have been due. So it must not be the context of a caller.
 EMPTY = Context()
-#: Seconds after which a task of ours that a stranger has cancelled is started again.
+#: Seconds after which the library restarts a task of its own that code outside the library has cancelled.
 RESTART_AFTER = 0.01
-#: After so many seconds of work in one step, decoding or delivering, the event loop has a turn.
+#: After so many seconds of decoding or delivering without an await, the event loop gets a turn.
 TURN = 0.005
 #: How many callbacks are scheduled before the event loop gets a turn.
 SLICE = 500
 
 
 def spawn(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
-    """A task in an empty context: it serves everybody, and must not keep alive what its first caller had in there."""
+    """Start ``work`` as a task in an empty context.
+
+    The task may serve many callers, so it must not keep the context variables of its first caller alive.
+    """
     return asyncio.get_running_loop().create_task(work, name=name, context=Context())
 
 
 class StandingTask:
     """Runs ``work()`` until it returns or `stop` is called.
 
-    Shutdown handlers often cancel every task of the loop. If that happens to this one, or if it fails, it is started
-    again as soon as ``wanted()`` says that somebody depends on it: after a moment, or by the next `start`.
+    Shutdown handlers often cancel every task of the loop. If the task is cancelled in that way, or fails, it starts
+    again: after `RESTART_AFTER` seconds if ``wanted()`` is true by then, otherwise with the next call of `start`.
     """
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, None]], name: str, wanted: Callable[[], bool]) -> None:
@@ -73,10 +79,10 @@ class StandingTask:
             if (error := task.exception()) is None:
                 self._stopped = True
             else:
-                logger.error("the task %s failed, and is started again", task.get_name(), exc_info=error)
+                logger.error("the task %s failed and will be restarted", task.get_name(), exc_info=error)
         self._task = None
         if not self._stopped:
-            # At the end of `asyncio.run` everything is cancelled in one sweep, and this timer never fires.
+            # `asyncio.run` cancels all tasks when it ends. Then this timer never fires.
             asyncio.get_running_loop().call_later(RESTART_AFTER, self._start_if_wanted, context=EMPTY)
 
     def _start_if_wanted(self) -> None:
@@ -84,27 +90,27 @@ class StandingTask:
             self.start()
 
     def cancel(self) -> None:
-        """End the task as soon as it can be."""
+        """Cancel the task, without waiting for its end. It does not start again."""
         self._stopped = True
         if self._task is not None:
             self._task.cancel()
 
     async def stop(self) -> None:
-        """End the task, and return once it has ended."""
+        """Cancel the task, and return once it has ended."""
         self.cancel()
         await self.finish()
 
     async def finish(self) -> None:
-        """Return once the task has ended by itself; it is not started again."""
+        """Return once the task has ended by itself. It does not start again."""
         self._stopped = True
         if self._task is not None:
             await asyncio.wait([self._task])
 
 
 class SingleFlight(Generic[T]):
-    """One ``attempt()`` at a time: every caller that comes while it is under way gets its outcome, also a failure.
+    """Runs one ``attempt()`` at a time. Every caller that arrives during an attempt shares its result or its exception.
 
-    A caller's cancellation ends that caller's waiting, and not the attempt.
+    Cancelling a caller ends only the waiting of that caller; the attempt goes on.
     """
 
     def __init__(self, attempt: Callable[[], Coroutine[Any, Any, T]]) -> None:
@@ -123,31 +129,34 @@ class SingleFlight(Generic[T]):
                 me = asyncio.current_task()
                 if not task.cancelled() or (me is not None and me.cancelling()):
                     raise
-                # Somebody cancelled the attempt, and not this caller: try again.
+                # The attempt was cancelled, and this caller was not: try again.
             except AioResultError as exc:
                 error = twin(exc)
             raise error
 
     async def stop(self) -> None:
-        """End the attempt that is under way."""
+        """Cancel the attempt that is under way, and return once it has ended."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
 
 
 def _retrieved(task: asyncio.Task[Any]) -> None:
-    """Every caller may have gone before the attempt failed: then its error is nobody's news."""
+    """Mark the error of an attempt as seen: asyncio would log it if every caller had gone before the attempt failed."""
     if not task.cancelled():
         task.exception()
 
 
 def twin(error: T) -> T:
-    """An error like ``error``, for one more caller: raised twice, one instance would show each the other's frames."""
+    """Return a copy of ``error`` for one more caller.
+
+    If two callers raised the same instance, each would see the other's frames in the traceback.
+    """
     if not isinstance(error, AioResultError):
         return error
     try:
         other = type(error)(*error.args)
-    except Exception:  # a class of somebody's own, with a constructor of its own
+    except Exception:  # a subclass from outside the library, whose constructor takes other arguments
         return error
     other.__dict__.update(error.__dict__)
     other.__cause__ = error.__cause__
@@ -156,33 +165,37 @@ def twin(error: T) -> T:
 
 
 def fail(future: asyncio.Future[Any], error: BaseException) -> None:
-    """Fail a future that somebody awaits, or did until a moment ago.
+    """Set ``error`` on a future that a caller awaits, and mark the error as seen.
 
-    A caller that is cancelled in the very turn of the loop in which this happens never asks for the error, and asyncio
-    would log it as one that nobody noticed.
+    A caller that is cancelled in the same turn of the event loop never retrieves the error. Without the mark, asyncio
+    would log "exception was never retrieved".
     """
     future.set_exception(error)
     future.exception()
 
 
 def fail_all(futures: Iterable[asyncio.Future[Any]], error: BaseException) -> None:
-    """Fail those that are not done, each with an error of its own."""
+    """Fail each future that is not done with its own copy of ``error``."""
     for future in futures:
         if not future.done():
             fail(future, twin(error))
 
 
 def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any) -> None:
-    """Call ``callback`` soon. A ``__del__`` runs in whatever thread collects, and perhaps after the loop has ended."""
-    with suppress(RuntimeError):  # the loop was closed, and everything in it has ended
+    """Have ``loop`` call ``callback`` soon, from a ``__del__``.
+
+    The garbage collector may call ``__del__`` in any thread, and after the loop has ended.
+    """
+    with suppress(RuntimeError):  # the loop is closed, so there is nothing left to clean up
         loop.call_soon_threadsafe(callback, *args, context=EMPTY)
 
 
 async def uncancelled(cleanup: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """See ``cleanup()`` through, and only then pass a cancellation on: half-closed would be worse than late.
+    """Run ``cleanup()`` to its end, and only then raise a cancellation of the caller.
 
-    The scope keeps anyio's cancellations off, which are repeated until they are obeyed; `asyncio.shield` a task's own.
-    If a stranger cancels the task of the clean-up itself, that begins again: it must bear being done twice.
+    A late cancellation is better than a half-closed object. The anyio scope keeps out anyio's cancellations, which are
+    repeated until the task ends; `asyncio.shield` keeps out asyncio's own. If code outside the library cancels the task
+    of the clean-up itself, the clean-up begins again, so it must be idempotent.
     """
     cancelled: asyncio.CancelledError | None = None
     task = spawn(cleanup())
