@@ -1,4 +1,4 @@
-"""The rest of a chain: what comes after a task that has failed, and so fails with it."""
+"""The rest of a chain: the tasks that come after a failed task, and therefore fail with it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["links_of"]
 
 
 def links_of(chain: Any) -> list[SimpleNamespace]:
-    """A request for each link of ``chain``, as ``celery.backends.base.Backend._fail_chain`` makes one.
+    """Make a request for each link of ``chain``, as ``celery.backends.base.Backend._fail_chain`` does.
 
-    ``chain`` is what Celery's requests carry: signatures in any order, or ``None``. A chord among them is waited for by
-    the id of its body, which is a link, too. A link without an id has no result, and is passed over.
+    ``chain`` is the attribute of Celery's requests: signatures in any order, or ``None``. A waiter of a chord waits for
+    the id of the chord's body, so the body is a link, too. A link without an id has no result, and is skipped.
 
-    :raises UsageError: a link is no signature, so that it cannot be told which result would never come.
+    :raises UsageError: a link is not a signature, so that the id of its result is unknown.
     """
     links: list[SimpleNamespace] = []
     left: deque[Any] = deque(chain if isinstance(chain, Iterable) else ())
@@ -27,11 +27,11 @@ def links_of(chain: Any) -> list[SimpleNamespace]:
         options = signature.get("options") if isinstance(signature, Mapping) else None
         if not isinstance(signature, Mapping) or not isinstance(options or {}, Mapping):
             raise UsageError(
-                f"the chain of a request holds signatures, which are dicts with options; not {signature!r}"
+                f"the chain of a request must hold signatures, which are dicts with 'options', not {signature!r}"
             )
         options = options or {}
         if (task_id := options.get("task_id")) is not None:
-            # Where it was to be sent is no request's queue, which is where the task came from.
+            # The queue of a request is the one that the task was taken from, and this task was never sent.
             named = {"retries": 0, "id": task_id, "group": options.get("group_id"), "queue": None}
             links.append(SimpleNamespace(**{**_texts(signature), **_texts(options), **named}))
         kwargs = signature.get("kwargs")

@@ -1,4 +1,4 @@
-"""`Following`: what the iterators over a running task have in common, one reader at a time and a subscription."""
+"""`Following`: the base of the iterators over a running task. Each has one reader at a time, and a subscription."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Following(AsyncIterator[T_co], Generic[T_co]):
-    """An async iterator that holds a subscription from its first steps until it is closed or collected."""
+    """An async iterator that holds a subscription from its first steps until it is closed or garbage-collected."""
 
     def __init__(self) -> None:
         self._closed = self._busy = False
-        #: What ends the subscription, while there is one, and the event loop that it belongs to.
+        #: A call that ends the subscription, while there is one; and the event loop of the subscription.
         self._leave: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -29,13 +29,16 @@ class Following(AsyncIterator[T_co], Generic[T_co]):
         return self
 
     def _begin(self) -> None:
-        """Refuse a second reader at a time. No context manager: that would cost more than taking a chunk."""
+        """Raise `UsageError` if another reader is at work. Callers reset `_busy` when they are done.
+
+        This is no context manager, because that would cost more time than taking a chunk.
+        """
         if self._busy:
-            raise UsageError(f"{self!r} has one reader at a time: open one for each")
+            raise UsageError(f"{self!r} can have only one reader at a time; open one for each reader")
         self._busy = True
 
     def _hold(self, leave: Callable[[], None]) -> None:
-        """There is a subscription now, which ``leave`` ends; it does not keep this iterator alive."""
+        """Note that there is a subscription now, which ``leave`` ends. ``leave`` must not refer to this iterator."""
         self._leave, self._loop = leave, asyncio.get_running_loop()
 
     def _close(self) -> None:
@@ -47,10 +50,10 @@ class Following(AsyncIterator[T_co], Generic[T_co]):
 
     @abstractmethod
     def _wake(self) -> None:
-        """Have a reader notice that another task has closed this."""
+        """Wake a waiting reader, so that it notices that another task has closed this."""
 
     async def aclose(self) -> None:
-        """End the subscription; may be called twice. The task goes on."""
+        """End the subscription. The task goes on. A second call does nothing."""
         self._close()
 
     async def __aenter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Between handles and backends: what a handle needs of a backend, and what joins need of a handle."""
+"""The protocols between handles and backends: what a handle needs of a backend, and what joins need of a handle."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 class ResultStore(Protocol):
     """What result handles need of a backend (`aioresult.backends.base.Backend` is one)."""
 
-    #: How many ids go into one round trip.
+    #: The maximum number of ids in one round trip.
     fetch_chunk: int
 
     @property
     def store_id(self) -> Hashable:
-        """Equal for objects that keep their results in the same place."""
+        """Equal for two backends that keep their results in the same place."""
 
     def check(self) -> None: ...
     def result(self, task_id: str) -> Any: ...
@@ -47,20 +47,20 @@ class ResultStore(Protocol):
 
 
 class Leaf(Protocol):
-    """A handle on one task: `aioresult.result.AsyncResult`. Equal handles are of the same id in the same store."""
+    """A handle on one task: `aioresult.result.AsyncResult`. Equal handles have the same id and the same store."""
 
-    #: The task stores no result: it is never waited for, and never fails.
+    #: Whether the task stores no result. Such a task has no waiters, and never counts as failed.
     ignored: bool
 
     @property
     def id(self) -> str: ...
     @property
     def store(self) -> ResultStore | None:
-        """Where it is kept; ``None`` if its meta is all there ever was."""
+        """The backend of the result; ``None`` if the handle was made with its outcome and nothing is stored."""
 
     @property
     def meta(self) -> TaskMeta | None:
-        """The last meta of it, as it is stored."""
+        """The last known meta of the task itself, as it is stored."""
 
     @property
     def failure(self) -> TaskMeta | None:
@@ -68,25 +68,25 @@ class Leaf(Protocol):
 
     @property
     def outcome(self) -> Outcome | None:
-        """The last news of it: its own, unless a parent's failure stands in the place of that."""
+        """The last known outcome: of the task itself, or the failure of a parent, which takes precedence."""
 
     def set_outcome(self, outcome: Outcome) -> None:
-        """Note the news."""
+        """Note the last known outcome of the task itself."""
 
     def set_failure(self, failure: TaskMeta) -> None:
-        """Note which failure awaiting it raises: its own, or a parent's. Only a success of its own changes that."""
+        """Note the failure that awaiting raises: the task's own, or a parent's. A success of the task undoes it."""
 
 
 def is_over(leaf: Leaf) -> bool:
-    """Whether the leaf itself is known to be over, whatever became of its parents."""
+    """Whether the task itself is known to be over, whatever happened to its parents."""
     meta = leaf.meta
     return meta is not None and meta.ready
 
 
 async def refresh(leaves: Iterable[Leaf]) -> None:
-    """Have every leaf that is not known to be ready learn what is stored of it now, in one go per store.
+    """Read every leaf that is not known to be ready, in one call per store.
 
-    Raises what cannot be read, as `aioresult.backends.base.Backend.get_task_meta` does.
+    Raises the same errors as `aioresult.backends.base.Backend.get_task_meta`.
     """
     by_store: dict[ResultStore, list[Leaf]] = {}
     for leaf in leaves:

@@ -1,7 +1,8 @@
-"""`Lineage`: what stands above the results of a join, their parents and those of the groups that enclose them.
+"""`Lineage`: the ancestors of the results of a join.
 
-A task whose parent failed or was revoked never runs. So a join has to know, when a result fails, which results wait
-for it; and which failure comes first, when several have failed.
+The ancestors of a result are its parents (the earlier tasks of its chain), and the parents of the groups that contain
+it. A task whose parent failed or was revoked never runs. So a join must know which results depend on a result that
+failed. It must also know which failure came first if several results failed.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ _LAST = datetime.max.replace(tzinfo=UTC)
 
 
 class Ancestor(Generic[L]):
-    """A result that others wait for. Equal handles share one."""
+    """A single result that other results depend on. Equal handles share one ancestor."""
 
     __slots__ = ("above", "handle", "opens")
 
     def __init__(self, handle: L) -> None:
         self.handle: L = handle
-        #: Its own parents, the topmost first. A dict for its order, as below.
+        #: Its own parents, the topmost first. A dict serves as an ordered set, here and below.
         self.above: dict[_Gate[L], None] = {}
-        #: The parents that it is, or is part of.
+        #: The gates that it helps to open: each parent that it is itself, or that is a group with it as a member.
         self.opens: dict[_Gate[L], None] = {}
 
     def set_outcome(self, outcome: TaskMeta | Exception) -> None:
@@ -38,44 +39,44 @@ class Ancestor(Generic[L]):
 
     @property
     def failure(self) -> TaskMeta | None:
-        """Its meta, if it is known to have failed. A result that cannot be read has not failed."""
+        """Its meta, if it is known to have failed. A result that cannot be read does not count as failed."""
         known = None if self.handle.ignored else self.handle.outcome
         return known if isinstance(known, TaskMeta) and known.propagates else None
 
 
 class _Gate(Generic[L]):
-    """A parent, single or a group: it opens for those below it once all of it has succeeded."""
+    """A parent, which is a single result or a group. It opens for the results below it once all of it has succeeded."""
 
     __slots__ = ("below", "of", "shut")
 
     def __init__(self) -> None:
         self.of: dict[Ancestor[L], None] = {}
         self.below: list[L | Ancestor[L]] = []
-        #: Whether those below have been told already that a part of it failed.
+        #: Whether a part of the parent has failed, and the results below it have been told.
         self.shut = False
 
 
 class Lineage(Generic[L]):
-    """The `leaves` of some results, in order, and the `ancestors` of those leaves.
+    """The `leaves` (single results) of some results, in order, and the `ancestors` of those leaves.
 
-    A leaf without parents costs nothing here; any other handle is met once, and an ancestor is known once, however many
-    leaves it has below it. Raises `CyclicResultError` if a result is its own parent.
+    A leaf without parents costs nothing here. Each other handle is visited once, and each ancestor is kept once,
+    however many leaves it has below it. Raises `CyclicResultError` if a result is its own parent.
     """
 
     def __init__(self, results: Iterable[ResultBase] = ()) -> None:
         self.leaves: list[L] = []
         self.ancestors: dict[L, Ancestor[L]] = {}
-        #: The parents of each leaf that has any, by its identity: handles that are equal may have different parents.
+        #: The parents of each leaf that has any, by the identity of the leaf: equal handles may have different parents.
         self._above: dict[int, tuple[_Gate[L], ...]] = {}
         self._gates: dict[object, _Gate[L]] = {}
-        #: The parents that were met, by identity, and those of them that were not looked into.
+        #: The parents that were visited, by identity, and those whose members are still to be visited.
         self._met: dict[int, ResultBase] = {}
         self._fresh: list[tuple[_Gate[L], ResultBase]] = []
         self._lines: dict[tuple[_Gate[L], ...], list[Ancestor[L]]] = {}
         self.add(results)
 
     def add(self, results: Iterable[ResultBase]) -> list[L]:
-        """Take results in, and return their leaves."""
+        """Add results, and return their leaves."""
         before = len(self.leaves)
         self._descend(results, (), self._add_leaf, 0)
         while self._fresh:
@@ -133,7 +134,7 @@ class Lineage(Generic[L]):
         return self._gate(cast("ResultBase", result.parent))
 
     def _gate(self, parent: ResultBase) -> _Gate[L]:
-        # Members that come out of a store have a copy of their parent each: equal ones count as one.
+        # Each member that was read from a store has its own copy of the parent. Equal copies count as one parent.
         key: object = id(parent) if parent.id is None else parent
         gate = self._gates.get(key)
         if gate is None:
@@ -141,18 +142,18 @@ class Lineage(Generic[L]):
         return gate
 
     def has_parents(self, leaf: L) -> bool:
-        """Whether anything stands above the leaf."""
+        """Whether the leaf has ancestors."""
         return id(leaf) in self._above
 
     def above(self, leaves: Iterable[L]) -> Iterable[Ancestor[L]]:
-        """What stands above any of these leaves, each once."""
+        """The ancestors of these leaves, each once."""
         if not self._above:
             return ()
         lines = dict.fromkeys(self._above[id(leaf)] for leaf in leaves if id(leaf) in self._above)
         return dict.fromkeys(ancestor for gates in lines for ancestor in self._line(gates))
 
     def below(self, ancestor: Ancestor[L]) -> Iterator[L]:
-        """The leaves that wait for ``ancestor``, each at least once; none that any call has given before."""
+        """The leaves that depend on ``ancestor``, each at least once; without those that an earlier call yielded."""
         stack: list[L | Ancestor[L]] = [ancestor]
         while stack:
             each = stack.pop()
@@ -165,10 +166,10 @@ class Lineage(Generic[L]):
                     stack += gate.below
 
     def causes(self, leaves: Iterable[L]) -> Iterator[TaskMeta | None]:
-        """Of each leaf, the failure among its ancestors of which a waiter was told first, as far as they are known.
+        """For each leaf, the first known failure among its ancestors, or ``None``.
 
-        That is the earliest by `TaskMeta.date_done`. Among equals, and where dates are missing, it is the first in the
-        order in which Celery looks: from the top of a chain, and along a group.
+        The first failure is the earliest by `TaskMeta.date_done`. If dates are equal or missing, the first one is
+        decided by the order in which Celery looks: from the top of a chain, and along a group.
         """
         found: dict[tuple[_Gate[L], ...], TaskMeta | None] = {(): None}
         for leaf in leaves:
@@ -179,7 +180,7 @@ class Lineage(Generic[L]):
             yield found[gates]
 
     def _line(self, gates: tuple[_Gate[L], ...]) -> list[Ancestor[L]]:
-        """All that stands above, in Celery's order."""
+        """All ancestors that belong to these gates or stand above them, in the order in which Celery looks."""
         if (known := self._lines.get(gates)) is not None:
             return known
         line: dict[Ancestor[L], None] = {}

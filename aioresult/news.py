@@ -1,4 +1,4 @@
-"""`News`: what a handle knows of its task, and which failure stands for it."""
+"""`News`: what a handle knows of its task, and which failure awaiting the handle raises."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ __all__ = ["News", "value_of"]
 
 
 class _Failed(NamedTuple):
-    """What a handle knows of a failed result after its parents were looked at."""
+    """What a handle knows of a failed result after a join has checked its parents."""
 
-    #: Its own news.
+    #: The outcome of the task itself.
     own: Outcome | None
-    #: The failure that awaiting it raises: its own, or that of a parent, for which it never ran.
+    #: The failure that awaiting raises: the task's own, or the failure of a parent, because of which it never ran.
     failure: TaskMeta
 
 
 class News(ResultBase):
-    """The part of `aioresult.AsyncResult` that remembers. No I/O."""
+    """The part of `aioresult.AsyncResult` that remembers the outcome. No I/O."""
 
     __slots__ = ("_outcome", "id", "ignored")
     id: str
 
     def __init__(self, id: str, ignored: bool) -> None:
         self.id = id
-        #: The task stores no result (Celery: ``ignore_result``): awaiting gives ``None`` at once.
+        #: Whether the task stores no result (Celery: ``ignore_result``). Then awaiting returns ``None`` at once.
         self.ignored: bool = ignored
-        # One attribute for all: there may be a hundred thousand handles, nearly all without parents.
+        # One attribute holds everything, because there may be a hundred thousand handles, nearly all without parents.
         self._outcome: Outcome | _Failed | None = None
 
     @property
     def meta(self) -> TaskMeta | None:
-        """The meta as last seen. No I/O: ``None`` until something looked."""
+        """The last known meta; ``None`` until the result was read or awaited. No I/O."""
         own = self._own()
         return own if isinstance(own, TaskMeta) else None
 
@@ -50,9 +50,10 @@ class News(ResultBase):
 
     @property
     def outcome(self) -> Outcome | None:
-        """The last news: a meta, or why it could not be had; of an ignored result there is no more than its state.
+        """The last known outcome: a meta, or the error that reading it raised.
 
-        If a wait found that a parent had failed, that is the parent's meta, until this task itself succeeds.
+        If a wait found that a parent had failed, this is the parent's meta, until this task itself succeeds. For an
+        ignored result it is a meta without a value.
         """
         if isinstance(self._outcome, _Failed):
             return self._outcome.failure
@@ -60,13 +61,13 @@ class News(ResultBase):
 
     @property
     def failure(self) -> TaskMeta | None:
-        """The failure that awaiting it raises, once a wait has looked at its parents, too."""
+        """The failure that awaiting raises; ``None`` until a wait has also checked the parents."""
         return self._outcome.failure if isinstance(self._outcome, _Failed) else None
 
     def set_outcome(self, outcome: Outcome) -> None:
-        """Note the news; for a join.
+        """Note the outcome of the task itself; for a join.
 
-        What a read brings may be older than what a message has brought meanwhile: nothing comes after the end.
+        A read may return an older state than a message that arrived meanwhile. So nothing replaces a final state.
         """
         kept = self._outcome
         if isinstance(kept, _Failed):
@@ -77,7 +78,7 @@ class News(ResultBase):
             self._outcome = outcome
 
     def set_failure(self, failure: TaskMeta) -> None:
-        """Note which failure awaiting it raises; for a join."""
+        """Note the failure that awaiting raises; for a join."""
         self._outcome = _Failed(self._own(), failure)
 
     def value(self) -> Any:
@@ -85,7 +86,7 @@ class News(ResultBase):
 
 
 def value_of(outcome: Outcome | None) -> Any:
-    """The value or the exception that ``outcome`` carries. Raises it if the result could not be had."""
+    """The value or the exception in the meta ``outcome``. Raises ``outcome`` if it is an error of reading."""
     if isinstance(outcome, Exception):
         raise twin(outcome)
     return None if outcome is None else outcome.with_new_exception().result

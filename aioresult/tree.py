@@ -1,4 +1,4 @@
-"""`ResultBase`: what a single result and a group of them have in common, and the walk through the tree of results."""
+"""`ResultBase`: the base of single results and of groups of results, and the walk through the tree of results."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = [
     "unpack",
 ]
 
-#: Deeper than anybody nests groups.
+#: The deepest nesting of groups that is accepted. Real groups are never nested as deep as that.
 _MAX_NESTING = 100
 
 
 class ResultBase(ABC):
-    """What a single result and a group of them have in common."""
+    """The base of single results and of groups of results."""
 
     __slots__ = ()
-    #: Whether it is its own only leaf. Large joins ask this of every member.
+    #: Whether this is a single result, whose only leaf is itself. Large joins ask this of every member.
     _single: ClassVar[bool] = False
 
     id: str | None
@@ -41,11 +41,11 @@ class ResultBase(ABC):
 
     @abstractmethod
     def leaves(self) -> Iterator[Any]:
-        """The single results in it (`aioresult.AsyncResult`), in order."""
+        """The leaves of this result, in order: a leaf is a single result, an `aioresult.AsyncResult`."""
 
     @abstractmethod
     def value(self) -> Any:
-        """The value, or the exception, as last seen: in the shape of the group. No I/O."""
+        """The last known value or exception; for a group a list in the shape of the group. No I/O."""
 
     @abstractmethod
     def __await__(self) -> Generator[Any, None, Any]:
@@ -53,18 +53,18 @@ class ResultBase(ABC):
 
     @abstractmethod
     async def get(self, timeout: Timeout = None, propagate: bool = True) -> Any:
-        """Wait for it; see `AsyncResult.get` and `ResultSet.get`."""
+        """Wait for the result and return its value; see `AsyncResult.get` and `ResultSet.get`."""
 
     @abstractmethod
     async def ready(self) -> bool:
-        """Whether all of it is over, well or not."""
+        """Whether all tasks in it are over, whether they succeeded or failed."""
 
     @abstractmethod
     async def children(self) -> list[ResultBase]:
         """The results of the tasks that this one started; the members of a group."""
 
     def as_tuple(self) -> ResultTuple:
-        """As plain data, in Celery's form, its parents included; `result_from_tuple` is the way back.
+        """The result and its parents as plain data, in Celery's form. `result_from_tuple` makes a result of it again.
 
         :raises CyclicResultError: a result is its own parent, or a group is among its own members.
         """
@@ -78,7 +78,7 @@ class ResultBase(ABC):
         return (self.id, above), self._members_as_tuples(nesting)
 
     def _members(self) -> Iterable[ResultBase] | None:
-        """The members of a group; ``None`` of what is none."""
+        """The members of a group; ``None`` if this is not a group."""
         return None
 
     def _members_as_tuples(self, nesting: int) -> list[ResultTuple] | None:
@@ -96,7 +96,7 @@ class ResultBase(ABC):
     async def _walk(
         self, intermediate: bool, graph: dict[ResultBase, list[ResultBase]]
     ) -> AsyncGenerator[tuple[ResultBase | None, ResultBase], None]:
-        """`iterdeps`, which notes the children of each node in ``graph`` as it finds them."""
+        """The steps of `iterdeps`. Adds the children of each node to ``graph`` when it finds them."""
         came_from: dict[ResultBase, ResultBase | None] = {self: None}
         layer: list[tuple[ResultBase | None, ResultBase]] = [(None, self)]
         while layer:
@@ -120,22 +120,26 @@ class ResultBase(ABC):
     async def collect(
         self, timeout: Timeout = None, propagate: bool = True, intermediate: bool = False
     ) -> AsyncGenerator[tuple[ResultBase, Any], None]:
-        """``(result, value)`` of this result and of all below it, each awaited in turn.
+        """Await this result and all results below it in turn, and yield each as ``(result, value)``.
 
-        ``timeout`` and ``propagate`` go to each `get`; for the rest see `iterdeps`.
+        ``timeout`` (in seconds) and ``propagate`` are passed to each `get`. For ``intermediate`` and the errors see
+        `iterdeps`.
         """
         async for _, node in self.iterdeps(intermediate):
             yield node, await node.get(timeout=timeout, propagate=propagate)
 
     async def get_leaf(self, timeout: Timeout = None) -> Any:
-        """The value of the last result that `collect` finds: what a chain of tasks started by tasks came to."""
+        """The value of the last result that `collect` finds: the final value, if each task starts the next one.
+
+        ``timeout`` is in seconds, for each result.
+        """
         value = None
         async for _, found in self.collect(timeout=timeout):
             value = found
         return value
 
     async def graph(self, intermediate: bool = False) -> dict[ResultBase, list[ResultBase]]:
-        """The tree as a mapping of each result to its children; see `iterdeps`."""
+        """The tree of results, as a mapping of each result to its children; see `iterdeps`."""
         graph: dict[ResultBase, list[ResultBase]] = {}
         async for _ in self._walk(intermediate, graph):
             pass
@@ -144,11 +148,11 @@ class ResultBase(ABC):
 
 def check_nesting(nesting: int) -> None:
     if nesting > _MAX_NESTING:
-        raise CyclicResultError(f"groups are nested more than {_MAX_NESTING} deep, or in a circle")
+        raise CyclicResultError(f"groups are nested more than {_MAX_NESTING} deep, or a group contains itself")
 
 
 def parents_of(result: ResultBase) -> Iterator[ResultBase]:
-    """The chain of parents, nearest first. Raises `CyclicResultError` if it closes into a circle."""
+    """The chain of parents, nearest first. Raises `CyclicResultError` if a result is its own parent."""
     seen = {id(result)}
     node = result.parent
     while node is not None:
@@ -167,7 +171,10 @@ def _lineage(node: ResultBase, came_from: dict[ResultBase, ResultBase | None]) -
 
 
 def unpack(data: Any) -> tuple[str, Any, Any]:
-    """``(id, parent's tuple or None, members' tuples or None)``; Celery also writes a bare id for ``[id, None]``."""
+    """Split a result tuple into ``(id, parent's tuple or None, members' tuples or None)``.
+
+    Celery also writes a bare id in place of ``[id, None]``.
+    """
     match data:
         case [[UUID() as task_id, parent], members]:
             return unpack([[str(task_id), parent], members])
@@ -177,7 +184,7 @@ def unpack(data: Any) -> tuple[str, Any, Any]:
             return task_id, parent or None, members
         case [str(task_id), None | list() | tuple() as members] if task_id:
             return task_id, None, members
-    raise DecodeError("what is stored is not a result tuple [[id, parent], members]")
+    raise DecodeError("the stored data is not a result tuple [[id, parent], members]")
 
 
 def checked_id(id: object) -> str:
@@ -199,8 +206,8 @@ def raise_or_return(outcome: Outcome | None) -> Any:
         return None
     if outcome.propagates:
         error = outcome.with_new_exception().result
-        if not isinstance(error, BaseException):  # only ever of an `EagerResult`
+        if not isinstance(error, BaseException):  # only an `EagerResult` can hold such a value
             raise RemoteError(error)
-        # Of an `EagerResult` there is one instance; each raise starts with a traceback of its own.
+        # An `EagerResult` raises the same instance every time; each raise must start without the old traceback.
         raise BaseException.with_traceback(error, None)
     return outcome.result
