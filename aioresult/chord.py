@@ -1,12 +1,13 @@
-"""Chords: a group whose completion triggers one callback, with the results in order.
+"""Chords: a group (the header) whose completion triggers one callback (the body), with the results in order.
 
-What a store has to do is one atomic step, `ChordStep` → `ChordState`: parts are a set, so that a part that comes twice
-counts once, and the claim to dispatch the callback is decided in the same step as the last part. The claim is a lease:
-a claimant that dies lets go of it by doing nothing. Everything above that is here, the same for every backend.
+A part is the result of one task of the header. A store does one atomic step, `ChordStep` → `ChordState`. It keeps the
+parts as a set, so a part that is stored twice counts once. The step that adds the last part also decides which process
+gets the *claim* to dispatch the callback. The claim is a lease: it runs out if its holder dies. This module does
+everything else, the same for every backend.
 
-The callback is *claimed* by one at a time. It is dispatched at least once; and exactly once unless a claimant dies
-between dispatching and leaving its ``async with``, or outlives its lease without being able to renew it.
-See docs/chords.md.
+Only one process at a time holds the claim. The callback is dispatched exactly once, with two exceptions: the holder of
+the claim dies between dispatching and leaving ``async with``, or its lease runs out because it cannot renew it. Then
+another process dispatches the callback again. See docs/chords.md.
 """
 
 from __future__ import annotations
@@ -54,16 +55,16 @@ __all__ = [
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: What the hub knows a chord by: no task id begins with a NUL.
+#: The hub's topic of a chord is this and the group's id. No task id begins with NUL.
 CHORD_TOPIC = "\x00chord "
-#: What it knows the news of all completed chords by.
+#: The hub's topic for the news of all completed chords.
 READY_TOPIC = "\x00chords"
 
 
 class ChordOp(enum.Enum):
     """What a `ChordStep` does."""
 
-    #: Set the size and the body; after the chord was finished, begin a new run.
+    #: Set the size and the body. If the chord is finished, begin a new run of it.
     CREATE = "create"
     #: Set the size.
     SIZE = "size"
@@ -71,11 +72,11 @@ class ChordOp(enum.Enum):
     PART = "part"
     #: Claim the completed chord.
     CLAIM = "claim"
-    #: The same, for who has had the claim, and the body with it.
+    #: Renew the lease of a claim, or claim again after it ran out. The holder has got the body with CLAIM.
     RENEW = "renew"
     #: Give the claim back.
     RELEASE = "release"
-    #: The callback was dispatched: keep the parts, remove all else.
+    #: The callback was dispatched: keep the parts, remove everything else.
     FINISH = "finish"
     #: Change nothing.
     READ = "read"
@@ -85,32 +86,32 @@ class ChordOp(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChordStep:
-    """One atomic change of one chord. All of them bear being done twice, and answer the second time as the first.
+    """One atomic change of one chord. Every step is idempotent: a repeated step gives the same answer.
 
-    CREATE, SIZE and PART also claim, for `token` if there is one, if with them the chord is complete. A step that
-    completes the chord, makes it fail, or gives a claim back notifies those who wait for it and those who dispatch.
-    A finished chord is changed by CREATE alone.
+    CREATE, SIZE and PART also claim the chord for `token`, if a token is given and the step completes the chord. A step
+    that completes the chord, makes it fail, or gives a claim back notifies the waiters and the dispatchers. Only CREATE
+    changes a finished chord.
     """
 
     op: ChordOp
     group_id: str
-    #: Whose claim; empty to claim nothing.
+    #: The id of the claim; empty to claim nothing.
     token: str = ""
     #: Seconds that a claim lasts.
     lease: float = 0.0
-    #: Seconds that all of it lives at least, counted from the last CREATE, SIZE, PART or claim; 0 for ever.
+    #: Seconds that the whole chord lives at least, counted from the last CREATE, SIZE, PART or claim; 0 for ever.
     expires: float = 0.0
-    #: The same for the saved group of that id, if there is one: without it, nested groups would lose their shape.
+    #: The same for the saved group with that id, if there is one. Nested results lose their shape without that group.
     group_expires: float = 0.0
-    #: Which run a CREATE begins: the same one does not begin again what has finished since.
+    #: The id of the run that a CREATE begins. A repeated CREATE with the same id does not restart a finished chord.
     run: str = ""
     size: int | None = None
-    #: Kept until the chord is finished; the first one counts.
+    #: The callback, kept until the chord is finished. The first body that is given counts.
     body: bytes | None = None
-    #: The id of the body's result, for waiters beside Celery; the first one counts.
+    #: The id of the body's result, for waiters of chords that Celery may finish. The first id that is given counts.
     body_id: str = ""
     task_id: str = ""
-    #: Where in the list of results; ``None`` for after those that have an index, in order of arrival.
+    #: The place in the list of results. Parts with ``None`` follow those with an index, in order of arrival.
     index: int | None = None
     #: The part, encoded.
     part: bytes = b""
@@ -120,37 +121,37 @@ class ChordStep:
 
 @dataclass(frozen=True, slots=True)
 class ChordState:
-    """What a chord is like after a step."""
+    """The state of a chord after a step."""
 
-    #: How many parts have come.
+    #: The number of parts that are stored.
     count: int = 0
-    #: How many there are; ``None`` while that is not known.
+    #: The number of parts in all; ``None`` while it is not known.
     size: int | None = None
-    #: Whether the claim is the step's token's now; for FINISH, whether it was.
+    #: Whether the step's token holds the claim now. For FINISH: whether it held the claim before the step.
     claimed: bool = False
     #: Whether the callback was dispatched.
     done: bool = False
-    #: For who has claimed.
+    #: The callback, for a step that has claimed the chord.
     body: bytes | None = None
     #: The first part that failed, for READ and PARTS.
     failure: bytes | None = None
-    #: Seconds until the claim of whoever has it ends; ``None`` if nobody has.
+    #: Seconds until the present claim runs out; ``None`` if no process holds the claim.
     lease_left: float | None = None
     #: The parts in order, for `ChordOp.PARTS`.
     parts: tuple[bytes, ...] = ()
-    #: Whether it was created here, so that it is never finished without news.
+    #: Whether this library created the chord. Then a message always announces its end.
     ours: bool = field(default=False, compare=False)
-    #: The step's `body_id`, for READ of a chord that is not `ours`.
+    #: The `ChordStep.body_id` that a step has set, for READ of a chord that is not `ours`.
     body_id: str = field(default="", compare=False)
 
     @property
     def complete(self) -> bool:
-        """Whether all parts have come."""
+        """Whether all parts are stored."""
         return self.done or (self.size is not None and self.count >= self.size)
 
 
 class ChordProgress(NamedTuple):
-    """How far a chord is."""
+    """How many parts of a chord are stored (``done``), and how many there are (``size``)."""
 
     done: int
     #: ``None`` while the size is not known.
@@ -173,7 +174,7 @@ class ChordStore(LookoutStore, Protocol):
 
 
 class Chords:
-    """The chords of one backend: encodes, steps, and makes handles of what comes back."""
+    """The chords of one backend: encodes the steps, sends them, and makes handles of the states that come back."""
 
     def __init__(self, store: ChordStore) -> None:
         self._store = store
@@ -181,7 +182,7 @@ class Chords:
 
     @property
     def group_expires(self) -> float:
-        """Seconds that the saved group of a chord is kept, for it has readers of its own; as in Celery."""
+        """Seconds that the saved group of a chord is kept. The group has readers of its own. As in Celery."""
         kept = self._store.chord_expires, self._store.expires
         return max(kept) if all(kept) else 0.0
 
@@ -192,7 +193,7 @@ class Chords:
         return self.chord(group_id)
 
     def _pack_body(self, group_id: str, body: Any) -> bytes | None:
-        """``None`` is no body, and leaves it to a later one to be the first."""
+        """Encode the body. ``None`` means that no body is given yet; a later step may give the first one."""
         return None if body is None else self._store.codec.dumps(body, f"the body of chord {group_id}")
 
     async def set_size(self, group_id: str, size: int) -> ReadyChord | None:
@@ -203,12 +204,12 @@ class Chords:
     async def add_part(
         self, group_id: str, task_id: str, state: str, value: Any, index: int | None, body: Any, lease: float
     ) -> ReadyChord | None:
-        """See `aioresult.backends.base.Backend.on_chord_part_return`; a ``lease`` of 0 leaves the claim to others."""
+        """See `aioresult.backends.base.Backend.on_chord_part_return`. With a ``lease`` of 0 this never claims."""
         codec, what = self._store.codec, f"the part {task_id} of chord {group_id}"
         if state in EXCEPTION_STATES and isinstance(value, BaseException):
             value = dump_exception(value, lambda arg: codec.dumps(arg, what))
-        # Celery's readers skip the number in front; its own is 1. Redis holds equal members of a sorted set only once,
-        # and our script tells them apart by a space at the end, which readers of msgpack would refuse.
+        # The first item is a number; Celery writes 1, and its readers skip it. A sorted set in Redis holds equal parts
+        # only once. So our script appends a space to them; readers of msgpack refuse that, so there the number differs.
         number = 1 if index is None or codec.serializer != "msgpack" else 2 + index
         step = ChordStep(
             ChordOp.PART,
@@ -224,7 +225,7 @@ class Chords:
         return ready
 
     async def claim(self, group_id: str) -> tuple[ReadyChord | None, ChordState]:
-        """See `Chord.claim`; with the state as it was found."""
+        """See `Chord.claim`. Also returns the state that the step has found."""
         return await self._claim_with(ChordStep(ChordOp.CLAIM, group_id), self._store.chord_lease)
 
     async def _claim_with(self, step: ChordStep, lease: float) -> tuple[ReadyChord | None, ChordState]:
@@ -244,18 +245,18 @@ class Chords:
         return await self._store.chord_step(replace(step, expires=expires, group_expires=group_expires))
 
     async def _results(self, group_id: str) -> tuple[list[Any], ChordError | None]:
-        """The values of all parts that have come, exceptions in place, and why the chord failed if it did."""
+        """The values of all stored parts, exceptions in their places; and the error of the chord if it failed."""
         state = await self._step(ChordStep(ChordOp.PARTS, group_id))
         parts = [self._unpack(group_id, part) for part in state.parts]
         group = await self._store.restore_group(group_id)
         gone = not parts and state.size != 0
-        # Celery may have finished it and removed its parts; the results themselves are where they always are.
+        # Celery may have finished the chord and removed its parts. The results of its tasks are stored on their own.
         asked = gone or (not state.complete and self._is_beside(state))
         from_results = asked and group is not None and await group.ready()
         if gone and not from_results:
             raise BackendGetMetaError(
                 f"the parts of chord {group_id} are gone: Celery has dispatched its callback, or they have expired; "
-                f"await the group itself (result_from_celery(chord_result, backend).parent) or the body's result"
+                f"await the group (result_from_celery(chord_result, backend).parent) or the result of the body instead"
             )
         if group is not None and from_results:
             values = group.value()
@@ -266,7 +267,7 @@ class Chords:
             values = [_shaped(member, by_id) for member in group]
         else:
             values = [value for _, _, value in parts]
-        if state.failure is not None:  # the first that came, which need not be the first in the list
+        if state.failure is not None:  # the failure that was stored first; it need not be the first in the list
             parts = [self._unpack(group_id, state.failure)]
         for task_id, status, value in parts:
             if status in PROPAGATE_STATES:
@@ -283,7 +284,7 @@ class Chords:
         raise DecodeError(f"a part of chord {group_id} cannot be read: it is not [1, task id, state, result]")
 
     def chord(self, group_id: str) -> Chord:
-        """A handle; no I/O."""
+        """Make a handle on a chord. No I/O."""
         return Chord(self, group_id)
 
     async def wait(self, group_id: str, timeout: Timeout, propagate: bool) -> list[Any]:
@@ -310,7 +311,7 @@ class Chords:
         return self._store.chords_beside and not state.ours
 
     async def _is_over(self, group_id: str, propagate: bool) -> bool:
-        """Whether there is nothing to wait for. Raises what Celery's part failed with."""
+        """Whether there is nothing to wait for. With ``propagate`` raises the error of a part that Celery stored."""
         state = await self.read(group_id)
         if state.complete or (propagate and state.failure is not None):
             return True
@@ -322,7 +323,7 @@ class Chords:
         return group is not None and await group.ready()
 
     async def _find_failure(self, group_id: str, seen: set[int]) -> ChordError | None:
-        """Why the chord fails, by a part that is not in ``seen``; they are added to it."""
+        """The error of the first failed part that is not in ``seen``. Adds the parts that it reads to ``seen``."""
         state = await self._step(ChordStep(ChordOp.PARTS, group_id))
         now = asyncio.get_running_loop().time
         pause_at = now() + TURN
@@ -332,7 +333,7 @@ class Chords:
             seen.add(mark)
             try:
                 task_id, status, value = self._unpack(group_id, part)
-            except DecodeError:  # which is told in the end, when all the parts are read
+            except DecodeError:  # `_results` raises it when it reads all parts in the end
                 continue
             if status in PROPAGATE_STATES:
                 return part_failed(group_id, task_id, value)
@@ -345,7 +346,7 @@ class Chords:
         """See `Chord.progress`."""
         state = await self.read(group_id)
         if state.size is None and not state.count and self._is_beside(state):
-            # Celery may have finished it, and removed all that tells how many parts there were.
+            # Celery may have finished the chord and removed its parts and its size.
             group = await self._store.restore_group(group_id)
             if group is not None and (state.done or await group.ready()):
                 size = sum(1 for _ in group.leaves())
@@ -353,11 +354,11 @@ class Chords:
         return ChordProgress(state.count, state.size)
 
     async def read(self, group_id: str) -> ChordState:
-        """The state now."""
+        """The present state."""
         return await self._step(ChordStep(ChordOp.READ, group_id))
 
     async def finish(self, group_id: str, token: str) -> bool:
-        """The callback was dispatched; whether the claim still stood."""
+        """Note that the callback was dispatched. Returns whether ``token`` still held the claim."""
         return (await self._step(ChordStep(ChordOp.FINISH, group_id, token))).claimed
 
     async def release(self, group_id: str, token: str) -> None:
@@ -365,12 +366,12 @@ class Chords:
         await self._step(ChordStep(ChordOp.RELEASE, group_id, token))
 
     async def renew(self, group_id: str, token: str, lease: float) -> bool:
-        """Start the lease anew; whether the claim still stood, or could be had again."""
+        """Renew the lease. Returns whether ``token`` still held the claim, or has got it again."""
         return (await self._step(ChordStep(ChordOp.RENEW, group_id, token, lease))).claimed
 
 
 class Chord:
-    """A handle on a chord. ``await`` it for the list of the header's results; creating it costs no I/O."""
+    """A handle on a chord. ``await`` it to get the list of the header's results. Creating it costs no I/O."""
 
     __slots__ = ("_chords", "id")
 
@@ -382,26 +383,26 @@ class Chord:
         return self.get().__await__()
 
     async def get(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
-        """The results of the header, in order, once all parts have come: pushed, unless Celery brings the last one.
+        """Wait until all parts are stored, and return the results of the header in order.
 
-        What Celery's worker brings to a chord of Celery's is noticed when the result of the body arrives, if a part
-        came from this library; otherwise within ``heartbeat`` seconds.
+        A message announces the last part, unless a worker of Celery's stores it. In that case the wait ends when the
+        result of the body arrives, if this library stored a part; otherwise within ``heartbeat`` seconds.
 
-        :param timeout: seconds; ``None`` waits for ever, 0 looks once.
-        :param propagate: raise as soon as a part fails; otherwise wait for all, with exceptions in their places.
+        :param timeout: seconds; ``None`` waits for ever, 0 checks once without waiting.
+        :param propagate: raise as soon as a part fails. If false, wait for all parts and return exceptions as values.
         :raises ChordError: a part failed; ``__cause__`` is its exception.
         :raises BackendGetMetaError: Celery has dispatched the callback and removed the parts, and the group was not
-            saved. Await the group itself, as ``result_from_celery(chord_result, backend).parent``, or the body.
-        :raises TimeoutError: the time is up.
+            saved. Await the group, as ``result_from_celery(chord_result, backend).parent``, or the body's result.
+        :raises TimeoutError: the chord was not complete within ``timeout``.
         """
         return await self._chords.wait(self.id, timeout, propagate)
 
     async def progress(self) -> ChordProgress:
-        """How many parts have come, and how many there are."""
+        """How many parts are stored, and how many there are."""
         return await self._chords.progress(self.id)
 
     async def claim(self) -> ReadyChord | None:
-        """The chord to dispatch, if it is complete, not dispatched, and nobody else's; else ``None``."""
+        """Claim the chord and return it, if it is complete, not dispatched and not claimed; otherwise ``None``."""
         ready, _ = await self._chords.claim(self.id)
         return ready
 
@@ -410,10 +411,11 @@ class Chord:
 
 
 class ReadyChord:
-    """A completed chord, claimed by this process: dispatch its callback inside ``async with``.
+    """A completed chord that this process has claimed. Dispatch its callback inside ``async with``.
 
-    Entering makes sure that the claim still stands; inside, it is renewed. Leaving normally says that the callback was
-    dispatched; an exception gives the claim back, for `ready_chords` to hand to somebody.
+    Entering renews the claim, or raises `ChordClaimLost`. Inside, the claim is renewed in the background. Leaving
+    without an exception marks the callback as dispatched. An exception gives the claim back; then `ready_chords` yields
+    the chord again, in this process or another one.
     """
 
     def __init__(
@@ -427,9 +429,9 @@ class ReadyChord:
         lease: float,
     ) -> None:
         self.id: str = group_id
-        #: What `create_chord` was given, or Celery's signature.
+        #: The body that `create_chord` or a part was given, such as a signature of Celery's.
         self.body = body
-        #: Why there is nothing to dispatch: a part failed. `results` raises it.
+        #: The error if a part failed, so that there is nothing to dispatch; otherwise ``None``. `results` raises it.
         self.error = error
         self._chords = chords
         self._results = results
@@ -440,14 +442,14 @@ class ReadyChord:
 
     @property
     def results(self) -> list[Any]:
-        """The results in order. Raises `error` if a part failed: leaving ``async with`` with it finishes the chord."""
+        """The results in order. If a part failed, raises `error`. Leaving ``async with`` with it finishes the chord."""
         if self.error is not None:
             raise self.error
         return self._results
 
     async def __aenter__(self) -> Self:
         if not await self._chords.renew(self.id, self._token, self._lease):
-            raise ChordClaimLost(f"the claim to chord {self.id} ran out after {self._lease:g} s and is another's now")
+            raise ChordClaimLost(f"the claim to chord {self.id} ran out after {self._lease:g} s; another worker has it")
         self._leaving.clear()
         self._renewing = StandingTask(self._keep, "aioresult-chord-lease", lambda: not self._leaving.is_set())
         self._renewing.start()
@@ -461,7 +463,7 @@ class ReadyChord:
     async def _leave(self, exc: BaseException | None) -> None:
         self._leaving.set()
         if self._renewing is not None:
-            await self._renewing.finish()  # one that is on its way would claim anew what is given back here
+            await self._renewing.finish()  # a renewal in flight would claim the chord again after it is given back
         if exc is None or exc is self.error:
             if not await self._chords.finish(self.id, self._token):
                 logger.warning("the claim to chord %s was lost: its callback may be dispatched twice", self.id)
@@ -469,7 +471,7 @@ class ReadyChord:
         try:
             await self._chords.release(self.id, self._token)
         except BackendError as error:
-            logger.warning("the claim to chord %s is not given back, and runs out: %s", self.id, error)
+            logger.warning("the claim to chord %s could not be given back, and will run out: %s", self.id, error)
 
     async def _keep(self) -> None:
         while not self._leaving.is_set():
@@ -493,5 +495,5 @@ def _shaped(member: ResultBase, values: dict[str, Any]) -> Any:
 
 
 def chord_meta(state: ChordState) -> TaskMeta:
-    """A chord's state in the form that the hub carries: ready once all parts have come."""
+    """A chord's state as the hub delivers it: a meta that is ready once all parts are stored."""
     return TaskMeta("", SUCCESS if state.complete else "PROGRESS", state)

@@ -1,7 +1,9 @@
-"""Dispatching chords: finding those that are complete, and claiming them one after the other.
+"""Dispatching chords: this process finds complete chords and claims them one after the other.
 
-A chord that becomes complete is announced by a message. One that became complete while nobody listened is found in the
-list of the open ones, which is gone through after every reconnect; so is one whose claimant died, by a reminder.
+A chord is complete when all its parts (the results of its header tasks) are stored. A message announces each chord that
+becomes complete. If no dispatcher was subscribed at that time, the dispatcher finds the chord in the list of open
+chords, which it reads after every reconnect. A claim is a lease on dispatching the callback. A timer (a reminder) finds
+a chord whose claim has run out, because the process that held the claim died.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 #: How many chords a dispatcher looks at between two announced ones.
 _SCAN_CHUNK = 500
-#: How many chords that cannot be dispatched it remembers.
+#: How many chords that cannot be dispatched a dispatcher remembers.
 _MAX_ASIDE = 10_000
 
 
@@ -42,7 +44,7 @@ async def ready_chords(chords: Chords, store: ChordStore) -> AsyncGenerator[Read
                 backoff.reset()
             except BackendConnectionError as exc:
                 pause = backoff.pause()
-                logger.warning("cannot look for completed chords (%s); trying again in %.2f s", exc, pause)
+                logger.warning("cannot look for complete chords (%s); trying again in %.2f s", exc, pause)
                 await asyncio.sleep(pause)
                 continue
             if ready is not None:
@@ -53,19 +55,20 @@ async def ready_chords(chords: Chords, store: ChordStore) -> AsyncGenerator[Read
 
 
 class _Dispatcher:
-    """Finds out about one chord after the other. What is wrong with one is logged once, and it is set aside."""
+    """Checks and claims one chord after the other. A chord that cannot be dispatched is logged once and set aside."""
 
     def __init__(self, chords: Chords, store: ChordStore, waiter: _ReadyWaiter) -> None:
         self._chords = chords
         self._store = store
         self._waiter = waiter
-        #: The chords that cannot be dispatched here, and what they were like when that was seen.
+        #: The chords that cannot be dispatched here, each with its state at the last check.
         self._aside: dict[str, ChordState | None] = {}
 
     async def step(self) -> ReadyChord | None:
-        """Take the next step; a chord to dispatch, if that brought one. Raises `BackendConnectionError`, to try again.
+        """Take the next step. Returns a chord to dispatch if the step has claimed one.
 
-        What was announced comes first: however many chords are open, it waits for one round trip at most.
+        Announced chords come first: however many chords are open, they wait for one round trip at most. Raises
+        `BackendConnectionError`; the caller then calls `step` again.
         """
         waiter = self._waiter
         if waiter.announced:
@@ -93,20 +96,20 @@ class _Dispatcher:
         except (BackendClosedError, UsageError):
             raise
         except Exception as exc:
-            # If it is claimed by now, that lease runs out, and another process may be able to read the chord.
+            # The claim may have succeeded. Then its lease runs out, and another process may be able to read the chord.
             self._set_aside(group_id, exc)
             return None
         if ready is not None:
             self._aside.pop(group_id, None)
         elif group_id in self._aside:
-            return None  # it is claimed, perhaps by the attempt that failed here: others come back to it
+            return None  # it is claimed, perhaps by the attempt that failed here; other processes will try it again
         left = state.lease_left if ready is None else self._store.chord_lease
         if left is not None:
-            self._waiter.remind(group_id, left)  # if its claimant dies, nobody will say so
+            self._waiter.remind(group_id, left)  # if the process that holds the claim dies, no message says so
         return ready
 
     async def _check(self, group_ids: Sequence[str]) -> None:
-        """Have those of the open chords claimed next that are complete."""
+        """Read these open chords, and announce the complete ones, so that they are claimed next."""
         states = await self._store.chord_steps([ChordStep(ChordOp.READ, group_id) for group_id in group_ids])
         for state in states:
             if isinstance(state, (BackendConnectionError, BackendClosedError)):
@@ -116,7 +119,7 @@ class _Dispatcher:
             if isinstance(state, BaseException):
                 self._set_aside(group_id, state)
             elif state.done or state == ChordState():
-                # It has expired, or was finished: a step that claims nothing takes it off the list.
+                # The chord has expired or is finished: a step that claims nothing removes it from the list.
                 over.append(ChordStep(ChordOp.CLAIM, group_id, expires=self._store.chord_expires))
             elif state.complete:
                 likeness = replace(state, lease_left=None)
@@ -133,21 +136,21 @@ class _Dispatcher:
 
     def _set_aside(self, group_id: str, error: BaseException) -> None:
         if group_id not in self._aside:
-            logger.error("chord %s cannot be dispatched here, and is left until it changes: %s", group_id, error)
+            logger.error("chord %s cannot be dispatched here, and is ignored until it changes: %s", group_id, error)
             self._aside[group_id] = None
         if len(self._aside) > _MAX_ASIDE:
             del self._aside[next(iter(self._aside))]
 
 
 class _ReadyWaiter:
-    """Gathers the chords to look at, from messages, reminders and the list of those that are open."""
+    """Gathers the chords to check, from messages, reminders and the list of open chords."""
 
     def __init__(self) -> None:
-        #: To be claimed, in the order in which they were announced.
+        #: The chords to claim, in the order in which they were announced.
         self.announced: dict[str, None] = {}
-        #: Whether the open chords are to be listed: some may have become complete while nobody listened.
+        #: Whether to read the list of open chords: chords may have become complete while this was not subscribed.
         self.list_all = False
-        #: Those of the list that have not been looked at.
+        #: The chords of the list that are not checked yet.
         self.open: deque[str] = deque()
         self._error: Exception | None = None
         self._reminders: dict[str, asyncio.TimerHandle] = {}
@@ -163,18 +166,18 @@ class _ReadyWaiter:
         self._wake.set()
 
     def announce(self, group_id: str) -> None:
-        """To be claimed as soon as may be."""
+        """Have the chord claimed as soon as possible."""
         self.announced[group_id] = None
         self._wake.set()
 
     def take(self) -> str:
-        """The one that was announced first. Announced once more while it is looked at, it is looked at again."""
+        """Remove and return the chord that was announced first. If it is announced again, it is claimed again."""
         group_id = next(iter(self.announced))
         del self.announced[group_id]
         return group_id
 
     def remind(self, group_id: str, seconds: float) -> None:
-        """Come back to this one after so long, instead of what was said of it before."""
+        """Announce the chord after ``seconds``. This replaces an earlier reminder for the same chord."""
         if (former := self._reminders.get(group_id)) is not None:
             former.cancel()
         self._reminders[group_id] = asyncio.get_running_loop().call_later(
@@ -186,7 +189,7 @@ class _ReadyWaiter:
         self.announce(group_id)
 
     async def due(self) -> None:
-        """Return as soon as there is something to look at. Raises why there will be nothing."""
+        """Return as soon as there is a chord to check. Raises the error that has ended the subscription."""
         while not (self.announced or self.list_all or self.open):
             if self._error is not None:
                 raise self._error
@@ -194,6 +197,6 @@ class _ReadyWaiter:
             await self._wake.wait()
 
     def stop(self) -> None:
-        """No more reminders."""
+        """Cancel all reminders."""
         for reminder in self._reminders.values():
             reminder.cancel()

@@ -1,13 +1,14 @@
-"""Waiting for a chord that Celery may finish: its script publishes nothing on the group's key.
+"""Waiting for a chord that Celery may finish, without a message: Celery's script publishes nothing on the group's key.
 
-While such a chord is waited for, it is looked at again
+The header of a chord is its group of tasks, the body is its callback, and a part is the result of one header task.
+While a waiter waits for such a chord, the backend reads its state again
 
-- at once, when the result of its body arrives, if a part of ours has said which that is;
-- at once, when its members' results have arrived, if the group was saved;
-- otherwise once every ``heartbeat``: one timer for all of a backend's chords, whose looks are one batch.
+- at once when the result of the body arrives, if a part that this library stored has named the body's id;
+- at once when the results of all members have arrived, if the group was saved;
+- otherwise every ``heartbeat`` seconds: one timer serves all chords of a backend, which are read in one batch.
 
-Each look reads a few numbers. Only if parts have come since the last one are they fetched, to find one that failed;
-that takes up a tenth of the time at most, however large the header.
+Each read returns a few numbers. The parts are fetched only if their number has grown since the last read, to find one
+that failed. Fetching takes at most a tenth of the time, however large the header is.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ __all__ = ["ChordWaiter", "LookoutStore", "Lookouts", "part_failed", "result_id_
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: After a fetch of the parts, the next one waits for so many times as long as that took.
+#: The pause after a fetch of the parts is so many times as long as the fetch.
 _REST = 9
 
 
 class LookoutStore(Protocol):
-    """What this needs of a backend."""
+    """What this module needs of a backend."""
 
     heartbeat: float
     chords_beside: bool
@@ -45,12 +46,12 @@ class LookoutStore(Protocol):
     async def restore_group(self, group_id: str) -> GroupResult | None: ...
 
 
-#: Finds, among the parts of a group that are not in the set, one that failed; and adds them to the set.
+#: Finds a failed part of a group among the parts that are not in the set, and adds the parts it has read to the set.
 FindFailure = Callable[[str, set[int]], Coroutine[Any, Any, ChordError | None]]
 
 
 class ChordWaiter(SingleWaiter):
-    """Waits for one chord. What it is told while it waits on goes to ``saw``, too."""
+    """Waits for one chord. Passes each state that does not end the wait to ``saw``."""
 
     __slots__ = ("_saw", "over", "propagate")
 
@@ -59,7 +60,7 @@ class ChordWaiter(SingleWaiter):
     ) -> None:
         super().__init__(what, timeout, self.satisfied)
         self.propagate: bool = propagate
-        #: Whether the chord is over in a way that its own state does not show.
+        #: Whether the chord is over although its own state does not show it.
         self.over: bool = False
         self._saw = saw
 
@@ -73,14 +74,14 @@ class ChordWaiter(SingleWaiter):
             self._saw(self, outcome)
 
     def end(self, meta: TaskMeta) -> None:
-        """The chord is over, whatever ``meta`` says."""
+        """End the wait: the chord is over, whatever ``meta`` says."""
         if not self.future.done():
             self.over = True
             self.future.set_result(meta)
 
 
 class Lookouts:
-    """The chords of one backend that are waited for, and that Celery may finish."""
+    """The chords of one backend that have waiters and that Celery may finish."""
 
     def __init__(self, store: LookoutStore, prefix: str, find_failure: FindFailure) -> None:
         self._store = store
@@ -91,14 +92,14 @@ class Lookouts:
         self._timer: asyncio.TimerHandle | None = None
 
     def saw(self, group_id: str, waiter: ChordWaiter, meta: TaskMeta) -> None:
-        """``waiter`` was told ``meta``, and waits on."""
+        """Note that ``waiter`` got ``meta`` and goes on waiting."""
         if not self._store.chords_beside:
             return
-        if meta.result.ours:  # which it need not have been before
+        if meta.result.ours:  # created by this library, perhaps since the last read
             self.leave(group_id, waiter)
             return
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # those of a loop that has ended are gone with it
+        if self._loop is not loop:  # the waiters of an event loop that has ended are gone with it
             self._loop, self._lookouts, self._timer = loop, {}, None
         lookout = self._lookouts.get(group_id)
         if lookout is None:
@@ -108,7 +109,7 @@ class Lookouts:
             self._set_timer(loop)
 
     def leave(self, group_id: str, waiter: ChordWaiter) -> None:
-        """``waiter`` waits no more; harmless if it never was here."""
+        """Note that ``waiter`` no longer waits. Does nothing if the waiter is unknown here."""
         lookout = self._lookouts.get(group_id)
         if lookout is not None and lookout.leave(waiter):
             del self._lookouts[group_id]
@@ -137,10 +138,10 @@ class _Lookout:
         self._latest: TaskMeta | None = None
         self._error: ChordError | None = None
         self._body_id = ""
-        #: The members of the saved group, and those of them that are not over.
+        #: The ids of the saved group's members, and the ids of the members that are not over.
         self._members: list[str] = []
         self._missing: set[str] = set()
-        #: The parts that have been looked at, by their hashes, and how many there were.
+        #: The hashes of the parts that were read, and the number of parts at the last fetch.
         self._seen: set[int] = set()
         self._seen_count = 0
         self._grown = asyncio.Event()
@@ -155,14 +156,14 @@ class _Lookout:
             self._body_id = state.body_id
             self._watch(state.body_id)
         if before is not None and before.result.count and not state.count and state.size is None:
-            self._end()  # Celery has removed the parts; before 5.7 it leaves no mark
+            self._end()  # Celery has removed the parts of the finished chord; before 5.7 it leaves no mark
         elif self._error is not None:
             self._fail(self._error)
         elif waiter.propagate and state.count > self._seen_count:
             self._grown.set()
 
     def leave(self, waiter: ChordWaiter) -> bool:
-        """Whether nobody is left; then this has stopped."""
+        """Remove a waiter. Returns true if it was the last one; then this lookout has stopped."""
         self._waiters.pop(waiter, None)
         if self._waiters:
             return False
@@ -189,7 +190,7 @@ class _Lookout:
         try:
             self._store.watch(task_id, self)
         except UsageError as exc:
-            logger.warning("chord %s names a result that cannot be: %s", self._group_id, exc)
+            logger.warning("chord %s names a task id that is not valid: %s", self._group_id, exc)
 
     def _fail(self, error: ChordError) -> None:
         self._error = error
@@ -201,7 +202,7 @@ class _Lookout:
                 waiter.end(self._latest)
 
     async def _attend(self) -> None:
-        """Watch the members, and look at the parts that Celery brings."""
+        """Watch the members, and read the parts that Celery adds."""
         while True:
             try:
                 await self._watch_members()
@@ -210,7 +211,7 @@ class _Lookout:
                     self._grown.clear()
                     await self._look_at_parts()
             except BackendConnectionError as exc:
-                logger.warning("cannot look at chord %s (%s); trying again", self._group_id, exc)
+                logger.warning("cannot read chord %s (%s); trying again", self._group_id, exc)
                 self._grown.set()
                 await asyncio.sleep(self._store.heartbeat)
             except AioResultError as exc:
@@ -239,15 +240,15 @@ class _Lookout:
 
 
 def result_id_of(body: Any) -> str:
-    """The id of the result of Celery's signature ``body``, if that is what it is."""
+    """The task id in ``body`` if that is a signature of Celery's; otherwise an empty string."""
     options = body.get("options") if isinstance(body, Mapping) else None
     task_id = options.get("task_id") if isinstance(options, Mapping) else None
-    # The script gets it with everybody's steps: nothing that could not be sent.
+    # The id is an argument of the script, in one batch with other steps: an id that cannot be sent would fail them all.
     return task_id if isinstance(task_id, str) and task_id.isascii() else ""
 
 
 def part_failed(group_id: str, task_id: str, value: Any) -> ChordError:
-    """What a chord raises for a part that failed with ``value``."""
+    """The error that a chord raises for a part that failed with ``value``."""
     error = ChordError(f"part {task_id} of chord {group_id} failed: {safe_repr(value)}")
     error.__cause__ = value
     return error
