@@ -1,13 +1,15 @@
-"""Whether the workers live: the lease of this process, and the news of others whose lease is over.
+"""Liveness: the lease of this process, and how waiters learn that the worker of their task is dead.
 
-Each process that runs tasks has one lease, however many tasks it runs; the note of a run names the process. A beat
-renews the lease. It also removes the workers whose lease is over and publishes them, so that the survivors find the
-dead. A process that only waits beats, too, without a lease of its own: so the death of the last worker is found.
+A worker is a process that runs tasks. Each worker has one lease on the server, however many tasks it runs; the note of
+a run names the worker. A beat renews the lease. It also removes the leases that have run out, and publishes the workers
+that held them. So the workers that live find the dead ones. A process that only waits beats, too, without a lease of
+its own. So the waiters also learn of the death of the last worker.
 
-After an outage of the server every worker seems dead until its next beat. So a process removes others only while its
-own beats have gone through for a whole lease, which the server checks once more: a beat that a frozen server carries
-out late removes nobody. A waiter that finds a lease missing, without being told of a death, looks again after a lease,
-and believes it only if its own beats went through as well. No clock but the server's counts.
+After an outage of the server every worker seems dead until its next beat. So a process removes the leases of others
+only if its own beats have succeeded for a whole lease without a gap. The server checks that again, so that a beat that
+a frozen server executes late removes no lease. A waiter may find a lease missing without news of a death. It then looks
+again after one more lease, and takes the worker for dead only if its own beats have also succeeded. Leases are measured
+by the server's clock alone.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ __all__ = ["Beats", "LifeStore", "Liveness", "Tell"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: What is called when the worker of a task is lost, or nothing more can be known of it.
+#: Is called with an error when the worker of a task is lost, or when its state can no longer be found out.
 Tell = Callable[[Exception], None]
 
 
@@ -45,7 +47,10 @@ class LifeStore(Protocol):
 
 
 class Beats:
-    """When this process may remove others: by the server's clock, which each beat returns. ``lease`` is in seconds."""
+    """Decides when this process may remove the leases of other workers.
+
+    ``lease`` is in seconds. All times are of the server's clock, which each beat returns.
+    """
 
     def __init__(self, lease: float) -> None:
         self._lease = lease
@@ -54,13 +59,13 @@ class Beats:
 
     @property
     def last(self) -> float | None:
-        """The last beat, if the beats have gone through for a whole lease without a gap; otherwise ``None``."""
+        """The time of the last beat if the beats have succeeded for a whole lease without a gap; otherwise ``None``."""
         if self._since is None or self._last is None or self._last - self._since < self._lease:
             return None
         return self._last
 
     def went_through(self, now: float) -> float:
-        """A beat has returned ``now``. Returns the seconds since the beat before it."""
+        """Note that a beat has succeeded at ``now``. Returns the seconds since the previous beat."""
         gap = 0.0 if self._last is None else now - self._last
         if self._since is None or gap > self._lease / 2:
             self._since = now
@@ -68,39 +73,42 @@ class Beats:
         return gap
 
     def failed(self) -> None:
-        """A beat has not reached the server."""
+        """Note that a beat has failed."""
         self._since = None
 
 
 class Liveness:
-    """The lease of one open backend, and the tasks whose workers are watched for its waiters."""
+    """The lease of one open backend, and the tasks whose workers it watches for its waiters."""
 
     def __init__(self, store: LifeStore) -> None:
         self._store = store
-        #: Names this process, for as long as its backend is open.
+        #: The id of this process as a worker, for as long as its backend is open.
         self.worker: str = uuid4().hex
         self._works = False
         self._beats = Beats(store.lease)
-        #: Set while there is any reason to beat.
+        #: Set while this process must beat: while it is a worker or has waiters.
         self._needed = asyncio.Event()
         self._beating = StandingTask(self._beat_on, "aioresult-beat", self._needed.is_set)
         self._watched: dict[str, dict[Tell, None]] = {}
-        #: The tasks to look at, and whether there is anything to do.
+        #: The tasks to check, and whether there are any.
         self._due: dict[str, None] = {}
         self._check_due = asyncio.Event()
         self._checks = StandingTask(self._keep_checking, "aioresult-liveness", lambda: bool(self._watched))
-        #: The workers that were announced as gone.
+        #: The workers that were published as dead.
         self._gone: set[str] = set()
-        #: Whether the hub tells of the workers; an error is the last that it tells.
+        #: Whether this is subscribed to the news of workers. The hub ends the subscription by delivering an error.
         self._listens = False
-        #: By task, the run whose worker has no lease, and since when that has been so, by the event loop's clock.
+        #: For each task whose worker has no lease: its run, and since when, by the event loop's clock.
         self._suspects: dict[str, tuple[str, float]] = {}
         self._reminders: set[asyncio.TimerHandle] = set()
 
     # -- the worker's side ------------------------------------------------------------------------------------------
 
     async def work(self) -> None:
-        """Return once this process has a lease. Raises `BackendConnectionError` if the server cannot be reached."""
+        """Get a lease for this process, unless it has one.
+
+        Raises `BackendConnectionError` if the server cannot be reached.
+        """
         if not self._works:
             self._beats.went_through(await self._store.beat(self.worker, self._store.lease, persist=True))
             self._works = True
@@ -109,7 +117,7 @@ class Liveness:
 
     async def _beat_on(self) -> None:
         lease = self._store.lease
-        # After an outage every worker is to beat before anybody has waited for a lease.
+        # After an outage every worker must beat again before any waiter has waited for a whole lease.
         backoff = Backoff(min(0.05, lease / 12), min(2.0, lease / 6))
         while True:
             await self._needed.wait()
@@ -121,20 +129,20 @@ class Liveness:
                 continue
             except AioResultError as exc:
                 self._beats.failed()
-                logger.error("no sign of life could be given: %s", exc)
+                logger.error("the lease of this worker could not be renewed, and is tried again: %s", exc)
                 await asyncio.sleep(lease / 3)
                 continue
             backoff.reset()
             if self._beats.went_through(now) > lease and self._works:
                 logger.warning(
-                    "no sign of life went out for longer than lease=%g seconds: others may have taken this worker for "
-                    "dead. The server was away, or the event loop was blocked",
+                    "the lease of this worker ran out: it was not renewed for more than lease=%g seconds, because the "
+                    "server was away or the event loop was blocked. Waiters may have got WorkerLostError for its tasks",
                     lease,
                 )
             await asyncio.sleep(lease / 3)
 
     async def close(self) -> None:
-        """No more beats, no more news."""
+        """Stop the beats and the checks."""
         for reminder in self._reminders:
             reminder.cancel()
         await self._beating.stop()
@@ -142,13 +150,13 @@ class Liveness:
 
     @property
     def works(self) -> bool:
-        """Whether this process has a lease."""
+        """Whether this process is a worker, with a lease."""
         return self._works
 
     # -- the waiter's side ------------------------------------------------------------------------------------------
 
     def watch(self, task_id: str, tell: Tell) -> None:
-        """Have ``tell`` called, once, when the worker that runs the task is lost. Pair it with `unwatch`."""
+        """Have ``tell`` called when the worker that runs the task is lost. Call `unwatch` to end that."""
         self._watched.setdefault(task_id, {})[tell] = None
         self._check(task_id)
         if not self._listens:
@@ -159,14 +167,14 @@ class Liveness:
             self._checks.start()
 
     def unwatch(self, task_id: str, tell: Tell) -> None:
-        """End what `watch` began; harmless if it has ended."""
+        """End what `watch` began. Does nothing if it has ended already."""
         tells = self._watched.get(task_id)
         if tells is None or tell not in tells:
             return
         del tells[tell]
         if not tells:
             del self._watched[task_id]
-            # Or an instant without a lease, much later, would seem to last since then.
+            # Otherwise, if the task is watched again much later, the time in between would count against its worker.
             self._suspects.pop(task_id, None)
             if not self._watched:
                 if not self._works:
@@ -176,13 +184,13 @@ class Liveness:
                 self._gone.clear()
 
     def receive(self, topic: str, outcome: Outcome) -> None:
-        """News of the workers (`aioresult.waiter.Waiter`)."""
+        """Take news of the workers from the hub (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
-            self._listens = False  # the next watcher has the hub tell of them anew
+            self._listens = False  # the next watcher subscribes again
             for task_id in tuple(self._watched):
                 self._notify(task_id, outcome)
             return
-        if outcome.result is None:  # subscribed: whatever was published before was not heard
+        if outcome.result is None:  # the subscription has begun: messages published before it are missed
             self._suspects.clear()
         else:
             self._gone.add(outcome.result)
@@ -213,7 +221,7 @@ class Liveness:
                     self._notify(task_id, exc)
 
     async def _examine(self, task_ids: Sequence[str]) -> None:
-        """Tell what there is to tell of these tasks, or come back to it after a lease."""
+        """Notify the watchers of each of these tasks whose worker is lost, and check doubtful workers again later."""
         gone = set(self._gone)
         states = await self._store.run_steps([RunStep(RunOp.READ, task_id) for task_id in task_ids])
         runs: dict[str, RunState] = {}
@@ -221,7 +229,7 @@ class Liveness:
             if isinstance(state, BackendConnectionError):
                 raise state
             if not isinstance(state, RunState) or self._suspects.get(task_id, (state.run,))[0] != state.run:
-                self._suspects.pop(task_id, None)  # that was another run
+                self._suspects.pop(task_id, None)  # the suspicion concerned another run
             if isinstance(state, Exception):
                 self._notify(task_id, state)
             elif isinstance(state, RunState) and state.worker:
@@ -239,7 +247,7 @@ class Liveness:
             waited = now - self._suspects.setdefault(task_id, (state.run, now))[1]
             if state.worker in gone or (waited >= lease and self._beats.last is not None):
                 self._notify(task_id, WorkerLostError(_LOST.format(task_id)))
-            else:  # if the beats of this process had a gap, then so may the worker's
+            else:  # if the beats of this process had a gap, the worker's beats may have had one, too
                 self._remind(task_id, max(lease - waited, lease / 3))
 
     def _remind(self, task_id: str, seconds: float) -> None:
@@ -256,6 +264,6 @@ class Liveness:
 
 
 _LOST = (
-    "the process that ran task {} has not been heard of for its lease; the queue may run the task again: "
-    "await it again to wait for that"
+    "the worker that ran task {} has not been heard of for its whole lease. The queue may run the task again; "
+    "await the result again to wait for that"
 )

@@ -1,8 +1,9 @@
 """The log of a task's output: what a store does to it, and how a place in it is written.
 
-A log holds numbered chunks, 1, 2, 3 … without a hole, of one *epoch*: one attempt of the task, or one producer. The
-producer gives the numbers; the store refuses what is not newer than what it has, so a flush that is repeated changes
-nothing and a producer that was superseded cannot write. One flush is one entry: some chunks as one JSON list.
+A log holds the chunks of one *epoch*, numbered 1, 2, 3 … without a gap. An epoch is one attempt of the task, or one
+producer. The producer numbers the chunks, and sends some of them at a time in a flush. The store keeps each flush as
+one entry: a JSON list of chunks. It refuses a flush that is not newer than its last entry. So a repeated flush changes
+nothing, and a producer that was superseded cannot write. An end mark is an entry without chunks that ends the output.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from .exceptions import InvalidCursor
 
 __all__ = ["CLOSED", "OUTPUT_TOPIC", "START", "TAIL", "Entry", "Flush", "OutputNews", "Page", "PageRequest", "Place"]
 
-#: What the hub knows the output of a task by, before the task's id.
+#: The hub's topic of a task's output is this and the task's id.
 OUTPUT_TOPIC: Final = "\x00output "
-#: The cursor behind everything that is there now.
+#: The cursor of the present end of a log: a reader that begins there gets only later chunks.
 TAIL: Final = "tail"
-#: How an output ends whose producer says nothing of the task's end.
+#: The state of an end mark that the producer has written itself, before the task has ended.
 CLOSED: Final = "CLOSED"
 
 _CURSOR = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
 
 
 class Place(NamedTuple):
-    """A place in a log: behind chunk ``seq`` of ``epoch``."""
+    """A place in a log: directly after chunk ``seq`` of ``epoch``. Its text, such as ``"1-20"``, is a cursor."""
 
     epoch: int
     seq: int
@@ -35,39 +36,39 @@ class Place(NamedTuple):
 
     @classmethod
     def parse(cls, cursor: str) -> Place:
-        """The place that ``cursor`` names. Raises `InvalidCursor` unless it is one of ours."""
+        """The place that ``cursor`` names. Raises `InvalidCursor` if it is not a cursor of this library."""
         found = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
         if found is None:
             raise InvalidCursor(
-                f"{str(cursor)[:50]!r} is no cursor; pass what a stream or a page gave as its cursor, None for the "
-                f"start, or aioresult.TAIL for now"
+                f"{str(cursor)[:50]!r} is not a cursor; pass the cursor of a stream or a page, None to begin with the "
+                f"first chunk, or aioresult.TAIL to get only chunks that are sent from now on"
             )
         return cls(int(found[1]), int(found[2]))
 
 
-#: Before the first chunk of whatever there is.
+#: The place before the first chunk of any epoch.
 START: Final = Place(0, 0)
 
 
 class Flush(NamedTuple):
-    """Some chunks on their way into the log; the entry and the message that tells of it are one step."""
+    """Some chunks to append to the log. The store appends the entry and publishes it in one atomic step."""
 
     task_id: str
-    #: Names the producer: an opening flush that is repeated gets the same epoch again.
+    #: The id of the producer. If the producer repeats its first flush, it gets the same epoch again.
     writer: str
-    #: 0 opens the output: the store gives an epoch, above every one that the log has, and drops what is older.
+    #: 0 opens the output: the store assigns an epoch above all earlier ones, and drops the older chunks.
     epoch: int
-    #: The number of the last chunk. That of an end mark is one more.
+    #: The number of the last chunk. An end mark has the next number.
     last: int
-    #: The chunks, a JSON list; empty for an end mark, and for a flush that only lets the log live longer.
+    #: The chunks as a JSON list; empty for an end mark, and for a flush that only extends the life of the log.
     data: bytes = b""
-    #: How the output ends: `CLOSED`, or the task's state.
+    #: For an end mark, how the output ends: `CLOSED`, or the task's state. Otherwise empty.
     state: str = ""
-    #: Entries whose last chunk is below that number may be dropped.
+    #: Entries whose last chunk is below this number may be dropped.
     keep_from: int = 0
-    #: Seconds that the log lives from now on; 0 for ever, ``None`` to leave that as it is.
+    #: Seconds that the log lives from now on; 0 for ever, ``None`` to leave its expiry unchanged.
     expires: float | None = None
-    #: The run that the producer belongs to; empty if none. A newer run has the output.
+    #: The run that the producer belongs to; empty if there is none. A newer run takes over the output.
     run: str = ""
 
 
@@ -77,38 +78,42 @@ class Entry(NamedTuple):
     epoch: int
     #: The number of its last chunk.
     last: int
-    #: The chunks, a JSON list; empty for an end mark.
+    #: The chunks as a JSON list; empty for an end mark.
     data: bytes
     #: How the output ended; empty unless this is an end mark.
     state: str = ""
 
 
 class PageRequest(NamedTuple):
-    """A look into a log."""
+    """A request for a page: some consecutive entries of a log."""
 
     task_id: str
-    #: ``None`` asks for the last entry alone.
+    #: Return the entries after this place; ``None`` returns the last entry alone.
     after: Place | None
-    #: At most so many entries.
+    #: The maximum number of entries.
     limit: int
 
 
 class Page(NamedTuple):
-    """What a look finds. Whether the task is over is read first, and then the log: never the other way round."""
+    """Some entries of a log.
+
+    The store reads first whether the task is over, and then the log. So if `final` is true, the log was complete.
+    """
 
     #: Whether the task was over.
     final: bool
     entries: tuple[Entry, ...]
-    #: Whether there are more entries behind these.
+    #: Whether there are more entries after these.
     more: bool
-    #: The end of the log; `START` if there is none. It is needed only where there are no entries.
+    #: The end of the log; `START` if there is no log. Readers need it only if there are no entries.
     top: Place = START
 
 
 class OutputNews(NamedTuple):
-    """What a message about an output says."""
+    """The message that the hub delivers about an output."""
 
     epoch: int
+    #: The number of the last chunk.
     last: int
-    #: The chunks, as in `Entry`; ``None`` where the message does not carry them.
+    #: The chunks, as in `Entry`; ``None`` if the message does not carry them.
     data: bytes | None

@@ -1,8 +1,9 @@
-"""Where one reader of an output is: the rule by which messages and pages become chunks, each once and in order.
+"""The state of one reader of an output: it turns messages and pages into chunks, each once and in order.
 
-No I/O. Messages come on one connection and pages on another, so the order in which they arrive means nothing. What
-holds is: a place in the log, a box of the chunks behind it, and whether the log must be read because something lies
-behind the box that was not kept. tests/test_output_model.py goes through every order of events.
+A message announces new chunks of the log, and usually carries them; a page is a part of the log that was read. Messages
+and pages arrive on different connections, in any order. So a reader keeps three things: its place in the log, a *box*
+with the chunks after that place, and whether it must read the log because chunks after the box were not kept. No I/O.
+tests/test_output_model.py checks every order of events.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from .log import START, Place
 
 __all__ = ["END", "Decoded", "Reading"]
 
-#: How many chunks, and bytes of them, a box takes from messages; what comes then is read from the log.
+#: A box takes so many chunks and bytes from messages. The chunks after that are read from the log.
 BOX_CHUNKS = 64
 BOX_BYTES = 64 * 2**10
 
 
 class Decoded(NamedTuple):
-    """An entry of the log as the reader's side has decoded it."""
+    """A decoded entry of the log."""
 
     epoch: int
     last: int
@@ -31,54 +32,58 @@ class Decoded(NamedTuple):
 
 
 class _End:
-    """What stands in the box behind the last chunk."""
+    """The item in the box after the last chunk of an output."""
 
 
 END = _End()
 
 
 class Reading:
-    """One reader. ``after`` is the place it begins behind; ``None`` for the end of the log as it is now."""
+    """One reader. ``after`` is the place after which it begins; ``None`` means the present end of the log.
+
+    With ``gaps`` it skips missing chunks, and with ``restarts`` it goes on with the output of another attempt. Without
+    them it puts `OutputGap` or `OutputRestarted` into the box.
+    """
 
     def __init__(self, after: Place | None, *, gaps: bool = False, restarts: bool = False) -> None:
-        #: Behind the chunk that was given last.
+        #: The place after the last chunk that `take` has returned.
         self.place: Place = after or START
-        #: How often another attempt began while this was read; only with ``restarts``.
+        #: How often another attempt began while this reader read; counted only with ``restarts``.
         self.attempt: int = 0
-        #: The log must be read. True at first, and after everything that is not in the box.
+        #: Whether the log must be read. True at first, and whenever the log may have chunks that are not in the box.
         self.behind: bool = True
-        #: How the output ended, once that was read.
+        #: How the output ended, once the reader has found that.
         self.state: str = ""
-        #: Nothing comes behind what is in the box.
+        #: Whether nothing follows after the items in the box.
         self.over: bool = False
         self._gaps = gaps
         self._restarts = restarts
         self._box: deque[tuple[Place, Any]] = deque()
         self._bytes = 0
-        #: Where the box ends.
+        #: The place after the last chunk in the box.
         self._at = self.place
         self._at_the_end = after is None
-        #: A page has been asked for; something came meanwhile; the task was over before it was asked for.
+        #: Whether a page is on its way; whether news came meanwhile; whether the task was over before the request.
         self._asked = self._again = self._final_when_asked = False
         self._final = False
-        #: Why nothing more will be written, unless another attempt begins; and whether that was known when a page was
-        #: asked for.
+        #: The error if the producer is lost, so that nothing more is written unless another attempt begins; and whether
+        #: that was known when the page was requested.
         self._lost: AioResultError | None = None
         self._lost_when_asked = False
 
-    # -- what happens -----------------------------------------------------------------------------------------------
+    # -- events -----------------------------------------------------------------------------------------------------
 
     def confirmed(self) -> None:
-        """The subscription stands: whatever was stored before is found by a read from now on."""
+        """Note that the subscription has begun. From now on a read finds all chunks that were not announced."""
         self._look_again()
 
     def ended(self) -> None:
-        """The task is over. What it wrote is in the log; the page that is on its way may be older."""
+        """Note that the task is over. All its output is in the log; a page that is on its way may lack some of it."""
         self._final = True
         self._look_again()
 
     def lost(self, error: AioResultError) -> None:
-        """The producer is gone. What it wrote comes first, and then ``error``."""
+        """Note that the producer is lost. The reader gives all chunks that it wrote, and then ``error``."""
         self._lost = error
         self._look_again()
 
@@ -87,14 +92,15 @@ class Reading:
         self._again = self._asked
 
     def receive(self, epoch: int, last: int, chunks: Sequence[Any] | None, size: int = 0) -> None:
-        """A message came, with ``chunks`` of ``size`` bytes or without them."""
+        """Take a message up to chunk ``last``, with ``chunks`` of ``size`` bytes or without any."""
         at = self._at
         if self.over or (epoch == at.epoch and last <= at.seq):
-            return  # a repetition
+            return  # the box has these chunks already
         if self._asked:
             self._again = True
         elif not self.behind:
-            # An older epoch: a producer that was superseded; or the log was lost, and the server's clock set back.
+            # An older epoch comes from a producer that was superseded. It is also possible after the server has lost
+            # the log and its clock was set back; so the log is read.
             fits = len(self._box) < BOX_CHUNKS and self._bytes + size <= BOX_BYTES
             if chunks is not None and epoch == at.epoch and last - len(chunks) <= at.seq and fits:
                 self._bytes += size
@@ -105,17 +111,20 @@ class Reading:
     # -- reading the log --------------------------------------------------------------------------------------------
 
     def ask(self) -> Place | None:
-        """A page is asked for, of what lies behind the place that is returned. The box must be empty."""
+        """Begin to read a page: return the place after which to read; ``None`` means the last entry alone.
+
+        The box must be empty.
+        """
         self._asked, self._again, self._final_when_asked = True, False, self._final
         self._lost_when_asked = self._lost is not None
         return None if self._at_the_end else self._at
 
     def failed(self) -> None:
-        """The page that was asked for did not come."""
+        """Note that reading the page has failed."""
         self._asked = False
 
     def page(self, entries: Sequence[Decoded], more: bool, final: bool, top: Place) -> None:
-        """The page that was asked for."""
+        """Take the page that was read; for the arguments see `aioresult.log.Page`."""
         heard = self._again
         self._asked = self._again = False
         self.behind = more or heard
@@ -137,7 +146,7 @@ class Reading:
                 self._stop(self._lost)
 
     def _take(self, entry: Decoded) -> bool:
-        """Put an entry into the box; false if nothing behind it is to be looked at."""
+        """Put an entry into the box. Returns false if the entries after it must be ignored."""
         if entry.epoch != self._at.epoch and not self._restart(entry.epoch):
             return False
         missed = entry.last - len(entry.chunks) - self._at.seq if not entry.state else entry.last - 1 - self._at.seq
@@ -154,7 +163,7 @@ class Reading:
         return True
 
     def _restart(self, epoch: int) -> bool:
-        """Go on with another epoch, from its beginning; false if that is an error here."""
+        """Go on with another epoch, from its beginning. Returns false if that is an error for this reader."""
         place = Place(epoch, 0)
         if self._at.epoch:
             if not self._restarts:
@@ -183,7 +192,7 @@ class Reading:
         self.over, self.behind = True, False
 
     def reopen(self) -> None:
-        """The task has ended otherwise than the mark in the box says: look for the output of another attempt."""
+        """Drop the end mark, because the task has ended in another state: look for the output of another attempt."""
         self._box.clear()
         self.over, self.state = False, ""
         self._look_again()
@@ -191,17 +200,17 @@ class Reading:
     # -- the consumer -----------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How much is in the box."""
+        """The number of items in the box."""
         return len(self._box)
 
     @property
     def obstacle(self) -> AioResultError | _End | None:
-        """What is next in the box, unless that is a chunk: the end, or the error that stands in the way."""
+        """The next item in the box if it is not a chunk: the end of the output, or an error; otherwise ``None``."""
         item = self._box[0][1] if self._box else None
         return item if isinstance(item, (AioResultError, _End)) else None
 
     def take(self) -> Any:
-        """The chunk that is next in the box."""
+        """Remove and return the next chunk in the box. The next item must be a chunk."""
         self.place, chunk = self._box.popleft()
         if not self._box:
             self._bytes = 0

@@ -1,10 +1,11 @@
 """The run of a task: what a store decides in one step when a task starts, ends, or is revoked.
 
-A *run* is one attempt of a task in one process. Beside the result the store keeps a note of the last run that started.
-Each `RunStep` is atomic on what belongs to one task: the result, that note, and the end of the output. So any order of
-START, FINISH and REVOKE has one outcome, and a step that refuses a run stores why.
+A *run* is one attempt of a task in one process. Beside the result the store keeps a *note* of the last run that
+started. Each `RunStep` changes all that belongs to one task in one atomic step: the result, the note, and the end of
+the output. So START, FINISH and REVOKE have a defined outcome in any order. A step that refuses to start a run stores
+the reason, such as REVOKED.
 
-`aioresult.backends.runs.Note` is the reference of what a step does.
+`aioresult.backends.runs.Note` is the reference implementation of the steps.
 """
 
 from __future__ import annotations
@@ -17,77 +18,77 @@ from .record import Record
 
 __all__ = ["WORKERS_TOPIC", "WORKER_TOPIC", "RunOp", "RunState", "RunStep", "Verdict"]
 
-#: What the hub knows the revokes for one worker by, before the worker's id.
+#: The hub's topic for requests to stop the tasks of one worker is this and the worker's id.
 WORKER_TOPIC: Final = "\x00worker "
-#: What the hub knows the news of workers by that have died or said good-bye.
+#: The hub's topic for the news of workers that have died or shut down.
 WORKERS_TOPIC: Final = "\x00workers"
 
 
 class RunOp(enum.Enum):
-    """What a `RunStep` does. Each bears being done twice."""
+    """What a `RunStep` does. Every step is idempotent."""
 
-    #: Begin a run and store STARTED; unless the task was revoked, or, with ``skip_done``, has succeeded.
+    #: Begin a run and store STARTED, unless the task was revoked. With ``skip_done`` also unless it has succeeded.
     START = "start"
     #: Store a state of the run that has begun, such as PROGRESS.
     STORE = "store"
     #: End the run: store its final state, or RETRY, and mark the end of its output.
     FINISH = "finish"
-    #: Give the run up without an outcome: the next attempt will have one.
+    #: End the run without an outcome, so that the queue can run the task again.
     RELEASE = "release"
-    #: Let the note of the run live longer.
+    #: Extend the life of the note.
     RENEW = "renew"
-    #: PageRequest the worker that runs the task to stop it. Where no worker runs it, the task is REVOKED at once.
+    #: Ask the worker that runs the task to stop it. If no worker runs it, store REVOKED at once.
     REVOKE = "revoke"
     #: Change nothing.
     READ = "read"
 
 
 class Verdict(enum.Enum):
-    """What came of a step."""
+    """The outcome of a step."""
 
     #: START: the run has begun.
     STARTED = "started"
-    #: START: the same, although the task has succeeded before: that success stays, and so does its output.
+    #: START: the run has begun, although the task has succeeded before. That success and its output are kept.
     AGAIN = "again"
     #: START with ``skip_done``: the task has succeeded. REVOKE: it has succeeded or failed.
     DONE = "done"
-    #: START, RELEASE, REVOKE, and FINISH with RETRY: the task is revoked, and is stored as that.
+    #: START, RELEASE, REVOKE, and FINISH with RETRY: the task is revoked, and REVOKED is stored.
     REVOKED = "revoked"
-    #: REVOKE: the wish is noted, and the worker that runs the task was told.
+    #: REVOKE: the note holds the request to stop, and the worker that runs the task was notified.
     ASKED = "asked"
     #: The record was stored.
     STORED = "stored"
-    #: It was not: a success stays, and so does a final state where a state such as PROGRESS comes late.
+    #: The record was not stored: a stored success is kept, and any final state is kept against a late PROGRESS.
     KEPT = "kept"
-    #: STORE, FINISH: nothing was changed, for another run has started since.
+    #: STORE, FINISH: nothing was changed, because another run has started since.
     SUPERSEDED = "superseded"
-    #: There was nothing to store.
+    #: The step was done, and there was no record to store.
     NOTED = "noted"
 
 
 class RunStep(NamedTuple):
-    """One atomic change of what belongs to the run of one task."""
+    """One atomic change of the result, the note and the output of one task."""
 
     op: RunOp
     task_id: str
-    #: Names the run; for all but REVOKE and READ.
+    #: The id of the run; for all steps except REVOKE and READ.
     run: str = ""
-    #: START: the process that runs the task.
+    #: START: the id of the worker that runs the task.
     worker: str = ""
-    #: Seconds that the note lives from now on; 0 for ever, ``None`` to leave that as it is.
+    #: Seconds that the note lives from now on; 0 for ever, ``None`` to leave its expiry unchanged.
     lives: float | None = None
-    #: START: STARTED, or ``None`` to store nothing. STORE, FINISH: the state to store; ``None`` only ends the run.
-    #: REVOKE: the REVOKED that is stored by this step or by a later START, RELEASE or FINISH with RETRY.
+    #: START: the record of STARTED, or ``None`` to store nothing. STORE, FINISH: the record to store; ``None`` only
+    #: ends the run. REVOKE: the record of REVOKED, which this step or a later START, RELEASE or FINISH (RETRY) stores.
     record: Record | None = None
-    #: FINISH: the state of `record`, or the one that it would have.
+    #: FINISH: the state of `record`, also if `record` is ``None``.
     state: str = ""
-    #: REVOKE: why.
+    #: REVOKE: the reason, for `TaskRevokedError`.
     reason: str = ""
-    #: START: begin no run of a task that has succeeded.
+    #: START: do not begin a run if the task has succeeded.
     skip_done: bool = False
-    #: FINISH: mark the end of the output behind this place, if the log is of that epoch.
+    #: FINISH: write the end mark of the output after this place, if the log is of the same epoch.
     output: Place | None = None
-    #: REVOKE: a worker that is known to be dead. A run of its is taken for none.
+    #: REVOKE: a worker that is known to be dead. If it runs the task, the step acts as if no worker runs it.
     gone: str = ""
 
 
@@ -95,8 +96,8 @@ class RunState(NamedTuple):
     """What a step did, and what the note says after it."""
 
     verdict: Verdict
-    #: The run that is under way, and its worker; empty if none is.
+    #: The run that is under way, and its worker; both are empty if no run is under way.
     run: str = ""
     worker: str = ""
-    #: Why the task is to be stopped; ``None`` if nobody asked for that.
+    #: The reason of a request to stop the task; ``None`` if there is no request.
     wish: str | None = None
