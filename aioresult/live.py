@@ -1,4 +1,4 @@
-"""`LiveResult`: what a handle can tell of a task that is not over: its states, its output; and how to stop it."""
+"""`LiveResult`: the methods of a handle for a running task. They follow its states and its output, and revoke it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .updates import Updates
 
 __all__ = ["LiveResult", "OnLost"]
 
-#: What a waiter does about a worker that died: raise `WorkerLostError`, or wait for the next attempt.
+#: What a waiter does when the worker of the task has died: raise `WorkerLostError`, or wait for the next attempt.
 OnLost = Literal["raise", "wait"]
 
 
@@ -26,13 +26,14 @@ class LiveResult(News):
     def backend(self) -> ResultStore: ...
 
     def updates(self, on_lost: OnLost = "raise") -> Updates:
-        """The states of the task: ``async for meta in result.updates()``. The present one first, the final one last.
+        """Iterate over the states of the task: ``async for meta in result.updates()``.
 
-        The task's own exception is not raised: the last `TaskMeta` says it. A slow reader gets the newest state.
+        The present state comes first, the final state last. The iterator does not raise the task's own exception; the
+        last `TaskMeta` holds it. A slow reader gets the newest state and misses the states in between.
 
-        :param on_lost: ``"raise"``: `WorkerLostError` when the process that ran the task has died; ``"wait"``: wait for
-            the next attempt.
-        :raises WorkerLostError: see ``on_lost``. For the rest see `AsyncResult.get`.
+        :param on_lost: if the worker that ran the task has died, ``"raise"`` `WorkerLostError`, or ``"wait"`` for the
+            next attempt.
+        :raises WorkerLostError: see ``on_lost``. For the other errors see `AsyncResult.get`.
         """
         return cast("Updates", self.backend.updates(self.id, on_lost))
 
@@ -44,39 +45,43 @@ class LiveResult(News):
         on_restart: Literal["raise", "continue"] = "raise",
         on_gap: Literal["raise", "skip"] = "raise",
     ) -> OutputStream[Any]:
-        """The output of the task: ``async for chunk in result.stream()``. Each chunk once, in order, without a hole.
+        """Iterate over the output of the task: ``async for chunk in result.stream()``.
 
-        It ends when the task has succeeded or its output was closed. If the task failed or was revoked, it raises what
-        awaiting the result raises, behind the last chunk. No I/O before the first step.
+        The stream gives each chunk once, in order, without a gap. It ends when the task has succeeded or its output was
+        closed. If the task failed or was revoked, the stream raises the task's exception after the last chunk. There is
+        no I/O before the first step.
 
-        :param after: where to begin: ``None`` for the first chunk, the ``cursor`` of a stream or a page for the chunk
-            behind it, `aioresult.TAIL` for what is sent from now on.
-        :param on_lost: as for `updates`; the error comes behind the last chunk.
-        :param on_restart: when another attempt of the task writes the output from the beginning: ``"raise"``
-            `OutputRestarted`, or ``"continue"`` with its first chunk; ``stream.attempt`` counts them.
-        :param on_gap: when chunks are gone: ``"raise"`` `OutputGap`, or ``"skip"`` them.
-        :raises InvalidCursor: ``after`` is no cursor.
-        :raises OutputRestarted, OutputGap, WorkerLostError: see above; their ``cursor`` is where to go on.
+        :param after: where to begin. ``None`` begins with the first chunk. The ``cursor`` of a stream or a page begins
+            with the chunk after it. `aioresult.TAIL` gives only chunks that are sent from now on.
+        :param on_lost: as for `updates`; the error comes after the last chunk.
+        :param on_restart: if another attempt of the task writes the output from the beginning, ``"raise"``
+            `OutputRestarted`, or ``"continue"`` with its first chunk. ``stream.attempt`` counts these attempts.
+        :param on_gap: if chunks are gone, ``"raise"`` `OutputGap`, or ``"skip"`` them.
+        :raises InvalidCursor: ``after`` is not a cursor.
+        :raises OutputRestarted, OutputGap: see above. Pass the error's ``cursor`` as ``after`` to go on.
+        :raises WorkerLostError: see ``on_lost``.
         """
         return cast("OutputStream[Any]", self.backend.stream(self.id, after, on_lost, on_restart, on_gap))
 
     async def read_output(self, after: str | None = None, limit: int = 500, wait: float = 0.0) -> OutputPage:
-        """Some chunks of the output, for long polling: those that are there, or that come within ``wait`` seconds.
+        """Return some chunks of the output, for long polling.
+
+        Returns at once if there are chunks. Otherwise waits at most ``wait`` seconds for some.
 
         :param after: as for `stream`.
-        :param limit: at most so many chunks.
+        :param limit: the maximum number of chunks.
         :returns: the chunks, the cursor to go on from, and whether the output has ended.
-        :raises InvalidCursor, OutputRestarted, OutputGap: as for `stream`. How the task ended is not raised.
+        :raises InvalidCursor, OutputRestarted, OutputGap: as for `stream`. The task's own exception is not raised.
         """
         return cast("OutputPage", await self.backend.read_output(self.id, after, limit, wait))
 
     async def revoke(self, reason: str = "") -> bool:
-        """Stop the task: one that waits never begins, the body of one that runs is cancelled.
+        """Stop the task. If it has not begun, it never begins. If it runs, its body is cancelled.
 
-        A task that no worker runs under `aioresult.Backend.running` is REVOKED at once. A body may clean up, and it may
-        ignore the cancellation and return: then the task has succeeded.
+        If no worker runs the task under `aioresult.Backend.running`, its state is REVOKED at once. A cancelled body may
+        clean up. If it ignores the cancellation and returns, the task has succeeded.
 
-        :param reason: for the `TaskRevokedError` that awaiting the result raises.
-        :returns: false if the task had succeeded or failed before.
+        :param reason: the message of the `TaskRevokedError` that awaiting the result raises.
+        :returns: false if the task had already succeeded or failed.
         """
         return await self.backend.revoke(self.id, reason)

@@ -1,8 +1,8 @@
 """The output of a running task as its producer writes it: `Output`.
 
-What is sent is kept until the store has it, and goes out in flushes: one at a time, because two could change places and
-the store would refuse the first for good. What is sent while one is on its way is the next, so that the price of a
-flush is shared by whatever waits for it, and no timer is needed.
+The producer keeps each chunk until the store has it, and sends chunks in flushes. Only one flush is in flight at a
+time: if two flushes changed places, the store would refuse the earlier one for good. All chunks that are sent while a
+flush is in flight form the next flush. So many small chunks share the cost of one flush, and no timer is needed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from .tasks import EMPTY, fail_all, twin
 
 __all__ = ["Keep", "Kept", "Output", "OutputStore", "Overflow", "joined"]
 
-#: What becomes of a log that is full: the oldest chunks are dropped, or nothing more is taken.
+#: What happens when the log is full: ``"trim"`` drops the oldest chunks, ``"fail"`` refuses new ones.
 Overflow = Literal["trim", "fail"]
 
-#: More than that is not kept unsent: a producer waits.
+#: If more chunks or bytes than these are unsent, the producer waits.
 UNSENT_CHUNKS = 256
 UNSENT_BYTES = 2**20
-#: A flush has at most so many bytes, or one chunk.
+#: A flush has at most so many bytes, unless a single chunk is larger.
 _FLUSH_BYTES = 64 * 2**10
-#: Seconds after which a flush lets the log live on; a producer that sends nothing does so after a quarter of its life.
+#: A flush extends the life of the log if the last extension is so many seconds ago. A producer that sends nothing
+#: extends it each time a quarter of that life has passed.
 _RENEW_AFTER = 1.0
 
 
 class Keep(NamedTuple):
-    """How much of an output the log keeps. What comes before that is dropped, and a reader that needs it is told."""
+    """How much of an output the log keeps. Older chunks are dropped; a reader that needs them gets `OutputGap`."""
 
     chunks: int = 10_000
     bytes: int = 4 * 2**20
@@ -48,18 +49,18 @@ class OutputStore(Protocol):
 
 
 class Kept:
-    """What the log of an output keeps: two numbers for each entry."""
+    """Counts the entries that the log of an output keeps, to decide which entries to drop."""
 
     def __init__(self, keep: Keep | None) -> None:
         self.keep: Keep = Keep() if keep is None else Keep(*keep)
         if min(self.keep) < 1:
-            raise UsageError(f"keep is at least one chunk and one byte, not {keep}")
-        #: Of each entry the number of its last chunk, and how many chunks and bytes it has.
+            raise UsageError(f"keep must be at least one chunk and one byte, not {keep}")
+        #: For each entry the number of its last chunk, its number of chunks, and its number of bytes.
         self._entries: deque[tuple[int, int, int]] = deque()
         self._chunks = self._bytes = 0
 
     def note(self, last: int, chunks: int, size: int) -> int:
-        """Count an entry in. Returns the last chunk of the oldest entry to keep, if others are too many; else 0."""
+        """Count a new entry. Returns the last chunk of the oldest entry to keep, or 0 if no entry is to be dropped."""
         self._entries.append((last, chunks, size))
         self._chunks += chunks
         self._bytes += size
@@ -73,16 +74,17 @@ class Kept:
 
 
 def joined(chunks: Iterable[bytes]) -> bytes:
-    """Encoded chunks as the JSON list that is an entry of the log."""
+    """Join encoded chunks to the JSON list that an entry of the log holds."""
     return b"[" + b",".join(chunks) + b"]"
 
 
 class Output:
-    """The output of a task, which any number of readers may follow: ``await output.send(chunk)``.
+    """The output of a task: ``await output.send(chunk)``. Any number of readers may follow it.
 
-    Made by `aioresult.Backend.output`, and by `aioresult.Backend.running` as ``task.output``. As an async context
-    manager it is flushed and closed by leaving the block; by an exception it is flushed, and left open for the task to
-    end. Sending from another thread: ``loop.call_soon_threadsafe(output.send_nowait, chunk)``.
+    Get it from `aioresult.Backend.output`, or as ``task.output`` inside `aioresult.Backend.running`. It is an async
+    context manager: leaving the block flushes and closes the output. If the block raises, the output is only flushed,
+    and the end of the task ends it. To send from another thread, call
+    ``loop.call_soon_threadsafe(output.send_nowait, chunk)``.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Output:
         run: str = "",
     ) -> None:
         if on_full not in ("trim", "fail"):
-            raise UsageError(f"on_full is 'trim' or 'fail', not {on_full!r}")
+            raise UsageError(f"on_full must be 'trim' or 'fail', not {on_full!r}")
         self._kept = Kept(keep)
         self._store = store
         self.task_id: str = task_id
@@ -106,17 +108,17 @@ class Output:
         self._writer = uuid4().hex
         self._loop = asyncio.get_running_loop()
         self._epoch = 0
-        #: The last chunk that the store has; that was flushed; that was sent.
+        #: The numbers of the last chunk that the store has, that was put into a flush, and that the caller has sent.
         self._stored = self._flushed = self._sent = 0
         self._sent_bytes = 0
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
-        #: What is on its way, or is to be sent again.
+        #: The flush that is in flight, or that has failed and must be repeated.
         self._flush: Flush | None = None
-        #: The flush is to be sent again, at the next call: it did not go through.
+        #: Whether the flush has failed. The next call repeats it.
         self._stalled = False
         self._scheduled = self._closed = self._stopped = False
-        #: Why nothing can be sent any more; why the last flush did not go through, if no caller was told.
+        #: The error after which nothing can be sent any more; and the error of the last flush, if no caller got it.
         self._broken: Exception | None = None
         self._trouble: Exception | None = None
         self._waiting: set[asyncio.Future[None]] = set()
@@ -126,16 +128,17 @@ class Output:
     # -- sending ----------------------------------------------------------------------------------------------------
 
     async def send(self, chunk: Any) -> None:
-        """Send ``chunk``, any value that JSON holds; it is encoded now, so it may be changed afterwards.
+        """Send ``chunk``, any value that JSON can hold. It is encoded within the call, so you may change it afterwards.
 
-        Returns at once, unless 256 chunks or a megabyte are unsent: then once there is room. If this raises, the chunk
-        was not taken.
+        Returns at once, unless 256 chunks or one MiB are unsent. In that case it waits until there is room. If it
+        raises, the chunk was not taken.
 
-        :raises EncodeError: JSON cannot hold it. `ResultTooLargeError`: it is larger than ``max_result_size``.
+        :raises EncodeError: JSON cannot hold the chunk.
+        :raises ResultTooLargeError: the chunk is larger than ``max_result_size`` bytes.
         :raises OutputSuperseded: another attempt of the task writes the output; nothing can be sent any more.
         :raises OutputFull: the log is full, with ``on_full="fail"``.
-        :raises BackendError: what was sent before is not stored yet. It is kept, in order, and tried again; so may this
-            chunk be.
+        :raises BackendError: storing earlier chunks has failed. They are kept in order, and each further call tries to
+            store them again. You may send this chunk again, too.
         """
         data = self._encoded(chunk)
         if self._unsent_is_full():
@@ -144,7 +147,7 @@ class Output:
         self._add(data)
 
     def send_nowait(self, chunk: Any) -> None:
-        """As `send`, for plain callbacks: raises `OutputFull` where `send` would wait."""
+        """Send ``chunk`` from a plain callback. Like `send`, but raises `OutputFull` if `send` would wait."""
         data = self._encoded(chunk)
         if self._unsent_is_full():
             raise OutputFull(
@@ -154,14 +157,14 @@ class Output:
         self._add(data)
 
     async def flush(self) -> None:
-        """Return once the store has all that was sent so far. Raises as `send`."""
+        """Wait until the store has all chunks that were sent so far. Raises the same errors as `send`."""
         self._check()
-        self._trouble = None  # it is tried again, and that is what is told here
+        self._trouble = None  # the failed flush is tried again, and this call reports the result of that
         sent = self._sent
         await self._until(lambda: self._stored >= sent)
 
     async def close(self) -> None:
-        """Flush, and end the output: its readers stop. May be called twice, also after it has failed."""
+        """Flush, and end the output, so that its readers stop. You may call it again, also after it has raised."""
         if self._stopped:
             return
         await self.settle()
@@ -171,9 +174,9 @@ class Output:
         self.stop()
 
     async def settle(self) -> None:
-        """Take nothing more, and return once the store has all that was sent.
+        """Refuse new chunks, and wait until the store has all chunks that were sent.
 
-        May be called twice. Raises as `flush`.
+        You may call it again. Raises the same errors as `flush`.
         """
         if self._broken is not None:
             raise twin(self._broken)
@@ -184,12 +187,12 @@ class Output:
         await self._until(self._is_idle)
 
     def refuse(self, error: Exception) -> None:
-        """Let every `send` raise ``error``."""
+        """Make every further `send` raise ``error``."""
         self._broken = error
         self.stop()
 
     def stop(self) -> None:
-        """Send nothing more; no I/O."""
+        """Send nothing more. No I/O."""
         self._closed = self._stopped = True
         if self._renewal is not None:
             self._renewal.cancel()
@@ -206,12 +209,12 @@ class Output:
 
     @property
     def place(self) -> Place | None:
-        """The end of what was sent; ``None`` while the store has nothing of it."""
+        """The place after the last chunk that was sent; ``None`` while the store has no chunk."""
         return Place(self._epoch, self._sent) if self._epoch else None
 
     @property
     def cursor(self) -> str:
-        """Where a reader that wants only what is sent from now on begins: see `aioresult.AsyncResult.stream`."""
+        """The cursor after the last chunk that was sent: `aioresult.AsyncResult.stream` can begin there."""
         return str(Place(self._epoch, self._sent))
 
     async def __aenter__(self) -> Self:
@@ -234,11 +237,11 @@ class Output:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def _encoded(self, chunk: Any) -> bytes:
-        """``chunk`` as bytes, if it may be sent at all."""
+        """Encode ``chunk``. Raises if it cannot be sent."""
         self._check()
         error, self._trouble = self._trouble, None
         if error is not None:
-            raise error  # once: why the last flush did not go through
+            raise error  # the error of the last flush, which is raised only once
         data = self._store.dumps_chunk(self.task_id, chunk)
         keep = self._kept.keep
         if self._fails_when_full and (self._sent >= keep.chunks or self._sent_bytes + len(data) > keep.bytes):
@@ -249,7 +252,7 @@ class Output:
         return data
 
     def _check(self) -> None:
-        """Raise why nothing can be sent; begin to send the last flush again if it did not go through."""
+        """Raise the reason if nothing can be sent. If the last flush has failed, begin to send it again."""
         if self._broken is not None:
             raise twin(self._broken)
         self._store.check()
@@ -259,7 +262,7 @@ class Output:
             self._again()
 
     def _is_idle(self) -> bool:
-        """Whether nothing is to be sent, nor on its way: there is never more than one flush on its way."""
+        """Whether no chunk is unsent and no flush is in flight."""
         return self._flush is None and not self._unsent
 
     def _unsent_is_full(self) -> bool:
@@ -282,12 +285,12 @@ class Output:
         self._unsent.append(data)
         self._unsent_bytes += len(data)
         if self._flush is None and not self._scheduled:
-            # Soon, not now: what is sent in the same turn of the event loop is in the same flush.
+            # Not at once, so that all chunks that are sent in the same turn of the event loop share one flush.
             self._scheduled = True
             self._loop.call_soon(self._send_some, context=EMPTY)
 
     def _send_some(self) -> None:
-        """Begin the next flush, if there is anything to send and none is on its way."""
+        """Begin the next flush, if there are unsent chunks and no flush is in flight."""
         self._scheduled = False
         if self._flush is not None or not self._unsent or self._broken is not None:
             return
@@ -316,7 +319,7 @@ class Output:
             self._failed(exc)
 
     def _again(self) -> None:
-        """Send the flush once more that did not go through, unchanged: the store may have it already."""
+        """Send the flush that has failed again. It must be unchanged, because the store may have it already."""
         self._stalled = False
         if self._flush is not None:
             self._post(self._flush)
@@ -356,7 +359,7 @@ class Output:
             self._renewal = self._loop.call_later(self._expires / 4, self._renew, context=EMPTY)
 
     def _renew(self) -> None:
-        """Let the log live on although nothing is sent."""
+        """Extend the life of the log although nothing is sent."""
         if self._flush is None and not self._scheduled:
             self._post(self._flush_of(self._flushed, b""))
         self._renew_soon()

@@ -1,9 +1,9 @@
 """The output of a running task as its readers see it: `OutputStream`, and what the streams of one backend share.
 
-A stream is a topic of the hub whose reads say "look yourself": a subscription that is confirmed, and every message that
-is not taken, lead to a page of the log, read from where the reader is (`aioresult.reading`). One `_Tail` per task
-decodes each message once, for all its readers. A reader never holds a producer up, and nothing is kept for it beyond
-its box.
+A stream subscribes to a topic of the hub, whose messages announce new chunks and usually carry them. The reader reads a
+page (some entries of the log after its place) when the subscription is confirmed, and after each message whose chunks
+do not fit into its box (see `aioresult.reading`). One `_Tail` per task decodes each message once, for all its readers.
+A slow reader never delays a producer, and takes no memory beyond its box.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["OutputPage", "OutputStream", "StreamStore", "Streams"]
 
 T = TypeVar("T")
 
-#: A page is to have about so many bytes, and at most so many entries.
+#: A page has about so many bytes, and at most so many entries.
 _PAGE_BYTES = 2**20
 _PAGE_ENTRIES = 500
-#: Entries of the first page, when nothing is known of their size; an entry has 64 KiB at most, or one chunk.
+#: The entries of the first page, when their size is not known. An entry has at most 64 KiB, or a single chunk.
 _FIRST_PAGE = 16
 
 
@@ -41,9 +41,9 @@ class OutputPage(NamedTuple):
     """Some chunks of an output, as `AsyncResult.read_output` returns them."""
 
     chunks: list[Any]
-    #: Pass it as ``after`` to go on behind these chunks.
+    #: Pass it as ``after`` to get the chunks after these.
     cursor: str
-    #: Whether there will be no more: the task is over, or the output was closed.
+    #: Whether no chunks will follow, because the task is over or the output was closed.
     ended: bool
 
 
@@ -63,18 +63,18 @@ class StreamStore(Protocol):
 
 
 class _Follower:
-    """What a stream is to its `_Tail`. The stream itself is not kept alive by that, so that it can be collected."""
+    """The part of a stream that its `_Tail` knows. It does not refer to the stream, which can be garbage-collected."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading: Reading = reading
-        #: Why nothing more is heard.
+        #: The error that has ended the subscription.
         self.failure: Exception | None = None
-        #: The end of the task, once it was heard.
+        #: The final outcome of the task, once it is known.
         self.final: Outcome | None = None
         self._woken: asyncio.Future[None] | None = None
 
     def lost(self, error: Exception) -> None:
-        """The worker that ran the task is gone, or nothing can be known of it."""
+        """Note that the worker of the task is lost (`WorkerLostError`), or that its state cannot be found out."""
         if isinstance(error, WorkerLostError):
             self.reading.lost(error)
         else:
@@ -82,12 +82,12 @@ class _Follower:
         self.wake()
 
     def wake(self) -> None:
-        """Have the reader look at what has come."""
+        """Wake a waiting reader, so that it checks for news."""
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
     async def news(self, deadline: float | None) -> bool:
-        """Return at the next `wake`; false if the deadline, by the event loop's clock, came first."""
+        """Wait for the next `wake`. Returns false if the deadline, by the event loop's clock, came first."""
         self._woken = asyncio.get_running_loop().create_future()
         try:
             if deadline is None:
@@ -103,27 +103,27 @@ class _Follower:
 
 
 class _Tail:
-    """The end of one log, for all that follow it in this process; a waiter of the hub for the output and the result."""
+    """The subscriptions to the output and the result of one task, shared by all its readers in this process."""
 
     def __init__(self, store: StreamStore, task_id: str) -> None:
         self._store = store
         self._task_id = task_id
         self._topic = OUTPUT_TOPIC + task_id
-        #: Whether the hub tells of both; an error is the last that it tells.
+        #: Whether this is subscribed to both, and whether the hub has confirmed it. An error ends the subscriptions.
         self._listens = self._confirmed = False
         self._final: Outcome | None = None
-        #: By identity, in the order in which they came.
+        #: The followers by identity, in the order in which they joined.
         self._followers: dict[int, _Follower] = {}
 
     def __len__(self) -> int:
         return len(self._followers)
 
     def join(self, follower: _Follower) -> None:
-        """Tell ``follower`` from now on."""
+        """Deliver news to ``follower`` from now on."""
         self._followers[id(follower)] = follower
         if not self._listens:
             self._listens, self._confirmed, self._final = True, False, None
-            # The log first: the end of the task is to be heard by a reader that hears its output.
+            # The log comes first: a reader that gets the end of the task must already be subscribed to its output.
             self._store.watch_topic(self._topic, self, read_first=False)
             self._store.watch(self._task_id, self, read_first=False)
         elif self._confirmed:
@@ -132,15 +132,15 @@ class _Tail:
             self._end(follower, self._final)
 
     def leave(self, follower: _Follower) -> None:
-        """``follower`` is told no more; the last one ends the subscriptions."""
+        """Deliver nothing more to ``follower``. When the last follower leaves, the subscriptions end."""
         if self._followers.pop(id(follower), None) is not None and not self._followers:
             self._store.unwatch(self._topic, self)
             self._store.unwatch(self._task_id, self)
 
     def receive(self, topic: str, outcome: Outcome) -> None:
-        """News of the output or of the result (`aioresult.waiter.Waiter`)."""
+        """Take news of the output or of the result from the hub (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
-            self._listens = False  # the next reader has the hub tell of both anew
+            self._listens = False  # the next reader subscribes to both again
         if topic != self._topic:
             if isinstance(outcome, Exception) or outcome.ready:
                 self._final = outcome
@@ -170,10 +170,11 @@ class _Tail:
         for follower in self._followers.values():
             reading = follower.reading
             if data is not None and not reading.behind:
-                # Anybody may publish there. What is wrong with the log itself, its readers learn from the log.
+                # A message that cannot be decoded may come from another program. If the log itself cannot be decoded,
+                # its readers get that error when they read it.
                 with suppress(AioResultError):
                     chunks = self._store.loads_chunks(self._task_id, data)
-                data = None  # decoded once, for all
+                data = None  # decoded once, for all followers
             reading.receive(epoch, last, chunks, size)
             follower.wake()
 
@@ -200,13 +201,13 @@ class Streams:
             ("on_gap", on_gap, "skip"),
         ):
             if value not in ("raise", other):
-                raise UsageError(f"{name} is 'raise' or {other!r}, not {value!r}")
+                raise UsageError(f"{name} must be 'raise' or {other!r}, not {value!r}")
         place = None if after == TAIL else START if after is None else Place.parse(after)
         reading = Reading(place, gaps=on_gap == "skip", restarts=on_restart == "continue")
         return OutputStream(self, self._store, task_id, reading, on_lost, on_restart, on_gap)
 
     def join(self, task_id: str, follower: _Follower, lost: bool) -> None:
-        """Have ``follower`` told of what happens to the output; with ``lost`` also of the death of the worker."""
+        """Deliver news of the output to ``follower``; with ``lost`` also the news that the worker is lost."""
         tail = self._tails.get(task_id)
         if tail is None:
             tail = self._tails[task_id] = _Tail(self._store, task_id)
@@ -215,7 +216,7 @@ class Streams:
             self._store.liveness.watch(task_id, follower.lost)
 
     def leave(self, task_id: str, follower: _Follower) -> None:
-        """The opposite; may be called twice."""
+        """End what `join` began. A second call does nothing."""
         tail = self._tails.get(task_id)
         if tail is not None:
             tail.leave(follower)
@@ -227,9 +228,9 @@ class Streams:
 class OutputStream(Following[T], Generic[T]):
     """The chunks of one output, in order, each once: ``async for chunk in result.stream()``.
 
-    It ends when the task has succeeded or the output was closed; a task that failed or was revoked raises its own
-    exception behind the last chunk. Nothing is asked of the server, and nothing is held, before the first step. As
-    ``async with result.stream() as stream`` the subscription ends with the block, also if that is left early.
+    The stream ends when the task has succeeded or its output was closed. If the task failed or was revoked, the stream
+    raises the task's own exception after the last chunk. There is no I/O and no subscription before the first step.
+    With ``async with result.stream() as stream`` the subscription ends with the block, also if the block ends early.
     """
 
     def __init__(
@@ -255,12 +256,12 @@ class OutputStream(Following[T], Generic[T]):
 
     @property
     def cursor(self) -> str:
-        """The place behind the chunk that was given last: ``stream(after=cursor)`` goes on from there."""
+        """The place after the last chunk that was returned: ``stream(after=cursor)`` goes on from there."""
         return str(self._reading.place)
 
     @property
     def attempt(self) -> int:
-        """How many attempts have begun anew while this was read; counted with ``on_restart="continue"``."""
+        """How often another attempt has begun the output again; counted only with ``on_restart="continue"``."""
         return self._reading.attempt
 
     async def __anext__(self) -> T:
@@ -275,14 +276,15 @@ class OutputStream(Following[T], Generic[T]):
             self._busy = False
 
     async def batches(self) -> AsyncGenerator[list[T], None]:
-        """The same in lists: each has all that is there, so that a page can be written in one go."""
+        """Iterate over lists of chunks. Each list has all chunks that are there, so that you can write them at once."""
         while batch := await self.batch():
             yield [chunk for _, chunk in batch]
 
     async def batch(self) -> list[tuple[str, T]]:
-        """All that is there, once there is anything: each chunk with its cursor. Empty at the end.
+        """Wait for a chunk, and return all chunks that are there, each with its cursor. Returns ``[]`` at the end.
 
-        For a web handler that passes the cursors on, as `aioresult.sse.events` does. Raises as the stream itself.
+        Use it in a web handler that passes the cursors on, as `aioresult.sse.events` does. Raises the same errors as
+        iterating over the stream.
         """
         self._begin()
         try:
@@ -295,7 +297,7 @@ class OutputStream(Following[T], Generic[T]):
             self._busy = False
 
     async def page(self, limit: int, wait: float) -> OutputPage:
-        """The chunks that are there, at most ``limit``; if there are none, those that come within ``wait`` seconds."""
+        """Return at most ``limit`` chunks that are there. If there are none, wait at most ``wait`` seconds for some."""
         self._begin()
         try:
             await self._something(asyncio.get_running_loop().time() + wait)
@@ -309,21 +311,24 @@ class OutputStream(Following[T], Generic[T]):
 
     @property
     def state(self) -> str:
-        """How the output ended, once it has: the task's state, or ``"CLOSED"``; empty until then."""
+        """How the output ended: the task's state, or ``"CLOSED"``. Empty until the stream has ended."""
         return self._reading.state if self._closed else ""
 
     def resumed(self, cursor: str, on_lost: str | None = None) -> OutputStream[T]:
-        """A stream of the same output that begins behind ``cursor``, such as that of an `aioresult.OutputGap`.
+        """Make a stream of the same output that begins after ``cursor``, such as the cursor of an `OutputGap`.
 
-        :param on_lost: as for `aioresult.AsyncResult.stream`; by default as in this stream, as is all else.
-        :raises InvalidCursor: ``cursor`` is no cursor.
+        :param on_lost: as for `aioresult.AsyncResult.stream`. The default is the option of this stream. The other
+            options are always those of this stream.
+        :raises InvalidCursor: ``cursor`` is not a cursor.
         """
         return self._streams.stream(self._task_id, cursor, on_lost or self._on_lost, *self._on_others)
 
     def dumps(self, value: Any) -> bytes:
-        """``value`` as one line of JSON for a browser: what JSON lacks is tagged as in the store, and NaN is null.
+        """Encode ``value`` as one line of JSON for a browser.
 
-        :raises EncodeError: JSON cannot hold it.
+        Types that JSON lacks are tagged as in the store. NaN becomes null.
+
+        :raises EncodeError: JSON cannot hold ``value``.
         """
         return self._store.dumps_text(self._task_id, value)
 
@@ -333,7 +338,7 @@ class OutputStream(Following[T], Generic[T]):
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def _taken(self, limit: int | None) -> list[tuple[str, T]]:
-        """What is in the box, in front of the end or an error: each chunk with its cursor."""
+        """Take the chunks in the box, up to the end or an error, each with its cursor; at most ``limit`` of them."""
         taken: list[tuple[str, T]] = []
         while len(self._reading) and self._reading.obstacle is None and (limit is None or len(taken) < limit):
             chunk = self._reading.take()
@@ -341,7 +346,10 @@ class OutputStream(Following[T], Generic[T]):
         return taken
 
     async def _something(self, deadline: float | None) -> bool:
-        """Return once there is anything in the box, or at the deadline; at least one look is taken. False if closed."""
+        """Wait until there is an item in the box, or until the deadline. Reads the log at least once if it is needed.
+
+        Returns false if the stream is closed.
+        """
         reading, follower = self._reading, self._follower
         if not self._closed:
             self._store.check()
@@ -361,7 +369,7 @@ class OutputStream(Following[T], Generic[T]):
         return not self._closed
 
     async def _read_page(self, patient: bool) -> None:
-        """Read a page of the log. If ``patient``, an outage is waited out, as every wait for a result does."""
+        """Read a page of the log. If ``patient``, repeat that until an outage is over, as every wait does."""
         page, entries = await (retry_outages(self._read) if patient else self._read())
         self._reading.page(entries, page.more, page.final, page.top)
         if entries:
@@ -382,18 +390,21 @@ class OutputStream(Following[T], Generic[T]):
         return Decoded(entry.epoch, entry.last, chunks, entry.state)
 
     async def _finish(self) -> None:
-        """Say how it ended: raise what stands behind the last chunk, or what the task raised; or go on after all."""
+        """Handle the item after the last chunk: raise it if it is an error, or raise the exception of the task.
+
+        Returns if the task has succeeded, or if there is more to read after all.
+        """
         obstacle = self._reading.obstacle
         if isinstance(obstacle, AioResultError):
             self._close()
             raise obstacle
         outcome: Outcome | None = None
         if self._reading.state not in (SUCCESS, CLOSED):
-            # The mark, or the news of the end, may have come before the result itself.
+            # The end mark, or the news that the task is over, may have arrived before the result itself.
             outcome = self._follower.final or await self._store.wait_for(self._task_id)
             if isinstance(outcome, TaskMeta) and outcome.status != self._reading.state:
                 if self._reading.state and not self._reopened:
-                    # By another attempt, which may have written an output of its own since the mark was read.
+                    # Another attempt has ended the task. It may have written its own output since the mark was read.
                     self._reopened = True
                     self._reading.reopen()
                     return

@@ -1,4 +1,4 @@
-"""`Updates`: the states of a task as an async iterator, from the present one to the final one."""
+"""`Updates`: an async iterator over the states of a task, from the present one to the final one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UpdateStore(Protocol):
 
 
 class _Newest:
-    """The newest state that was heard, for one iterator. The iterator itself is not kept alive by that."""
+    """Holds the newest state for one iterator. It does not refer to the iterator, which can be garbage-collected."""
 
     def __init__(self) -> None:
         self.news: Outcome | None = None
@@ -38,12 +38,12 @@ class _Newest:
         self._woken: asyncio.Future[None] | None = None
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
-        """News of the task (`aioresult.waiter.Waiter`); a newer state takes the place of one that was not fetched."""
+        """Take news of the task from the hub (`aioresult.waiter.Waiter`). It replaces news that was not fetched yet."""
         self.news = outcome
         self._wake()
 
     def close(self) -> None:
-        """There is no news any more, also for a reader that waits."""
+        """End the iteration, also for a reader that waits now."""
         self._closed = True
         self._wake()
 
@@ -52,12 +52,12 @@ class _Newest:
             self._woken.set_result(None)
 
     def lost(self, error: Exception) -> None:
-        """The worker that ran the task is gone."""
+        """Take the error that the worker of the task is lost, unless a final state has arrived."""
         if not isinstance(self.news, TaskMeta) or not self.news.ready:
             self.receive("", error)
 
     async def next(self) -> Outcome | None:
-        """The newest state, once there is one that was not returned before; ``None`` when closed."""
+        """Wait for news, and return the newest. Returns ``None`` when closed."""
         while self.news is None and not self._closed:
             self._woken = asyncio.get_running_loop().create_future()
             try:
@@ -71,13 +71,13 @@ class _Newest:
 class Updates(Following[TaskMeta]):
     """``async for meta in result.updates()``: the present state first, each change, and the final state last.
 
-    A slow reader gets the newest state, and not those in between. Nothing is asked of the server, and nothing is held,
-    before the first step. As ``async with result.updates() as updates`` the subscription ends with the block.
+    A slow reader gets the newest state and misses the states in between. There is no I/O and no subscription before the
+    first step. With ``async with result.updates() as updates`` the subscription ends with the block.
     """
 
     def __init__(self, store: UpdateStore, task_id: str, on_lost: str) -> None:
         if on_lost not in ("raise", "wait"):
-            raise UsageError(f"on_lost is 'raise' or 'wait', not {on_lost!r}")
+            raise UsageError(f"on_lost must be 'raise' or 'wait', not {on_lost!r}")
         super().__init__()
         self._store = store
         self._task_id = task_id
@@ -101,7 +101,7 @@ class Updates(Following[TaskMeta]):
         return meta
 
     async def _present(self) -> TaskMeta:
-        """What is stored now."""
+        """The state that is stored now."""
         self._store.check()
         return await retry_outages(partial(self._store.get_task_meta, self._task_id))
 
@@ -124,11 +124,11 @@ class Updates(Following[TaskMeta]):
                 return news.with_new_exception()
 
     def resumed(self, on_lost: str) -> Updates:
-        """The updates of the same task, the present state first; ``on_lost`` as for `aioresult.AsyncResult.updates`."""
+        """Make new updates of the same task. For ``on_lost`` see `aioresult.AsyncResult.updates`."""
         return Updates(self._store, self._task_id, on_lost)
 
     def dumps(self, value: Any) -> bytes:
-        """``value`` as JSON for a browser, as `aioresult.OutputStream.dumps`."""
+        """Encode ``value`` as JSON for a browser, as `aioresult.OutputStream.dumps` does."""
         return self._store.dumps_text(self._task_id, value)
 
     def _wake(self) -> None:
@@ -144,6 +144,6 @@ def _leave(store: UpdateStore, task_id: str, newest: _Newest) -> None:
 
 
 def _likeness(meta: TaskMeta) -> tuple[Any, ...]:
-    """What two reads of one stored state have in common; exceptions are equal to none but themselves."""
+    """A key that is equal for two reads of the same stored state. Two exceptions never compare equal, so use `repr`."""
     result = repr(meta.result) if isinstance(meta.result, BaseException) else meta.result
     return meta.status, result, meta.traceback, meta.extra
