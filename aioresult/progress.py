@@ -1,9 +1,9 @@
-"""`GroupProgress`: how much of a group is over, while the rest of it runs.
+"""`GroupProgress`: how many members of a group are over, while the rest of it runs.
 
 A store may count the members of a saved group, by the index that their requests have. Then a group of any size costs
-one subscription, and one small read for each change that is shown. Members whose results are stored without an index,
-as by a process that does not count, are found by looking: at first, and when nothing has changed for a while. From then
-on, and where nothing is counted, each member is waited for (`Completions`).
+one subscription, and one small read for each change that is shown. A process that does not count stores results without
+an index. To find such results, the members are read: at first, and when the counts have not changed for a while. If
+more members are over than were counted, or if the store does not count, each member gets a waiter (`Completions`).
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from .waiter import Outcome
 
 __all__ = ["GROUP_TOPIC", "GroupCounts", "GroupProgress", "progress_of"]
 
-#: What the hub knows the counts of a group by, before the group's id.
+#: The hub's topic for the counts of a group is this and the group's id.
 GROUP_TOPIC: Final = "\x00group "
-#: Seconds without a change after which the members are looked at, at first and at most; the pause doubles.
+#: Seconds without a change after which the members are read: the first pause and the longest. The pause doubles.
 _FIRST_LOOK, _LAST_LOOK = 1.0, 60.0
 
 
 class GroupProgress(NamedTuple):
     """How far a group is."""
 
-    #: Members that are over, the failed ones among them.
+    #: The number of members that are over, including the failed ones.
     done: int
-    #: Members that failed, were revoked, or wait for a parent that did.
+    #: The number of members that failed, were revoked, or never run because a parent failed or was revoked.
     failed: int
-    #: Members in all; those of nested groups count one by one.
+    #: The number of all members. Members of nested groups count one by one.
     total: int
 
 
 class GroupCounts(NamedTuple):
-    """What a store has counted of a group."""
+    """The numbers of members of a group that a store has counted as succeeded and as failed."""
 
     succeeded: int
     failed: int
@@ -91,7 +91,7 @@ async def progress_of(
 
 
 class _Counter:
-    """Reads the counts of one group, as long as they can be believed."""
+    """Reads the counts of one group, as long as they are reliable."""
 
     def __init__(self, lineage: Lineage[Any], store: ResultStore, group_id: str) -> None:
         self._leaves = lineage.leaves
@@ -104,13 +104,13 @@ class _Counter:
         self._patience = _FIRST_LOOK
 
     def receive(self, topic: str, outcome: Outcome) -> None:
-        """The counts have changed, or may have (`aioresult.waiter.Waiter`)."""
+        """Take the news from the hub that the counts may have changed (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
             self._error = outcome
         self._news.set()
 
     async def next(self) -> GroupCounts | None:
-        """The counts: the present ones at first, then at the next change. ``None`` if they are not to be believed."""
+        """Return the present counts at the first call, later those after the next change; ``None`` if unreliable."""
         if self._watching:
             if not await self._changed() and not await self._right():
                 return None
@@ -123,7 +123,7 @@ class _Counter:
                 return None
             self._store.watch_topic(GROUP_TOPIC + self._group_id, self, read_first=False)
             self._watching = True
-        if sum(counts) < self._counted:  # they were lost
+        if sum(counts) < self._counted:  # the server has lost the counts
             return None
         self._counted = sum(counts)
         return counts
@@ -146,7 +146,7 @@ class _Counter:
         return True
 
     async def _right(self) -> bool:
-        """Whether no more members are over than were counted. Looks at those that are not known to be over."""
+        """Whether all members that are over were counted. Reads the members that are not known to be over."""
         await refresh(self._leaves)
         over = sum(is_over(leaf) for leaf in self._leaves)
         return sum(await self._counts()) >= over

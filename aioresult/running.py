@@ -1,12 +1,12 @@
 """A task while this process runs it: `Running`, and what the runs of one backend share.
 
-::
+A run is one attempt of a task in one process; the body is the block of the caller's ``async with``::
 
     enter          START ── revoked already ──▶ TaskRevokedError; the body never begins
                      │
-    the body       progress (conflated), output, and perhaps a revoke: the body's task is cancelled
+    body           progress (only the newest is stored) and output; a revoke cancels the body
                      │
-    leave          the output flushed, then FINISH: the result, the end of the output and of the run in one step
+    leave          the output is flushed; then FINISH stores the result and ends output and run, in one step
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ __all__ = ["AlreadyDone", "RunStore", "Running", "Runs", "current_task"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: Seconds between two stores of a task's progress.
+#: The minimum of seconds between two stores of a task's progress.
 PROGRESS_INTERVAL = 0.1
-#: Seconds after which a worker whose subscription has failed for good tries it again.
+#: Seconds after which a worker subscribes again if its subscription has ended with an error.
 LISTEN_AGAIN = 1.0
 
 _current: ContextVar[Running | None] = ContextVar("aioresult_current_task", default=None)
 
 
 def current_task() -> Running | None:
-    """The task whose body is running here, for code that is called from deep within it; ``None`` outside of a body."""
+    """The task whose body is running in this context, for code that the body calls; ``None`` outside of a body."""
     return _current.get()
 
 
@@ -88,11 +88,11 @@ class RunStore(OutputStore, Protocol):
 
 
 class AlreadyDone(Exception):
-    """Out of entering a run with ``skip_done``: the task has succeeded. Never seen by callers."""
+    """Entering a run with ``skip_done`` raises this if the task has succeeded. Callers of the library never see it."""
 
 
 class Runs:
-    """The runs of one open backend, and the listener for those that are to be stopped."""
+    """The runs of one open backend, and the subscription to requests to stop them."""
 
     def __init__(self, store: RunStore) -> None:
         self._store = store
@@ -103,7 +103,7 @@ class Runs:
         self._timer: asyncio.TimerHandle | None = None
 
     async def add(self, run: str, running: Running) -> None:
-        """Have ``running`` stopped when that is asked for. Returns once this process has a lease."""
+        """Register a run, so that requests to stop it reach it. Gets a lease for this process first if it has none."""
         await self._store.liveness.work()
         self._runs[run] = running
         if not self._topic:
@@ -114,7 +114,7 @@ class Runs:
         self._store.watch_topic(self._topic, self, read_first=False)
 
     def _listen_again(self) -> None:
-        """Subscribe anew, and so have the wishes read."""
+        """Subscribe again. When the subscription is confirmed, the requests are read."""
         self._timer = None
         if self._runs:
             self._store.unwatch(self._topic, self)
@@ -126,18 +126,18 @@ class Runs:
             self._timer = asyncio.get_running_loop().call_later(LISTEN_AGAIN, self._listen_again, context=EMPTY)
 
     def discard(self, run: str) -> None:
-        """The opposite; may be called twice."""
+        """Remove a run. A second call does nothing."""
         self._runs.pop(run, None)
 
     def receive(self, topic: str, outcome: Outcome) -> None:
-        """A run is to be stopped (`aioresult.waiter.Waiter`)."""
+        """Take a request to stop a run from the hub (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
-            # The hub gave up on all its waiters, or was closed. A run that goes on is to hear all the same.
+            # The hub has failed or was closed. A run that goes on must still get its requests.
             self._topic = ""
             if not isinstance(outcome, BackendClosedError):
                 self._listen_soon()
         elif outcome.result is None:
-            # Subscribed: what was asked for before was not heard. A run that begins from now on is not concerned.
+            # The subscription has begun: the runs may have missed earlier requests. A later run cannot miss any.
             if self._runs:
                 task = spawn(self._read_wishes())
                 self._reading.add(task)
@@ -147,7 +147,7 @@ class Runs:
 
     def _read(self, task: asyncio.Task[None]) -> None:
         self._reading.discard(task)
-        if task.cancelled():  # by a stranger
+        if task.cancelled():  # by code outside the library, such as a shutdown handler
             self._listen_soon()
 
     async def _read_wishes(self) -> None:
@@ -159,12 +159,12 @@ class Runs:
                 running.stop()
         for running, state in zip(runs.values(), states, strict=True):
             if isinstance(state, AioResultError) and not isinstance(state, BackendClosedError):
-                logger.warning("whether task %s is to stop could not be read: %s", running.task_id, state)
+                logger.warning("could not read whether task %s was revoked: %s", running.task_id, state)
         if any(isinstance(state, BackendConnectionError) for state in states):
             self._listen_soon()
 
     async def close(self) -> None:
-        """No more news."""
+        """Take no more requests."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -175,7 +175,8 @@ class Runs:
 class Running:
     """A task that runs in this process: ``async with backend.running(task_id) as task``.
 
-    What the body assigns to `value` is stored as the result when it ends; `progress` and `output` tell of it before.
+    When the body ends, the value that it has assigned to `value` is stored as the result. While the body runs, it may
+    report its `progress` and send `output`.
     """
 
     def __init__(
@@ -193,9 +194,9 @@ class Running:
     ) -> None:
         #: The id of the task.
         self.task_id: str = task_id
-        #: What is known of it, as it was given to `aioresult.Backend.running`.
+        #: The request that was given to `aioresult.Backend.running`.
         self.request: Any = request
-        #: What SUCCESS stores.
+        #: The value that is stored with SUCCESS.
         self.value: Any = None
         self._meta: Mapping[str, Any] | None = None
         self._runs = runs
@@ -210,11 +211,11 @@ class Running:
         self._interruption = Interruption()
         self._output: Output | None = None
         self._outer: Running | None = None
-        #: None before the body, true in it, false after it.
+        #: Whether the body runs; ``None`` before `__aenter__`.
         self._inside: bool | None = None
-        #: The task has succeeded before.
+        #: Whether the task has succeeded before.
         self._again = False
-        #: The run is to stop, which was heard before the body began.
+        #: Whether a request to stop the run has arrived before the body began.
         self._stopped = False
         self._news: dict[str, Any] | None = None
         self._progress_timer: asyncio.TimerHandle | None = None
@@ -224,15 +225,17 @@ class Running:
     # -- what the body calls ----------------------------------------------------------------------------------------
 
     def progress(self, current: float, total: float | None = None, message: str | None = None, **more: Any) -> None:
-        """Tell the readers of `aioresult.AsyncResult.updates` how far the task is; a plain call, as often as you like.
+        """Report to the readers of `aioresult.AsyncResult.updates` how far the task is. Call it as often as you like.
 
-        Stored is the newest, as the state ``PROGRESS``, at most every 0.1 seconds; the last one before a pause always
-        arrives. ``meta.result`` is then a dict of what was given: ``current``, ``total``, ``message``, and the rest.
+        The newest report is stored as the state ``PROGRESS``, at most every 0.1 seconds. The last report before a pause
+        is always stored. ``meta.result`` is then a dict with ``current``, the optional ``total`` and ``message``, and
+        the other keyword arguments.
 
-        :raises EncodeError: the serializer cannot hold it; of what is stored later, that is logged instead.
+        :raises EncodeError: the serializer cannot hold the report. For a report that is stored later, this is logged.
+        :raises UsageError: the body has not begun, or has ended.
         """
         if not self._inside:
-            raise UsageError(f"task {self.task_id} is not running: progress belongs inside 'async with'")
+            raise UsageError(f"task {self.task_id} is not running: call progress inside 'async with'")
         if total is not None:
             more["total"] = total
         if message is not None:
@@ -243,16 +246,16 @@ class Running:
 
     @property
     def output(self) -> Output:
-        """The output of the task; the first chunk that is sent opens it."""
+        """The output of the task. Sending the first chunk opens it."""
         if self._output is None:
             if not self._inside:
-                raise UsageError(f"task {self.task_id} is not running: its output belongs inside 'async with'")
+                raise UsageError(f"task {self.task_id} is not running: use its output inside 'async with'")
             self._output = Output(self._store, self.task_id, expires=self._output_expires, run=self._run)
             if self._again:
                 self._output.refuse(
                     OutputSuperseded(
-                        f"task {self.task_id} has succeeded before, and its output stays as its result does; "
-                        f"pass if_done='skip' to backend.run, or forget the result to have it run anew"
+                        f"task {self.task_id} has succeeded before, so its result and its output are kept; pass "
+                        f"if_done='skip' to backend.run to skip the task, or forget the result to run it again"
                     )
                 )
         return self._output
@@ -272,7 +275,7 @@ class Running:
 
     @property
     def revoked(self) -> bool:
-        """Whether the task is to stop: its body has been cancelled for that, once."""
+        """Whether the task was revoked. The body is cancelled once for that."""
         return self._interruption.reason is not None
 
     # -- progress ---------------------------------------------------------------------------------------------------
@@ -309,7 +312,7 @@ class Running:
 
     async def __aenter__(self) -> Self:
         if self._inside is not None:
-            raise UsageError("a run is entered once: call backend.running(…) for each attempt")
+            raise UsageError("a run can be entered only once; call backend.running(…) for each attempt")
         self._store.check()
         self._inside = False
         started: Record | None = None
@@ -331,7 +334,7 @@ class Running:
             state = await self._store.submit_run_step(start)
         except BaseException as exc:
             self._runs.discard(self._run)
-            if isinstance(exc, BackendConnectionError) or not isinstance(exc, Exception):  # it may have begun
+            if isinstance(exc, BackendConnectionError) or not isinstance(exc, Exception):  # the run may have begun
                 with suppress(AioResultError):
                     self._store.submit_run_step(self._release()).add_done_callback(_seen, context=EMPTY)
             raise
@@ -350,7 +353,7 @@ class Running:
         return self
 
     async def _refused(self, state: RunState, refusal: list[TaskRevokedError]) -> None:
-        """Record that the body does not begin. ``refusal`` gets the error to raise."""
+        """Record that the body does not begin. Puts the error to raise into ``refusal``."""
         try:
             if state.verdict is Verdict.REVOKED:
                 refusal[:] = [TaskRevokedError(state.wish or "")]
@@ -361,7 +364,7 @@ class Running:
             self._runs.discard(self._run)
 
     def stop(self) -> None:
-        """End the body, because the task was revoked; for `Runs`."""
+        """Cancel the body, because the task was revoked. For `Runs`."""
         if self._inside:
             self._interruption.interrupt(TaskRevokedError())
         else:
@@ -383,7 +386,7 @@ class Running:
             raise outcome[0]
 
     async def _leave(self, exc: BaseException | None, ours: bool, outcome: list[BaseException | None]) -> None:
-        """Record how it ended. ``outcome`` gets the error to raise, if another than ``exc``."""
+        """Record how the run ended. Puts the error to raise instead of ``exc`` into ``outcome``, or ``None``."""
         trouble = await self._flushed()
         try:
             raised = await self._recorded(exc, ours)
@@ -392,28 +395,28 @@ class Running:
         finally:
             self._runs.discard(self._run)
         if raised is not None and exc is not None and not ours and not isinstance(exc, Exception):
-            # Nothing is to hold up the cancellation, or the end of the process.
+            # A cancellation, or the end of the process, takes precedence over this error.
             if not isinstance(raised, TaskRevokedError):
                 logger.warning("the end of task %s was not stored: %s", self.task_id, raised)
             raised = None
         outcome[:] = [trouble if raised is None and exc is None else raised]
 
     async def _flushed(self) -> Exception | None:
-        """Have the store get all of the output; the error if it does not."""
+        """Flush all of the output to the store. Returns the error if that fails."""
         if self._output is None:
             return None
         try:
             await self._output.settle()
         except OutputSuperseded:
-            return None  # the output is another attempt's, and nothing is missing there
+            return None  # another attempt writes the output now, and its output is complete
         except Exception as exc:
-            return exc  # the end mark stands behind what is missing, so that readers learn of it
+            return exc  # the end mark will have the number after the missing chunks, so readers get `OutputGap`
         finally:
             self._output.stop()
         return None
 
     async def _recorded(self, exc: BaseException | None, ours: bool) -> Exception | None:
-        """Store the end; the error to raise instead of ``exc``, if there is one."""
+        """Store how the body ended. Returns the error to raise instead of ``exc``, if there is one."""
         if exc is None:
             try:
                 await self._finish(SUCCESS, self.value)
@@ -426,7 +429,7 @@ class Running:
         elif not isinstance(exc, Exception) or _is_celerys(exc, "Ignore", "Reject"):
             return await self._given_up(self._release())
         elif isinstance(exc, Retry) or _is_celerys(exc, "Retry"):
-            # As in Celery, what is stored is why it is to run again.
+            # As in Celery, the record holds the reason for the retry.
             why = getattr(exc, "exc", None)
             return await self._given_up(self._end(RETRY, why if isinstance(why, BaseException) else exc, exc))
         else:
@@ -435,12 +438,12 @@ class Running:
 
     async def _finish(self, state: str, value: Any) -> None:
         found = await self._store.submit_run_step(self._end(state, value))
-        # If it failed, and an earlier success or a revoke stays: nothing came of it.
+        # If the run failed and an earlier success or a revoke is kept, the failure has no effect.
         if found.verdict in (Verdict.STORED, Verdict.NOTED) or state == SUCCESS:
             await self._store.follow_up(self.task_id, state, value, self.request, self._expires)
 
     async def _given_up(self, step: RunStep) -> TaskRevokedError | None:
-        """Leave the task to its next attempt; the error that there will be none, for it was revoked meanwhile."""
+        """Leave the task to its next attempt. If it was revoked meanwhile, returns the error that says so."""
         found = await self._store.submit_run_step(step)
         if found.verdict is not Verdict.REVOKED:
             return None
@@ -449,7 +452,7 @@ class Running:
         return error
 
     async def _revoked(self) -> TaskRevokedError:
-        """End the run as it was asked to; the error that says so."""
+        """End the run as REVOKED. Returns the error to raise."""
         found = await self._store.submit_run_step(RunStep(RunOp.READ, self.task_id))
         error = TaskRevokedError(found.wish or "")
         await self._finish(REVOKED, error)
@@ -472,7 +475,7 @@ class Running:
         )
 
     def _place(self) -> Place | None:
-        """Where the end mark of the output goes; ``None`` if there is no output, or it was closed."""
+        """The place before the end mark of the output; ``None`` if there is no output, or if it has its end mark."""
         return None if self._output is None or self._output.ended else self._output.place
 
     def _renew_soon(self) -> None:
@@ -480,7 +483,7 @@ class Running:
             self._renewal = asyncio.get_running_loop().call_later(self._lives / 4, self._renew, context=EMPTY)
 
     def _renew(self) -> None:
-        """Let the note of the run live on."""
+        """Extend the life of the note of the run."""
         with suppress(AioResultError):
             renewed = self._store.submit_run_step(RunStep(RunOp.RENEW, self.task_id, self._run, lives=self._lives))
             renewed.add_done_callback(_seen, context=EMPTY)
@@ -491,11 +494,11 @@ class Running:
 
 
 def _seen(step: asyncio.Future[RunState]) -> None:
-    """It is taken again, or not needed: an error is nobody's news."""
+    """Mark the error of a step as seen. The step is repeated later, or is not essential."""
     step.exception()
 
 
 def _is_celerys(exc: BaseException, *names: str) -> bool:
-    """Whether ``exc`` is one of these exceptions of Celery's, which is not imported for that."""
+    """Whether ``exc`` is one of these exceptions of Celery's. Does not import Celery."""
     module = sys.modules.get("celery.exceptions")
     return module is not None and isinstance(exc, tuple(getattr(module, name) for name in names))
