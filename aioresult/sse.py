@@ -1,18 +1,18 @@
 """Running tasks in a browser: `events` turns a stream of output, or of states, into server-sent events.
 
-The format is that of the WHATWG (https://html.spec.whatwg.org/multipage/server-sent-events.html). No web framework is
-needed: the body is an async iterator of bytes, and `HEADERS` are what it needs beside it. With Starlette::
+The format is that of the WHATWG (https://html.spec.whatwg.org/multipage/server-sent-events.html). It works with any web
+framework: the body of the response is an async iterator of bytes, and its headers are `HEADERS`. With Starlette::
 
     async def answer(request):
         try:
             stream = backend.result(task_id).stream(after=request.headers.get("last-event-id"))
-        except aioresult.InvalidCursor:  # the header comes from outside
+        except aioresult.InvalidCursor:  # a client can send any header
             return Response(status_code=400)
         return StreamingResponse(events(stream), headers=HEADERS)
 
-An ``EventSource`` reconnects after every end of the body, and sends the id of the last event that it has seen. So each
-chunk carries its cursor as the id, and nothing else carries one. Only ``close()`` stops it, or an answer such as 204 or
-400: a page closes on the event ``end``.
+An ``EventSource`` reconnects after every end of the body, and sends the id of the last event that it has got. So each
+chunk carries its cursor as its id, and no other event carries an id. To stop reconnecting, call ``close()`` in the page
+on the event ``end``. An answer such as 204 or 400 also stops it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .updates import Updates
 
 __all__ = ["HEADERS", "events"]
 
-#: What a response of events needs: nothing on the way may keep it, or hold it back (``X-Accel-Buffering`` is nginx's).
+#: The headers of a response of events. No proxy may cache the response or buffer it (``X-Accel-Buffering`` is nginx's).
 HEADERS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "Content-Type": "text/event-stream; charset=utf-8",
@@ -45,48 +45,51 @@ HEADERS: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def events(source: OutputStream[Any] | Updates, ping: Seconds = 15.0, retry: int = 2000) -> AsyncGenerator[bytes, None]:
-    """The body of a response: ``source`` as server-sent events, as many in one item as there are at the time.
+    """Turn ``source`` into the body of a response: server-sent events. Each item holds all events that are there.
 
-    No I/O before the first step. ``source`` belongs to the iterator and is closed with it, at once when the client goes
-    away. ``data`` is always one line of JSON. From ``result.stream()``:
+    There is no I/O before the first step. Closing the iterator closes ``source``, also when the client disconnects.
+    ``data`` is always one line of JSON. From ``result.stream()``:
 
     =========== ======================================================================================================
     event       data
     =========== ======================================================================================================
-    (message)   a chunk; the event's id is its cursor. What JSON lacks is tagged as in the store; NaN is null
-    ``restart`` ``{"cursor"}``: another attempt begins anew, and what was shown is void. Its chunks follow
-    ``gap``     ``{"missed", "cursor"}``: so many chunks are gone. Those behind them follow
+    (message)   a chunk; the event's id is its cursor. Types that JSON lacks are tagged as in the store; NaN is null
+    ``restart`` ``{"cursor"}``: another attempt writes the output again; discard all chunks so far. Its chunks follow
+    ``gap``     ``{"missed", "cursor"}``: ``missed`` chunks are gone. The chunks after them follow
     ``lost``    ``{}``: the worker has died. The events go on if the queue runs the task again
-    ``error``   ``{"type", "message"}``: what the task raised; ``end`` follows. ``EventSource`` gives its own trouble
-                the same name, but without data
-    ``end``     ``{"state"}``: how the task ended, or ``"CLOSED"``. Never the value. Nothing follows
+    ``error``   ``{"type", "message"}``: the exception of the task; ``end`` follows. ``EventSource`` also calls its own
+                errors ``error``, but they have no data
+    ``end``     ``{"state"}``: the final state of the task, or ``"CLOSED"``. Never the value. Nothing follows
     =========== ======================================================================================================
 
-    ``restart`` and ``gap`` are told if the stream was opened with ``on_restart="raise"`` and ``on_gap="raise"``, the
-    default. From ``result.updates()`` come ``lost``, ``error`` and ``end`` in the same way, and for each state before
-    the final one:
+    ``restart`` and ``gap`` are sent if the stream was opened with ``on_restart="raise"`` and ``on_gap="raise"``, the
+    default. ``result.updates()`` gives ``lost``, ``error`` and ``end`` in the same way. For each state before the final
+    one it gives:
 
     =========== ======================================================================================================
-    ``state``   ``{"state", "result"}``: the state, and what the task told with it; null for the states of Celery's own
+    ``state``   ``{"state", "result"}``: the state, and the value stored with it; null for Celery's own states
     =========== ======================================================================================================
 
-    :param ping: seconds of silence after which a comment is sent, so that nothing on the way takes the connection for
-        dead; 0 for none.
+    :param ping: seconds without an event after which a comment is sent, so that no proxy closes an idle connection; 0
+        sends no comments.
     :param retry: milliseconds that the browser waits before it reconnects.
     :raises BackendError, SerializationError: as ``source`` does. That ends the body, and the browser reconnects.
+    :raises UsageError: an argument is of the wrong type.
     """
     if isinstance(retry, bool) or not isinstance(retry, int) or retry < 0:
-        raise UsageError(f"retry is a whole number of milliseconds, not {retry!r}")
+        raise UsageError(f"retry must be a whole number of milliseconds, not {retry!r}")
     if not isinstance(source, (OutputStream, Updates)):
-        raise UsageError(f"events are made of result.stream() or result.updates(), not of {type(source).__qualname__}")
+        raise UsageError(
+            f"events needs result.stream() or result.updates(), not an object of type {type(source).__qualname__}"
+        )
     told: _Told = _Output(source) if isinstance(source, OutputStream) else _States(source)
     return _events(told, checked_seconds("ping", ping) or None, retry)
 
 
 class _Told(Protocol):
-    """What events are made of. `next` gives as many as there are; `aclose` does not wait for anything."""
+    """A source of events. `next` waits for events and returns all that are there; `aclose` never waits."""
 
-    #: Nothing follows.
+    #: Whether nothing follows.
     over: bool
 
     async def next(self) -> bytes: ...
@@ -98,7 +101,7 @@ async def _events(told: _Told, ping: float | None, retry: int) -> AsyncGenerator
     try:
         yield b"retry: %d\n\n" % retry
         while not told.over:
-            # A step outlives any number of pings: to cancel it could lose what it has taken.
+            # The step goes on while pings are sent: cancelling it could lose the chunks that it has taken.
             step = spawn(told.next())
             while not (await asyncio.wait([step], timeout=ping))[0]:
                 yield b": ping\n\n"
@@ -108,10 +111,10 @@ async def _events(told: _Told, ping: float | None, retry: int) -> AsyncGenerator
         await told.aclose()
         if step is not None and not step.done():
             step.cancel()
-            with anyio.CancelScope(shield=True):  # against cancellations that are repeated until they are obeyed
+            with anyio.CancelScope(shield=True):  # against anyio's cancellations, which are repeated
                 await asyncio.wait([step])
         if step is not None and step.done() and not step.cancelled():
-            step.exception()  # nobody's news any more
+            step.exception()  # marks the error as seen, because there is no reader any more
 
 
 class _Output:
@@ -136,11 +139,11 @@ class _Output:
         return _event(stream, "end", state=stream.state)
 
     def _gone_on(self, exc: Exception) -> bytes:
-        """Tell of what stands in the way, and go on behind it. Raises ``exc`` if there is no way on."""
+        """Return the event for an error after which the stream can be resumed, and resume it. Raises other errors."""
         stream = self._stream
         match exc:
             case OutputRestarted():
-                self._stream = self._first.resumed(exc.cursor)  # whose worker may be lost in its turn
+                self._stream = self._first.resumed(exc.cursor)  # the new attempt's worker may be lost, too
                 return _event(stream, "restart", cursor=exc.cursor)
             case OutputGap():
                 self._stream = stream.resumed(exc.cursor)
@@ -169,10 +172,10 @@ class _States:
             self._updates = updates.resumed(on_lost="wait")
             return _event(updates, "lost")
         self.over = meta is None or meta.ready
-        if meta is None:  # it had ended before
+        if meta is None:  # the updates had ended before
             return b""
         if not meta.ready:
-            # The worker's host name and process id come with STARTED, for instance: they are not for browsers.
+            # Celery's own states have internal data: STARTED has the worker's host name and process id, for example.
             result = None if meta.status in ALL_STATES else meta.result
             return _event(updates, "state", state=meta.status, result=result)
         error = _error(updates, meta.result) if meta.propagates else b""
@@ -187,5 +190,5 @@ def _error(source: OutputStream[Any] | Updates, exc: Any) -> bytes:
 
 
 def _event(source: OutputStream[Any] | Updates, name: str, **data: Any) -> bytes:
-    """An event without an id: the browser keeps the cursor that it has."""
+    """Encode an event without an id, so that the browser keeps the cursor of the last chunk."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), source.dumps(data))

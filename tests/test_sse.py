@@ -431,9 +431,9 @@ async def test_mistakes_are_told_before_the_response_begins(backend: Backend) ->
     with pytest.raises(aioresult.InvalidCursor):
         backend.stream("t", after="9-9\n")
     for wrong in (-1, True, 1.5):
-        with pytest.raises(aioresult.UsageError, match="retry is a whole number"):
+        with pytest.raises(aioresult.UsageError, match="retry must be a whole number"):
             events(backend.stream("t"), retry=cast("int", wrong))
     with pytest.raises(aioresult.ImproperlyConfigured, match="ping"):
         events(backend.stream("t"), ping=-1)
-    with pytest.raises(aioresult.UsageError, match="not of list"):
+    with pytest.raises(aioresult.UsageError, match="not an object of type list"):
         events(cast("OutputStream[Any]", []))
