@@ -1,9 +1,9 @@
 r"""Compressed payloads in the format of Celery 5.7 (``celery/backends/base.py``: ``compress_payload``).
 
-A stored value has no headers, so the method travels in front of the body:
-``\x00celery-compressed\x00`` + content type + ``\x00`` + body. No serializer's output begins with a NUL. Reading
-goes by that marker alone, whatever the reader's own setting; and never expands past a bound, for a few kilobytes can
-unpack to gigabytes.
+A stored value has no headers, so the name of the method stands in front of the body:
+``\x00celery-compressed\x00`` + content type + ``\x00`` + body. No serializer's output begins with a NUL. A reader
+decides by that marker alone, and ignores its own setting for compression. It never unpacks more than a maximum size,
+because a few kilobytes can unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _zstd() -> Any:
     return zstd
 
 
-#: Content type → (compress, make a decompressor). The types are kombu's; its "gzip" is in truth a bare zlib stream.
+#: Content type → (compress, make a decompressor). The types are those of kombu, whose "gzip" is a plain zlib stream.
 _METHODS: Mapping[str, tuple[Callable[[bytes], bytes], Callable[[], _Decompressor]]] = {
     "application/x-gzip": (zlib.compress, zlib.decompressobj),
     "application/x-bz2": (bz2.compress, bz2.BZ2Decompressor),
@@ -65,7 +65,7 @@ _ALIASES = {
 
 
 def compressor(name: str) -> str:
-    """The content type for a name as users write it. Raises `ImproperlyConfigured` for one that is not known here."""
+    """The content type for the name of a compression. Raises `ImproperlyConfigured` if the name is not known."""
     content_type = _ALIASES.get(name, name)
     if content_type not in _METHODS:
         raise ImproperlyConfigured(f"unknown compression {name!r}; known are {', '.join(sorted(_ALIASES))}")
@@ -75,15 +75,15 @@ def compressor(name: str) -> str:
 
 
 def compress(data: bytes, content_type: str) -> bytes:
-    """``data`` compressed and marked. ``content_type`` is what `compressor` returned."""
+    """Compress ``data`` and put the marker in front. ``content_type`` is the result of `compressor`."""
     return b"".join((_MAGIC, content_type.encode(), b"\x00", _METHODS[content_type][0](data)))
 
 
 def decompress(data: bytes, max_size: int) -> bytes:
-    """``data`` itself if it is not marked, else what it unpacks to.
+    """Unpack ``data`` if it begins with the marker; otherwise return it unchanged.
 
-    Raises `ResultTooLargeError` when either is larger than ``max_size`` bytes, and whatever the method's library
-    raises for a broken stream.
+    Raises `ResultTooLargeError` if the returned data would be larger than ``max_size`` bytes, `ValueError` for an
+    unknown or incomplete stream, and the errors of the method's library for a broken stream.
     """
     if data.startswith(_MAGIC):
         content_type, _, body = data[len(_MAGIC) :].partition(b"\x00")
@@ -93,7 +93,7 @@ def decompress(data: bytes, max_size: int) -> bytes:
         unpack = _METHODS[name][1]()
         data = unpack.decompress(body, max_size + 1)
         if len(data) <= max_size and not unpack.eof:
-            raise ValueError(f"the {name} stream is cut short")
+            raise ValueError(f"the {name} stream is incomplete")
     if len(data) > max_size:
         raise ResultTooLargeError(f"larger than max_result_size={max_size:,} bytes")
     return data

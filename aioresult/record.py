@@ -1,4 +1,4 @@
-"""`Record`: one result on its way into a store."""
+"""`Record`: one result that is about to be stored."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ __all__ = ["Record"]
 
 
 class Record(NamedTuple):
-    """One store, as `Backend._store` gets it."""
+    """One state of a task to store, as `Backend._store` gets it."""
 
     task_id: str
-    #: What `Backend._encode` made of its meta.
+    #: The encoded meta, which `Backend._encode` has returned.
     payload: Any
-    #: Seconds to live; 0 for ever.
+    #: Seconds that the record lives; 0 for ever.
     expires: float
-    #: Store only if nothing is stored under the id.
+    #: Store it only if nothing is stored under the id.
     only_new: bool = False
-    #: The group that must live at least as long.
+    #: The saved group that must live at least as long as the record.
     group_id: str | None = None
-    #: The state is one of the task's own making, such as PROGRESS: it must not take the place of a final one.
+    #: Whether the state is one that the task defines, such as PROGRESS. It must not replace a final state.
     custom: bool = False
-    #: Of a final state: the place of the task in that group, and whether it failed; for `GroupProgress`.
+    #: For a final state: the index of the task in that group, and whether the task failed; for `GroupProgress`.
     group_index: int | None = None
     failed: bool = False

@@ -1,4 +1,4 @@
-"""Durations as callers write them: checked once, where the call is made, and always in seconds."""
+"""Durations that callers pass: they are checked once, where the call is made, and converted to seconds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from .exceptions import ImproperlyConfigured, UsageError
 
 __all__ = ["MAX_SECONDS", "Seconds", "Timeout", "checked_seconds", "checked_timeout"]
 
-#: A duration as a caller may give it.
+#: A duration that a caller may pass: a number of seconds, or a timedelta.
 Seconds: TypeAlias = float | timedelta
-#: The same as a timeout, where ``None`` is no limit.
+#: A timeout that a caller may pass; ``None`` means no limit.
 Timeout: TypeAlias = float | timedelta | None
 
-#: The longest expiry, about 317 years: every server can add it to the present and still hold the date.
+#: The longest expiry, about 317 years: every server can add it to the present time and still represent the date.
 MAX_SECONDS = 10_000_000_000.0
 
 
 def checked_seconds(name: str, value: Seconds) -> float:
-    """``value`` as a number of seconds, 0 or more. Raises `ImproperlyConfigured`, which names ``name``, otherwise."""
+    """``value`` as a number of seconds, from 0 to `MAX_SECONDS`. Raises `ImproperlyConfigured` for other values.
+
+    ``name`` is the name of the option in the error.
+    """
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
@@ -37,7 +40,7 @@ def checked_timeout(timeout: Timeout) -> float | None:
         return None
     if isinstance(timeout, timedelta):
         return timeout.total_seconds()
-    with suppress(OverflowError):  # of a whole number beyond all floats
+    with suppress(OverflowError):  # an int may be too large for a float
         if not isinstance(timeout, bool) and isinstance(timeout, (int, float)) and not isnan(timeout):
             return None if timeout == inf else float(timeout)
     raise UsageError(f"timeout must be a number of seconds, a timedelta or None, not {timeout!r}")

@@ -1,6 +1,6 @@
-"""The settings of a Celery app, as the URL and the options of a backend that reads and writes what the app's own does.
+"""Turns the settings of a Celery app into the URL and the options of a backend that shares the app's results.
 
-docs/celery.md lists every setting of Celery's for result backends, and what becomes of it here.
+docs/celery.md lists every Celery setting for result backends, and what this library does with it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from .registry import by_url
 
 __all__ = ["Settings", "backend_options", "backend_url", "stand_in"]
 
-#: Celery allows content types where it allows names.
+#: Celery accepts content types in place of the names of serializers.
 _CONTENT_TYPES: Final = {
     "application/json": "json",
     "application/x-python-serialize": "pickle",
     "application/x-msgpack": "msgpack",
 }
-#: Those that this library has.
+#: The serializers that this library has.
 _SERIALIZERS: Final = frozenset(_CONTENT_TYPES.values())
 
-#: Setting → the argument of redis-py's connection that it gives if the URL does not.
+#: Setting → the argument of redis-py's connection that it sets, unless the URL sets it.
 _OF_REDIS: Final = {
     "redis_host": "host",
     "redis_port": "port",
@@ -35,30 +35,32 @@ _OF_REDIS: Final = {
     "redis_socket_keepalive": "socket_keepalive",
     "redis_backend_credential_provider": "credential_provider",
 }
-#: Those that a unix socket has no use for.
+#: The arguments that a unix socket does not take.
 _OF_TCP: Final = frozenset({"host", "port", "socket_connect_timeout", "socket_keepalive"})
 
 
 class Settings(Protocol):
-    """What is asked of ``app.conf``."""
+    """What this module needs of ``app.conf``."""
 
     def get(self, name: str, default: Any = None, /) -> Any: ...
 
 
 def backend_url(conf: Settings, name: str) -> str:
-    """The URL of the result backend that an app calls ``name``: a URL, or an alias of Celery's."""
+    """The URL of the result backend ``name``, which is a URL or an alias of Celery's."""
     if name in ("db", "database"):
         url = conf.get("database_url")
         if not isinstance(url, str) or "://" not in url:
-            raise ImproperlyConfigured(f"result_backend={name!r} needs database_url to be a URL")
+            raise ImproperlyConfigured(f"result_backend={name!r} needs database_url; set it to the URL of the database")
         return f"db+{url}"
     return name
 
 
 def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """``url`` with what belongs into it, and the options for `aioresult.connect`; those ``given`` take precedence.
+    """Complete ``url`` with the settings that belong in it, and make the options for `aioresult.connect`.
 
-    :raises ImproperlyConfigured: a setting cannot be taken over; names it, and what to do.
+    The options in ``given`` take precedence over the settings.
+
+    :raises ImproperlyConfigured: a setting cannot be taken over. The error names it and says what to do.
     """
     backend_class, _ = by_url(url)
     modules = {each.__module__ for each in backend_class.__mro__}
@@ -71,7 +73,7 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
         "accept": _known(conf.get("accept_content") if accept is None else accept),
         "extended": bool(conf.get("result_extended")),
     }
-    if key_value:  # these Celery ignores in a database
+    if key_value:  # Celery ignores these settings if the backend is a database
         taken["compression"] = conf.get("result_compression")
         taken["failure_expires"] = _seconds(conf, "result_failure_expires", key_value)  # since 5.7
         taken["chord_expires"] = _seconds(conf, "result_chord_expires", key_value)  # since 5.7
@@ -86,16 +88,16 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
             given = {name: value for name, value in given.items() if name != "connect_options"}
     elif "aioresult.backends.postgres.backend" in modules:
         url = _postgres(conf, url, given)
-        taken["count_requests"] = False  # there Celery counts with a task of its own, ``celery.chord_unlock``
-        taken["table"] = "celery_taskmeta"  # also if it is made later, and Django's is there
+        taken["count_requests"] = False  # Celery counts the parts of a chord with its task ``celery.chord_unlock``
+        taken["table"] = "celery_taskmeta"  # also if Celery creates it later and the table of Django exists now
         taken |= _tables(conf.get("database_table_schemas") or {}, conf.get("database_table_names") or {})
     return url, {**taken, **given}
 
 
 def stand_in(options: dict[str, Any]) -> str | None:
-    """Put one that this library has in place of a serializer that it has not, so that a reader can do without.
+    """If this library lacks the serializer in ``options``, replace it with an accepted one, so that reading works.
 
-    Returns the name of the serializer that is missing, or ``None``.
+    Returns the name of the missing serializer, or ``None`` if none is missing.
     """
     name, accept = options["serializer"], options["accept"]
     options["accept"] = accept = [accept] if isinstance(accept, str) else list(accept)
@@ -106,7 +108,7 @@ def stand_in(options: dict[str, Any]) -> str | None:
 
 
 def _seconds(conf: Settings, setting: str, whole: bool) -> float | None:
-    """A duration in seconds, ``None`` where there is none; ``whole`` if Celery cuts it to whole seconds."""
+    """The duration ``setting`` in seconds, ``None`` if it is not set. ``whole`` cuts it to whole seconds, as Celery."""
     value = conf.get(setting)
     if isinstance(value, timedelta):
         value = value.total_seconds()
@@ -117,7 +119,7 @@ def _seconds(conf: Settings, setting: str, whole: bool) -> float | None:
 
 
 def _known(accept: Iterable[str]) -> list[str]:
-    """The names of those of Celery's serializers that this library has; a result in another raises when it is read."""
+    """The accepted serializers that this library has. Reading a result of another serializer raises an error."""
     names = (_CONTENT_TYPES.get(name, name) for name in accept)
     return [name for name in names if name in _SERIALIZERS]
 
@@ -126,9 +128,9 @@ def _known(accept: Iterable[str]) -> list[str]:
 
 
 def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
-    """The URL, with the scheme for TLS if the settings ask for it, and the arguments that the URL itself lacks.
+    """The URL, with the scheme for TLS if the settings ask for TLS, and the connection arguments that the URL lacks.
 
-    As in ``celery/backends/redis.py`` (5.7), ``RedisBackend.__init__``, of which every setting is in docs/celery.md.
+    As in ``celery/backends/redis.py`` (5.7), ``RedisBackend.__init__``. docs/celery.md lists all its settings.
     """
     from .backends.redis.url import url_options  # needs redis-py, which `by_url` has imported already
 
@@ -138,12 +140,12 @@ def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
     socket = last in ("socket", "unix")
     wanted = {argument: conf.get(setting) for setting, argument in _OF_REDIS.items()}
     wanted = {name: value for name, value in wanted.items() if value and not (socket and name in _OF_TCP)}
-    if named_only or socket:  # otherwise Celery takes the number from the path of the URL alone, and 0 without a path
+    if named_only or socket:  # otherwise Celery takes the number only from the path of the URL; without a path it is 0
         wanted["db"] = conf.get("redis_db") or 0
     wanted = _typed(wanted)
     if tls := conf.get("redis_backend_use_ssl"):
         if socket:
-            raise ImproperlyConfigured("redis_backend_use_ssl is set, and there is no TLS on a unix socket; remove it")
+            raise ImproperlyConfigured("redis_backend_use_ssl is set, but a unix socket has no TLS; remove the setting")
         last = "rediss"
         if isinstance(tls, Mapping):
             wanted |= {name: value for name, value in tls.items() if value is not None}
@@ -151,14 +153,14 @@ def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
     try:
         present = url_options(by_url(url)[1])
     except ValueError:
-        return url, {}  # the backend itself says what is wrong with it
+        return url, {}  # the backend itself raises the error about the URL
     if "credential_provider" in {**wanted, **present}:
         wanted = {name: value for name, value in wanted.items() if name not in ("username", "password")}
     return url, {name: value for name, value in wanted.items() if name not in present}
 
 
 def _typed(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Numbers as numbers: a setting may come as text, from the environment."""
+    """Convert numbers: a setting from the environment may be text."""
     for setting, name, number in (
         ("redis_port", "port", int),
         ("redis_db", "db", int),
@@ -178,7 +180,7 @@ def _typed(wanted: dict[str, Any]) -> dict[str, Any]:
 def _postgres(conf: Settings, url: str, given: Mapping[str, Any]) -> str:
     """The URL with the ``connect_args`` of the app's engine.
 
-    An app may also connect by code of its own. That is refused, unless the caller says how to connect here.
+    An app may also connect with its own code. That raises an error, unless the caller passes how to connect here.
     """
     from .backends.postgres.dsn import with_connect_args
 
@@ -191,10 +193,10 @@ def _postgres(conf: Settings, url: str, given: Mapping[str, Any]) -> str:
     if code and not given.keys() & {"connect", "pool", "connect_options"}:
         raise ImproperlyConfigured(
             f"{' and '.join(code)} cannot be taken over, and may change where the app connects, or as which user; pass "
-            f"connect= or pool= to do the same here, or connect_options={{}} if the URL alone will do"
+            f"connect= or pool= to do the same here, or connect_options={{}} if the URL alone is enough"
         )
     if given.keys() & {"connect", "pool"}:
-        return url  # and where it leads does not matter
+        return url  # the caller's connections are used, not the URL
     return with_connect_args(url, engine.get("connect_args") or {})
 
 
@@ -202,8 +204,8 @@ def _tables(schemas: Mapping[str, str], names: Mapping[str, str]) -> dict[str, s
     """Celery's settings for the names of its tables, as options of the PostgreSQL backend."""
     if len({schemas.get("task"), schemas.get("group")}) > 1:
         raise ImproperlyConfigured(
-            "database_table_schemas names two schemas; both tables must be in one: move one of them with ALTER TABLE … "
-            "SET SCHEMA, and name the same schema for 'task' and 'group'"
+            "database_table_schemas names two schemas, but both tables must be in one; move one of them with "
+            "ALTER TABLE … SET SCHEMA, and name the same schema for 'task' and 'group'"
         )
     found = {"schema": schemas.get("task"), "table": names.get("task"), "group_table": names.get("group")}
     return {option: name for option, name in found.items() if name is not None}

@@ -1,4 +1,4 @@
-"""Sockets that are not ours to use any more."""
+"""Detaching sockets that this process must not use any more."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["silence"]
 
 
 def silence(transport: BaseTransport) -> None:
-    """Take the socket of ``transport`` away from it, without its event loop.
+    """Replace the socket of ``transport`` with the null device, without using its event loop.
 
-    For transports whose event loop has ended, and for those that a child process was forked with. There the socket is
-    shared with the parent, and so is the epoll instance that watches it: closing the transport would unregister the
-    parent's socket, and writing to it would send the server half of two conversations. With the null device in its
-    place, neither can happen, whatever still holds the transport.
+    Call it for transports whose event loop has ended, and for transports that a child process has inherited by a fork.
+    The child shares the socket with its parent, and also the epoll instance that watches it. If the child closed the
+    transport, it would unregister the parent's socket. If it wrote to the transport, the server would get a mixture of
+    two conversations. With the null device neither can happen, whatever still refers to the transport.
     """
     connection = transport.get_extra_info("socket")
     if not isinstance(connection, socket.socket) and not hasattr(connection, "fileno"):
