@@ -1,4 +1,4 @@
-"""What waits for a result: the protocol, and the waiter for a single one."""
+"""The protocol of waiters, and the waiter for a single result."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from .tasks import EMPTY, fail
 
 __all__ = ["FINAL_READ", "Outcome", "SingleWaiter", "Waiter", "timed_out"]
 
-#: A timeout below that many seconds may be over before the store was read at all. Then it is read once more, and that
-#: may take as long.
+#: A timeout of fewer seconds may end before the store was read at all. So the store is read once more at its end, and
+#: that read may take as many seconds.
 FINAL_READ = 1.0
 
-#: What a waiter is told: a meta, or why there will be none.
+#: What a waiter receives: a meta, or the error because of which there will be no meta.
 Outcome: TypeAlias = TaskMeta | Exception
 
 
 class Waiter(Protocol):
-    """What waits. `receive` is called from the event loop; it must not block. If it raises, that is logged, and this
-    waiter hears no more; no other notices.
+    """Receives news of a task from the hub.
+
+    The hub calls `receive` in the event loop, so it must not block. If it raises, the hub logs the error and calls this
+    waiter no more. Other waiters are not affected.
     """
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
-        """News of ``task_id``: any meta, final or not, or an exception. After either of the last two, no more."""
+        """Take news of ``task_id``: a meta, or an error. After a final meta or an error there are no further calls."""
 
 
 class SingleWaiter:
-    """Waits for the end of one task, with the caller's deadline on a timer: no lock, no task, no cancellation.
+    """Waits for one task. The caller's deadline is a timer, so a wait needs no lock, no task and no cancellation.
 
-    ``what`` is waited for, as the error names it, for ``timeout`` seconds at most, until ``until(meta)`` is true: by
-    default one that is ready. Whichever comes first, the result or the deadline, settles `future`.
+    The result or the deadline settles `future`, whichever comes first. The result is the first meta for which
+    ``until(meta)`` is true; by default a final one. The deadline is ``timeout`` seconds from now, ``None`` for no
+    deadline. ``what`` names the task in the error.
     """
 
     __slots__ = ("_timer", "_until", "future")
@@ -60,11 +63,11 @@ class SingleWaiter:
             fail(self.future, timed_out(what, timeout))
 
     def stop(self) -> None:
-        """Drop the timer."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
 
 def timed_out(what: str, timeout: float) -> TimeoutError:
     """The error for a caller whose own deadline has passed."""
-    return TimeoutError(f"{what} was not ready within timeout={timeout:g} seconds; it may be awaited again")
+    return TimeoutError(f"{what} was not ready within timeout={timeout:g} seconds; you may await it again")
