@@ -1,7 +1,7 @@
-"""Many results at once: handed over in the order in which they finish, whichever backend each lives on.
+"""`Completions`: waits for many results at once, on any number of backends, in the order in which they finish.
 
-Joins, groups and `as_completed` all stand on `Completions`. It costs a waiter per backend, and a large join a task per
-backend, but none per result.
+Joins, groups and `as_completed` all use it. It needs one waiter per backend, and for a large join also one task per
+backend. It needs no waiter or task per result.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .waiter import FINAL_READ, Outcome, timed_out
 
 __all__ = ["Completions"]
 
-#: So many are left to the hub, which gathers them with those of other joins.
+#: Up to so many results are left to the hub, which reads them together with the results of other joins.
 _FEW = 100
 
 L = TypeVar("L", bound=Leaf)
 
 
 class _Inbox(Generic[L]):
-    """The waiter at one store: sorts what arrives to the handles on that id, members and their ancestors."""
+    """The waiter at one store. It passes each outcome to the handles with that id: members and their ancestors."""
 
     def __init__(self, owner: Completions[L]) -> None:
         self._owner = owner
@@ -45,23 +45,25 @@ class _Inbox(Generic[L]):
             self._owner.finish(self.pending.pop(task_id, ()), outcome)
 
     def leaves(self) -> Iterator[L]:
-        """The members that are waited for."""
+        """The members that are not over yet."""
         return (each for waiting in self.pending.values() for each in waiting if not isinstance(each, Ancestor))
 
 
 class Completions(Generic[L]):
-    """An async iterator of what has finished since its last step, in order, as a list of ``(leaf, outcome)``.
+    """An async iterator: each step gives the leaves that have finished since the last step, as ``(leaf, outcome)``.
 
-    Every outcome is a ready meta, or why there will be none. It is a leaf's own, or that of an ancestor which failed:
-    then the leaf never runs, or failed for that very reason. Before a failure is handed over, what stands above the
-    leaf is looked up once, so that which failure it is does not depend on when the caller asks.
+    A leaf is a handle on a single result. Its outcome is a final meta, or an error because of which there will be none.
+    The meta may be that of an ancestor (a parent in a chain, for example) that has failed, so that the leaf never runs
+    or has failed with it. Before a failed leaf is given, its ancestors are read once. So which failure is given does
+    not depend on when the caller asks.
 
-    Use it in ``with``, which ends the subscriptions that are left. ``timeout`` is in seconds from now: after it, the
-    next step that would have to wait raises `aioresult.TimeoutError`. With 0 what is stored is looked up once. A result
-    that is stored beats a deadline that has passed: after less than a second, what is missing is looked up once more.
+    Use it in ``with``, which ends the remaining subscriptions. ``timeout`` is in seconds from now. After it, the next
+    step that would have to wait raises `aioresult.TimeoutError`. A timeout of 0 reads everything once. A stored result
+    takes precedence over a deadline that has passed: at the end of a timeout below one second, the missing results are
+    read once more.
 
-    Of many, what is over already is found by looking, a chunk at a time, and never meets the hub. Then the ancestors of
-    what is left are followed.
+    If there are many leaves, they are read first, a chunk at a time, and the hub is needed only for leaves that are not
+    over. After that, the ancestors of these leaves are watched, too.
     """
 
     def __init__(self, lineage: Lineage[L], timeout: Timeout = None) -> None:
@@ -70,10 +72,10 @@ class Completions(Generic[L]):
         self._expired = False
         self._lineage = lineage
         self._reads: list[StandingTask] = []
-        #: Why looking once has failed.
+        #: The error of `_look_once`, if it has failed.
         self._error: Exception | None = None
         self._finished: list[tuple[L, Outcome]] = []
-        #: Leaves that failed, each with its failure as far as that is known; see `_settle`.
+        #: Leaves that failed, each with the failure that is known so far; see `_settle`.
         self._doubtful: list[tuple[L, TaskMeta]] = []
         self._settler: StandingTask | None = None
         self._followed: set[Ancestor[L]] = set()
@@ -160,7 +162,7 @@ class Completions(Generic[L]):
         self._expire()
 
     async def _read_at_the_end(self) -> None:
-        with suppress(TimeoutError, AioResultError):  # then there is nothing that could beat the deadline
+        with suppress(TimeoutError, AioResultError):  # if the read fails, the deadline counts
             async with asyncio.timeout(FINAL_READ):
                 await self._look_all()
         self._expire()
@@ -171,7 +173,7 @@ class Completions(Generic[L]):
             self._add_ancestors(inboxes)
         for store, inbox in tuple(self._inboxes.items()):
             await self._look_up(store, inbox, inbox.pending)
-        for store, task_ids in self._add_ancestors(inboxes).items():  # of a few, there are none left
+        for store, task_ids in self._add_ancestors(inboxes).items():  # nothing is left if there were only a few
             await self._look_up(store, self._inboxes[store], task_ids)
 
     async def _look_through(self, store: ResultStore, inbox: _Inbox[L]) -> None:
@@ -180,7 +182,7 @@ class Completions(Generic[L]):
 
     async def _look_and_watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
         for some in chunked(task_ids, store.fetch_chunk):
-            # Whoever watches is told of what goes wrong if it is for good, and else waits until it has passed.
+            # An error of this read is ignored: the ids are watched in any case, and the hub reports lasting errors.
             with suppress(Exception):
                 await self._look_up(store, inbox, some)
             self._watch(store, inbox, [task_id for task_id in some if task_id in inbox.pending], read_first=False)
@@ -195,13 +197,13 @@ class Completions(Generic[L]):
         for task_id in task_ids:
             try:
                 store.watch(task_id, inbox, read_first)
-            except AioResultError as exc:  # it was closed meanwhile, or the id is none
+            except AioResultError as exc:  # the backend was closed meanwhile, or the id is not valid
                 inbox.receive(task_id, exc)
 
     # -- ancestors --------------------------------------------------------------------------------------------------
 
     def _follow(self, inboxes: Sequence[_Inbox[L]]) -> None:
-        """Watch what stands above the leaves that are waited for there."""
+        """Watch the ancestors of the leaves in these inboxes."""
         for store, task_ids in self._add_ancestors(inboxes).items():
             inbox = self._inboxes[store]
             if len(task_ids) > _FEW:
@@ -210,7 +212,7 @@ class Completions(Generic[L]):
                 self._watch(store, inbox, task_ids, read_first=True)
 
     def _add_ancestors(self, inboxes: Sequence[_Inbox[L]]) -> dict[ResultStore, list[str]]:
-        """Wait for what stands above those leaves, too. Returns the ids that nothing was waiting for."""
+        """Wait for the ancestors of the leaves in these inboxes, too. Returns the ids that are new."""
         fresh: dict[ResultStore, list[str]] = {}
         if not self._lineage.ancestors:
             return fresh
@@ -226,7 +228,7 @@ class Completions(Generic[L]):
         return fresh
 
     def _fell(self, ancestor: Ancestor[L], failure: TaskMeta) -> None:
-        """An ancestor failed: the leaves below it that are not over never will be."""
+        """Note that an ancestor has failed: the leaves below it that are not over will never run."""
         for leaf in self._lineage.below(ancestor):
             inbox = None if leaf.store is None else self._inboxes.get(leaf.store)
             waiting = () if inbox is None else inbox.pending.get(leaf.id, ())
@@ -241,7 +243,7 @@ class Completions(Generic[L]):
                 leaf.store.unwatch(leaf.id, inbox)
 
     def _is_doubtful(self, leaf: L) -> bool:
-        """Whether a failure of the leaf may be another's."""
+        """Whether an ancestor may be the cause of the leaf's failure."""
         return not is_over(leaf) or (leaf.failure is None and self._lineage.has_parents(leaf))
 
     def _start_to_settle(self) -> None:
@@ -250,10 +252,10 @@ class Completions(Generic[L]):
             self._settler.start()
 
     async def _settle(self) -> None:
-        """Look up what stands above the leaves that failed, and hand them over.
+        """Read the ancestors of the failed leaves, and give these leaves to the caller.
 
-        A leaf that failed with an ancestor, and not by itself, is looked up as well: a success always counts. What
-        cannot be had within a second is taken as not known.
+        A leaf that failed only because of an ancestor is read as well, because a stored success always counts. A result
+        that cannot be read within one second counts as unknown.
         """
         while self._doubtful:
             some = [leaf for leaf, _ in self._doubtful[:_FEW]]
@@ -275,7 +277,7 @@ class Completions(Generic[L]):
                         handle.set_outcome(outcome)
 
     def _conclude(self, count: int) -> None:
-        """Hand over the first of the doubtful leaves, with what is known of their ancestors."""
+        """Give the first ``count`` doubtful leaves to the caller, with the failure that is known now."""
         some = self._doubtful[:count]
         del self._doubtful[:count]
         for (leaf, failure), cause in zip(some, self._lineage.causes([leaf for leaf, _ in some]), strict=True):
@@ -306,7 +308,7 @@ class Completions(Generic[L]):
         return finished
 
     def finish(self, handles: Iterable[L | Ancestor[L]], outcome: Outcome) -> None:
-        """Called by an inbox: these are over."""
+        """Note that these handles are over. Called by an inbox."""
         failure = outcome if self._lineage.ancestors and isinstance(outcome, TaskMeta) and outcome.propagates else None
         for each in handles:
             if isinstance(each, Ancestor):
