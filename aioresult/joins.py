@@ -1,4 +1,4 @@
-"""asyncio's own three for results: `gather`, `wait` and `as_completed`, across backends."""
+"""`gather`, `wait` and `as_completed`, as in asyncio, for results of any backends."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["as_completed", "gather", "wait"]
 
 
 async def gather(*results: ResultBase, return_exceptions: bool = False) -> list[Any]:
-    """The values of all results, in the order given; a group gives a list of its own.
+    """Wait for all results, and return their values in the order of the arguments. A group gives a nested list.
 
-    Raises the exception of the first task that fails, as soon as it does; with ``return_exceptions`` waits for all and
-    puts exceptions in their places. A parent that failed ends the wait, too; see `ResultSet.get`.
+    Raises the exception of the first task that fails, as soon as it fails. With ``return_exceptions`` it waits for all
+    results and returns exceptions as values. A parent that failed ends the wait, too; see `ResultSet.get`.
     """
     return await ResultSet(_checked(results)).get(propagate=not return_exceptions)
 
@@ -28,19 +28,22 @@ async def gather(*results: ResultBase, return_exceptions: bool = False) -> list[
 async def wait(
     results: Iterable[ResultBase], timeout: Timeout = None, return_when: str = ALL_COMPLETED
 ) -> tuple[set[ResultBase], set[ResultBase]]:
-    """``(done, pending)``, as `asyncio.wait`: neither a failed task nor the end of ``timeout`` seconds raises.
+    """Wait for results, and return ``(done, pending)``, as `asyncio.wait` does.
 
-    ``return_when`` is one of asyncio's three constants. A group is done when all of it is. A result that waits for a
-    parent that failed is done, and has failed. Handles that are equal are all waited for, so that each knows its
-    result; but a set can hold only one of them, which is done as soon as any is.
+    Neither a failed task nor the end of ``timeout`` (in seconds) raises. ``return_when`` is one of asyncio's three
+    constants. A group is done when all its members are done. A result whose parent failed is done, and counts as
+    failed. If handles are equal, each of them gets its result; but a set holds only one of them, which is done as soon
+    as any of them is done.
     """
     if return_when not in (ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION):
-        raise UsageError(f"return_when must be one of asyncio's three constants, not {return_when!r}")
+        raise UsageError(
+            f"return_when must be asyncio.ALL_COMPLETED, FIRST_COMPLETED or FIRST_EXCEPTION, not {return_when!r}"
+        )
     timeout = checked_timeout(timeout)
     checked = _checked(results)
     pending = set(checked)
     lineage = Lineage[AsyncResult[Any]]()
-    # By identity: of handles that are equal, each is told. A handle may be in several groups, or twice in one.
+    # By identity, because equal handles must each get the result. A handle may be in several groups, or twice in one.
     owners: dict[int, list[ResultBase]] = {}
     missing: dict[int, int] = {}
     done: set[ResultBase] = set()
@@ -69,13 +72,13 @@ async def wait(
 
 
 def as_completed(results: Iterable[ResultBase], timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
-    """The single results in the order in which they finish; see `ResultSet.as_completed`."""
+    """Iterate over the single results in the order in which they finish; see `ResultSet.as_completed`."""
     return ResultSet(_checked(results)).as_completed(checked_timeout(timeout))
 
 
 def _checked(results: Iterable[ResultBase]) -> list[ResultBase]:
     if isinstance(results, AsyncResult):
-        raise UsageError("pass several results: a list, a group, …")
+        raise UsageError("pass several results, such as a list or a group, not a single result")
     checked = list(results)
     for result in checked:
         if not isinstance(result, ResultBase):
