@@ -1,4 +1,4 @@
-"""`EagerResult`: the result of a task that was run on the spot."""
+"""`EagerResult`: the result of a task that the caller has run itself."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class EagerResult(AsyncResult[T]):
-    """The result of a task that was run on the spot: everything is known, nothing is stored.
+    """The result of a task that the caller has run itself, without a worker. Nothing is stored.
 
-    ``value`` is the exception where ``state`` is one that carries an exception.
+    ``value`` is the return value, or the exception if ``state`` is a state with an exception, such as FAILURE.
     """
 
     __slots__ = ()
@@ -35,20 +35,20 @@ class EagerResult(AsyncResult[T]):
         follow_parents: bool = True,
         on_lost: OnLost = "wait",
     ) -> T:
-        """The value, or the exception raised; never waits."""
+        """Return the value, or raise the exception. Never waits."""
         checked_timeout(timeout)
         return cast("T", raise_or_return(self.outcome) if propagate else self.value())
 
     async def fetch(self) -> TaskMeta:
-        """What it was made with."""
+        """The meta that this result was made with."""
         return cast("TaskMeta", self.meta)
 
     async def ready(self) -> bool:
-        """True."""
+        """Always true."""
         return True
 
     async def exists(self) -> bool:
-        """True."""
+        """Always true."""
         return True
 
     async def forget(self) -> None:
