@@ -92,7 +92,7 @@ class Completions(Generic[L]):
                 else:
                     self._finished.append((leaf, known))
             elif store is None:
-                error = UsageError(f"{leaf!r} has no backend")
+                error = UsageError(f"{leaf!r} has no backend; make it with backend.result(task_id)")
                 leaf.set_outcome(error)
                 self._finished.append((leaf, error))
             else:
