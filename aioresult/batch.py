@@ -334,7 +334,10 @@ class Batcher(Generic[Item, Out]):
                 try:
                     outcomes = await self._run(items)
                     if len(outcomes) != len(items):  # otherwise callers without an outcome would wait for ever
-                        raise BackendError(f"{len(outcomes)} outcomes came back for {len(items)} items")
+                        raise BackendError(
+                            f"{len(outcomes)} outcomes came back for {len(items)} items; "
+                            f"the backend must return one outcome per item"
+                        )
                 except Exception as exc:
                     settle(everybody, [exc] * len(calls))
                 else:

@@ -482,7 +482,7 @@ class ReadyChord:
                 try:
                     await self._chords.renew(self.id, self._token, self._lease)
                 except BackendError as exc:
-                    logger.warning("the claim to chord %s could not be renewed: %s", self.id, exc)
+                    logger.warning("the claim to chord %s could not be renewed, and is tried again: %s", self.id, exc)
 
     def __repr__(self) -> str:
         return f"<ReadyChord: {self.id}>"

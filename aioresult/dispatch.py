@@ -25,7 +25,7 @@ __all__ = ["ready_chords"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: How many chords a dispatcher looks at between two announced ones.
+#: How many open chords a dispatcher checks in one step, between two announced chords.
 _SCAN_CHUNK = 500
 #: How many chords that cannot be dispatched a dispatcher remembers.
 _MAX_ASIDE = 10_000

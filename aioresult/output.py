@@ -257,7 +257,7 @@ class Output:
             raise twin(self._broken)
         self._store.check()
         if self._closed:
-            raise UsageError(f"the output of task {self.task_id} was closed")
+            raise UsageError(f"the output of task {self.task_id} was closed; send all chunks before you close it")
         if self._stalled:
             self._again()
 

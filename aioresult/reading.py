@@ -153,7 +153,13 @@ class Reading:
         if missed > 0:
             place = Place(entry.epoch, self._at.seq + missed)
             if not self._gaps:
-                self._stop(OutputGap(f"{missed:,} chunks are gone: trimmed, evicted or lost", missed, str(place)))
+                self._stop(
+                    OutputGap(
+                        f"{missed:,} chunks are gone: trimmed, evicted or lost; go on with after=error.cursor",
+                        missed,
+                        str(place),
+                    )
+                )
                 return False
             self._at = place
         if entry.state:
@@ -167,7 +173,12 @@ class Reading:
         place = Place(epoch, 0)
         if self._at.epoch:
             if not self._restarts:
-                self._stop(OutputRestarted("another attempt writes the output from the beginning", str(place)))
+                self._stop(
+                    OutputRestarted(
+                        "another attempt writes the output from the beginning; go on with after=error.cursor",
+                        str(place),
+                    )
+                )
                 return False
             self.attempt += 1
             self._lost = None

@@ -200,6 +200,8 @@ def _put_off(index: int, parts: list[Sequence[int]], key: Callable[[int], Hashab
 
 
 def _miscounted(outcomes: int, items: int) -> BackendError:
-    error = BackendError(f"{outcomes} outcomes came back for {items} items")
+    error = BackendError(
+        f"{outcomes} outcomes came back for {items} items; the backend must return one outcome per item"
+    )
     error.of_server = True
     return error
