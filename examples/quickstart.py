@@ -1,4 +1,11 @@
-"""One process, no server: three who wait for one task, a task that fails, a group streamed as its members finish."""
+"""The first steps, in one process and without a server.
+
+Three waiters wait for one task. A task fails, and its exception is raised in the waiter. The results of a group arrive
+as its members finish. Install and run it in a checkout::
+
+    pip install .
+    python examples/quickstart.py
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ from aioresult import Backend
 
 
 class CardDeclined(Exception):
-    """An error of the shop's own; whoever awaits the task can catch it by this class."""
+    """An error of the shop. A waiter can catch it by this class."""
 
 
 async def charge(amount: int) -> str:
@@ -27,7 +34,7 @@ async def resize(width: int) -> int:
 
 
 async def work(backend: Backend, task_id: str, task: Coroutine[Any, Any, Any]) -> None:
-    """What a worker does with a task: run it, and store what became of it."""
+    """Do what a worker does with a task: run it, and store its value or its exception."""
     await backend.mark_as_started(task_id)
     try:
         value = await task
@@ -44,7 +51,7 @@ async def wait(name: str, backend: Backend) -> None:
 
 async def main() -> None:
     async with aioresult.connect("memory://") as backend, asyncio.TaskGroup() as tasks:
-        print("Three wait for one task:")
+        print("Three waiters wait for one task:")
         waiters = [tasks.create_task(wait(name, backend)) for name in ("the browser", "the ledger", "the mailer")]
         tasks.create_task(work(backend, "order-1", charge(42)))
         await asyncio.wait(waiters)

@@ -1,10 +1,15 @@
-"""An answer in the browser while a worker writes it, with a progress bar and a button that stops it.
+"""A page that shows an answer while a worker writes it, with a progress bar and a button that stops the worker.
 
-Reload the page, or cut its connection: the text stays whole, and nothing comes twice. Needs two packages more::
+Reload the page, or cut its connection: no text is lost, and none appears twice. Install and run it in a checkout, then
+open the URL that it prints::
 
-    pip install starlette uvicorn
-    python examples/stream_to_browser.py                      # the worker is in the process of the web server
-    python examples/stream_to_browser.py redis://localhost    # the worker is a process of its own
+    pip install . starlette uvicorn
+    python examples/stream_to_browser.py
+
+There the worker runs in the process of the web server. With a Redis, it runs in a process of its own::
+
+    pip install '.[redis]'
+    python examples/stream_to_browser.py redis://localhost
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>An answer, as it is writte
 <script>
   const id = location.pathname.split("/")[2], $ = name => document.getElementById(name)
   const say = text => { $("state").textContent = text }
-  const on = (source, name, handle) =>  // a broken connection is an "error", too, but one without data
+  const on = (source, name, handle) =>  // the browser reports a broken connection as an "error" without data
     source.addEventListener(name, event => { if (event.data) handle(JSON.parse(event.data)) })
   if (id) {
     $("task").hidden = false
@@ -65,7 +70,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>An answer, as it is writte
 
 
 async def answer(backend: aioresult.Backend, task_id: str) -> None:
-    with suppress(aioresult.TaskRevokedError):  # it was stopped
+    with suppress(aioresult.TaskRevokedError):  # the task was stopped
         async with backend.running(task_id) as task:
             words = ANSWER.split(" ")
             for n, word in enumerate(words, 1):
@@ -76,7 +81,7 @@ async def answer(backend: aioresult.Backend, task_id: str) -> None:
 
 
 async def worker(url: str) -> None:
-    """Run the tasks whose ids come in on standard input, which stands for the broker."""
+    """Run the tasks whose ids come in on standard input. It stands for the broker."""
     async with aioresult.connect(url) as backend, asyncio.TaskGroup() as tasks:
         while line := await asyncio.to_thread(sys.stdin.readline):
             tasks.create_task(answer(backend, line.strip()))
@@ -84,7 +89,7 @@ async def worker(url: str) -> None:
 
 @asynccontextmanager
 async def queue(url: str, backend: aioresult.Backend) -> AsyncIterator[Callable[[str], object]]:
-    """Gives the function that hands the id of a task to a worker."""
+    """Give a function that sends the id of a task to a worker."""
     if url.startswith("memory:"):
         tasks: set[asyncio.Task[None]] = set()
         try:
@@ -107,7 +112,7 @@ async def queue(url: str, backend: aioresult.Backend) -> AsyncIterator[Callable[
 
 def app(backend: aioresult.Backend, submit: Callable[[str], object]) -> Starlette:
     def result(request: Request) -> aioresult.AsyncResult[int]:
-        return backend.result(str(request.path_params["id"]))  # here an application asks whether the user may see it
+        return backend.result(str(request.path_params["id"]))  # an application checks here whether the user may see it
 
     async def page(request: Request) -> Response:
         return HTMLResponse(PAGE)

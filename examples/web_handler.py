@@ -1,7 +1,16 @@
-"""A web service that hands over results: ``GET /tasks/{id}?wait=5`` answers as soon as the task is over.
+"""A web service that returns results: ``GET /tasks/{id}?wait=5`` answers as soon as the task is over.
 
-200: the value; 202: not over yet, ask again; 404: no such task; 500: it failed; 503: the store cannot be reached.
-Serve it with ``uvicorn --app-dir examples web_handler:app``; run as a script, it asks itself.
+The status is 200 with the value, 202 if the task is not over yet, 404 if there is no such task, 500 if the task failed,
+and 503 if the store cannot be reached. Run as a script, the service sends requests to itself. Install and run it in a
+checkout::
+
+    pip install . httpx starlette
+    python examples/web_handler.py
+
+To serve it::
+
+    pip install uvicorn
+    uvicorn --app-dir examples web_handler:app
 """
 
 from __future__ import annotations
@@ -21,7 +30,7 @@ from starlette.routing import Route
 
 import aioresult
 
-LONGEST_WAIT = 30.0  # seconds; less than a proxy allows a request
+LONGEST_WAIT = 30.0  # seconds; shorter than the time limit of a proxy
 
 
 @asynccontextmanager
@@ -39,7 +48,7 @@ async def get_task(request: Request) -> Response:
     except ValueError:
         return answer(400, error="wait must be a number of seconds")
     try:
-        if not await backend.exists(task_id):  # whoever submits a task calls mark_as_pending; Celery does not
+        if not await backend.exists(task_id):  # needs mark_as_pending when a task is submitted; Celery does not call it
             return answer(404, error="no such task")
         meta = await backend.wait_for(task_id, timeout=wait)
     except aioresult.TimeoutError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ _STORIES = {
     ],
     "chord.py": [
         "  add_up([3, 4, 3])",
-        "  and anybody may await the counts: [3, 4, 3]",
+        "  and any process may await the counts: [3, 4, 3]",
         "  part gaps-1 of chord gaps failed: ValueError('nothing to count')",
         "  add_up([7])",
     ],
@@ -60,7 +62,6 @@ _STORIES = {
     ],
 }
 
-
 #: It serves until it is stopped: tests/test_browser.py asks it.
 _SERVERS = {"stream_to_browser.py"}
 
@@ -81,3 +82,34 @@ def test_example_tells_its_story_and_cleans_up(name: str) -> None:
 
 def test_every_story_has_its_example() -> None:
     assert _STORIES.keys() == {path.name for path in _EXAMPLES.glob("*.py")} - _SERVERS
+
+
+def imported(path: Path) -> set[str]:
+    """The packages beyond the standard library that an example imports, itself or by another example."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    found: set[str] = set()
+    for name in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"aioresult"}:
+        if (other := path.with_name(f"{name}.py")).exists():
+            found |= imported(other)
+        else:
+            found.add(name.replace("_", "-"))  # each of these packages has the name of its module
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(_EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_names_what_to_install_and_the_command_that_runs_it(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    commands = re.findall(r"^    (\S.*)$", ast.get_docstring(tree) or "", re.M)
+    assert f"python examples/{path.name}" in commands
+    wanted = {word.strip("'") for line in commands if line.startswith("pip install ") for word in line.split()[2:]}
+    extras = {word for word in wanted if word.startswith(".")}
+    names = {re.sub(r"\[.*", "", word) for word in wanted - extras}
+    assert extras, "the library itself is not installed"
+    del tree.body[0]  # the docstring
+    assert "redis" not in ast.unparse(tree).lower() or ".[redis]" in extras
+    assert "celery" not in names or "celery[redis]" in wanted  # kombu's transport for Redis needs what that extra has
+    assert imported(path) <= names
+    programs = {line.split()[0] for line in commands}
+    assert names <= imported(path) | programs, "a package that the example does not need"
