@@ -114,7 +114,7 @@ def test_the_table_has_every_option_of_every_backend() -> None:
         for parameter in having.values():
             assert kind == " or ".join(f"`{part}`" for part in str(parameter.annotation).split(" | ")), name
             assert eval(code(default), {}) == parameter.default, name
-            assert (unit == "seconds") == ("Seconds" in kind or "float" in kind), name
+            assert (unit == "seconds") == bool(re.search("Seconds|Timeout|float", kind)), name
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
