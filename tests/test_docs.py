@@ -90,6 +90,24 @@ def test_each_public_name_is_in_the_reference() -> None:
     assert {name for name in shown if "." in name} == deeper
 
 
+def test_what_the_reference_hides_is_there() -> None:
+    """Otherwise a method that got another name would be shown."""
+    directives = re.findall(r"^::: aioresult\.(\w+)\n((?:    .*\n)+)", page("api"), re.M)
+    hidden = [(name, word) for name, text in directives for word in hidden_names(text)]
+    assert hidden
+    # What `__init__` sets is in the source only.
+    assert [
+        (name, word)
+        for name, word in hidden
+        if not (hasattr(cls := getattr(aioresult, name), word) or f"self.{word}" in inspect.getsource(cls))
+    ] == []
+
+
+def hidden_names(options: str) -> list[str]:
+    """The names in filters such as ``"!^(alive|beat)$"``."""
+    return [name for each in re.findall(r'- "!\^\(?(.*?)\)?\$"', options) for name in each.split("|")]
+
+
 # -- options --------------------------------------------------------------------------------------------------------
 
 
