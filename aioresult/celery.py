@@ -3,31 +3,29 @@
 ::
 
     backend = aioresult.celery.backend_from_app(app)          # in the lifespan: async with backend
-    value = await backend.result(add.delay(2, 2).id)
+    value = await backend.result(add.delay(2, 2))
 """
 
 from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 from uuid import uuid4
 
 from celery import Celery, maybe_signature
 from celery.exceptions import ChordError as CeleryChordError
-from celery.result import EagerResult as CeleryEagerResult
-from celery.result import ResultBase as CeleryResultBase
-from celery.result import ResultSet as CeleryResultSet
 from celery.utils.imports import load_extension_class_names
 
 from .backends.base import Backend
 from .chord import ReadyChord
-from .eager import EagerResult
 from .exceptions import ImproperlyConfigured, UsageError
+from .foreign import from_celery, is_celerys, not_a_handle
 from .log import CLOSED, Flush
 from .output import Keep, Kept, joined
 from .registry import BACKEND_ALIASES, connect
-from .result import AsyncResult, GroupResult, ResultBase, ResultSet
+from .remedies import kind_of
+from .result import AsyncResult, ResultBase
 from .serialization import Codec
 from .settings import backend_options, backend_url, stand_in
 
@@ -80,31 +78,16 @@ def _refuse_replaced(app: Celery, name: str) -> None:
 def result_from_celery(result: Any, backend: Backend) -> ResultBase:
     """A handle of ours for one of Celery's: what ``delay``, ``apply_async`` or a canvas returned.
 
-    Parents, members, eager results and ``ignore_result`` are kept. No I/O.
+    Parents, members, eager results and ``ignore_result`` are kept. No I/O. If it is a single result,
+    ``backend.result(result)`` does the same; if it is a group, ``backend.group(result)`` does.
 
     :raises UsageError: it is no result of Celery's.
     """
-    if not isinstance(result, CeleryResultBase):
-        raise UsageError(f"{result!r} is not a result of Celery's")
-    chain = [result]
-    while chain[-1].parent is not None:
-        chain.append(chain[-1].parent)
-    ours: ResultBase | None = None
-    for each in reversed(chain):  # not by recursion: a chain may be longer than the stack
-        ours = _handle(each, ours, backend)
-    return cast("ResultBase", ours)
-
-
-def _handle(result: Any, parent: ResultBase | None, backend: Backend) -> ResultBase:
-    if isinstance(result, CeleryResultSet):
-        members = [result_from_celery(member, backend) for member in result.results]
-        group_id = getattr(result, "id", None)
-        return ResultSet(members) if group_id is None else GroupResult(group_id, members, parent, backend)
-    if isinstance(result, CeleryEagerResult):
-        eager = EagerResult[Any](result.id, result.result, result.state, result.traceback)
-        eager.parent = parent
-        return eager
-    return AsyncResult[Any](result.id, backend, parent, ignored=bool(result.ignored))
+    if is_celerys(result):
+        return from_celery(result, backend)
+    if isinstance(result, ResultBase):
+        raise UsageError(f"{kind_of(result)} is a handle of aioresult already; use it as it is")
+    raise UsageError(f"{kind_of(result)} is not a result of Celery's; for an id use backend.result(id)")
 
 
 async def dispatch(ready: ReadyChord, app: Celery) -> None:
@@ -138,6 +121,8 @@ async def revoke(
 
     :returns: false if the task had succeeded or failed before; then Celery's workers are not asked.
     """
+    if not isinstance(result, AsyncResult):
+        raise UsageError(not_a_handle(result))
     asked = await result.revoke(reason)
     if asked:
         await asyncio.to_thread(app.control.revoke, result.id, terminate=terminate, signal=signal)

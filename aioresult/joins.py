@@ -9,7 +9,9 @@ from typing import Any
 
 from .completion import Completions
 from .exceptions import TimeoutError, UsageError
+from .foreign import not_a_handle
 from .lineage import Lineage
+from .remedies import kind_of
 from .result import AsyncResult, ResultBase, ResultSet
 from .seconds import Timeout, checked_timeout
 
@@ -77,10 +79,10 @@ def as_completed(results: Iterable[ResultBase], timeout: Timeout = None) -> Asyn
 
 
 def _checked(results: Iterable[ResultBase]) -> list[ResultBase]:
-    if isinstance(results, AsyncResult):
-        raise UsageError("pass several results, such as a list or a group, not a single result")
+    if isinstance(results, AsyncResult) or not isinstance(results, Iterable):
+        raise UsageError(f"pass several results, not a single {kind_of(results)}: a list, a group, …")
     checked = list(results)
     for result in checked:
         if not isinstance(result, ResultBase):
-            raise UsageError(f"{result!r} is not a result; make one with backend.result(task_id)")
+            raise UsageError(not_a_handle(result))
     return checked

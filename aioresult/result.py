@@ -5,7 +5,6 @@ The names and the shapes are Celery's (``celery/result.py``); what does I/O is a
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from typing import Any, Generic, Self, TypeVar, cast
 from uuid import UUID, uuid4
@@ -13,15 +12,23 @@ from uuid import UUID, uuid4
 from .completion import Completions
 from .exceptions import CyclicResultError, DecodeError, UsageError
 from .handle import ResultStore, refresh
-from .hub import chunked
 from .lineage import Lineage
 from .live import LiveResult, OnLost
-from .meta import ResultTuple, TaskMeta
+from .meta import ResultTuple, SupportsAsTuple, TaskMeta
 from .news import value_of
 from .progress import GroupProgress, progress_of
 from .seconds import Seconds, Timeout, checked_timeout
 from .states import FAILURE, SUCCESS
-from .tree import ResultBase, check_nesting, checked_id, parents_of, raise_or_return, same_store, unpack
+from .tree import (
+    ResultBase,
+    check_nesting,
+    checked_id,
+    forget_all,
+    parents_of,
+    raise_or_return,
+    same_store,
+    unpack,
+)
 from .waiter import Outcome
 
 __all__ = ["AsyncResult", "GroupResult", "ResultBase", "ResultSet", "result_from_tuple"]
@@ -31,8 +38,6 @@ T = TypeVar("T")
 #: Limits on result tuples, which come from outside: longer chains and deeper groups than anybody builds.
 _MAX_PARENTS = 10_000
 _MAX_NODES = 1_000_000
-#: How many results are forgotten before the event loop has a turn.
-_FORGOTTEN_TOGETHER = 2_000
 
 
 class AsyncResult(LiveResult, Generic[T]):
@@ -164,7 +169,7 @@ class AsyncResult(LiveResult, Generic[T]):
 
     async def forget(self) -> None:
         """Remove the stored result, and those of the parents."""
-        await _forget([self])
+        await forget_all([self])
 
     def leaves(self) -> Iterator[AsyncResult[Any]]:
         yield self
@@ -297,7 +302,7 @@ class ResultSet(ResultBase):
 
     async def forget(self) -> None:
         """Remove the members' stored results, and those of their parents, in few round trips."""
-        await _forget(self.leaves())
+        await forget_all(self.leaves())
 
     def _members(self) -> Iterable[ResultBase] | None:
         return self.results
@@ -394,13 +399,19 @@ class GroupResult(ResultSet):
         self._backend = backend
 
     @classmethod
-    def of(cls, results: Iterable[ResultBase | str | UUID], backend: ResultStore, id: str | UUID | None = None) -> Self:
+    def of(
+        cls, results: Iterable[SupportsAsTuple | str | UUID], backend: ResultStore, id: str | UUID | None = None
+    ) -> Self:
         """A group of results given as handles or ids; ``id`` is made up if there is none."""
         if isinstance(results, str):
             raise UsageError(f"pass several results or ids, not {results!r}; a group that was saved: restore_group")
         # Ids are looked for first: an abstract class is slow to say that something is no instance of it.
         handles = (
-            backend.result(cast("str", item)) if isinstance(item, str) or not isinstance(item, ResultBase) else item
+            backend.result(item)
+            if isinstance(item, str)
+            else item
+            if isinstance(item, ResultBase)
+            else backend.handle_on(item)
             for item in results
         )
         return cls(id or str(uuid4()), handles, backend=backend)
@@ -480,15 +491,3 @@ class _Builder:
         if result is None:
             raise DecodeError("a result tuple is empty")
         return result
-
-
-async def _forget(leaves: Iterable[AsyncResult[Any]]) -> None:
-    """Remove the stored results of ``leaves`` and of their parents; one that could not be had is not remembered."""
-    for some in chunked(leaves, _FORGOTTEN_TOGETHER):
-        by_store: dict[ResultStore, dict[str, None]] = {}
-        for leaf in some:
-            for each in (leaf, *(above for parent in parents_of(leaf) for above in parent.leaves())):
-                if each.store is not None:
-                    each._outcome = None
-                    by_store.setdefault(each.store, {})[each.id] = None
-        await asyncio.gather(*(store.forget_many(ids) for store, ids in by_store.items()))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
-from typing import Any, ClassVar
+from inspect import getattr_static
+from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
 from .exceptions import CyclicResultError, DecodeError, IncompleteStream, RemoteError, UsageError
 from .handle import ResultStore
+from .hub import chunked
 from .meta import ResultTuple
+from .remedies import INSTEAD, Missing, not_an_id
 from .seconds import Timeout
 from .tasks import twin
 from .waiter import Outcome
@@ -18,6 +22,7 @@ __all__ = [
     "ResultBase",
     "check_nesting",
     "checked_id",
+    "forget_all",
     "parents_of",
     "raise_or_return",
     "same_store",
@@ -26,6 +31,8 @@ __all__ = [
 
 #: The deepest nesting of groups that is accepted. Real groups are never nested as deep as that.
 _MAX_NESTING = 100
+#: How many results are forgotten before the event loop has a turn.
+_FORGOTTEN_TOGETHER = 2_000
 
 
 class ResultBase(ABC):
@@ -38,6 +45,9 @@ class ResultBase(ABC):
     id: str | None
     #: The result that this one follows in a chain.
     parent: ResultBase | None
+
+    def __dir__(self) -> Iterable[str]:
+        return [name for name in super().__dir__() if not isinstance(getattr_static(self, name, None), Missing)]
 
     @abstractmethod
     def leaves(self) -> Iterator[Any]:
@@ -146,6 +156,11 @@ class ResultBase(ABC):
         return graph
 
 
+if not TYPE_CHECKING:  # a type checker is to report them all the same
+    for _name, _remedy in INSTEAD.items():
+        setattr(ResultBase, _name, Missing(_name, _remedy))
+
+
 def check_nesting(nesting: int) -> None:
     if nesting > _MAX_NESTING:
         raise CyclicResultError(f"groups are nested more than {_MAX_NESTING} deep, or a group contains itself")
@@ -191,8 +206,20 @@ def checked_id(id: object) -> str:
     if isinstance(id, UUID):
         return str(id)
     if not isinstance(id, str):
-        raise UsageError(f"an id must be a str or a UUID, not {type(id).__qualname__}")
+        raise UsageError(not_an_id(id))
     return id
+
+
+async def forget_all(leaves: Iterable[Any]) -> None:
+    """Remove the stored results of ``leaves`` and of their parents; one that could not be had is not remembered."""
+    for some in chunked(leaves, _FORGOTTEN_TOGETHER):
+        by_store: dict[ResultStore, dict[str, None]] = {}
+        for leaf in some:
+            for each in (leaf, *(above for parent in parents_of(leaf) for above in parent.leaves())):
+                if each.store is not None:
+                    each._outcome = None
+                    by_store.setdefault(each.store, {})[each.id] = None
+        await asyncio.gather(*(store.forget_many(ids) for store, ids in by_store.items()))
 
 
 def same_store(one: ResultStore | None, other: ResultStore | None) -> bool:

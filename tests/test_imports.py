@@ -20,6 +20,7 @@ PACKAGE = Path(aioresult.__file__).parent
 ORDER = [
     "states",
     "exceptions",
+    "remedies",
     "record",
     "log",
     "run",
@@ -52,6 +53,7 @@ ORDER = [
     "live",
     "result",
     "eager",
+    "foreign",
     "joins",
     "lookout",
     "chain",

@@ -47,8 +47,8 @@ def test_a_wrong_option_is_told_what_is_right(options: dict[str, Any], told: str
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda backend: backend.result(7), "an id must be a str, not int"),
-        (lambda backend: backend.group([7]), "an id must be a str, not int"),
+        (lambda backend: backend.result(7), "an id must be a str or a UUID, not int"),
+        (lambda backend: backend.group([7]), "an id must be a str or a UUID, not int"),
         (lambda backend: backend.group("saved"), "pass several results or ids, not 'saved'"),
     ],
 )

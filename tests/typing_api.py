@@ -3,6 +3,7 @@
 ``mypy`` and ``pyright`` read this file; a type that they see differently from what stands here is an error.
 """
 
+# pyright: reportUnnecessaryComparison=true, reportUnnecessaryTypeIgnoreComment=true
 from __future__ import annotations
 
 import asyncio
@@ -42,6 +43,7 @@ from aioresult import (
 )
 from aioresult.backends.memory import MemoryBackend, MemoryStore
 from aioresult.backends.redis import RedisBackend
+from aioresult.meta import SupportsAsTuple
 
 
 async def connecting() -> None:
@@ -79,7 +81,7 @@ def types_of_ones_own() -> None:
     assert_type(connect("memory://", types=[fraction]), Backend)
     assert_type(MemoryBackend(types=(fraction, StoredType(Path, "path", Path.as_posix, Path))), MemoryBackend)
     StoredType(Path, "path", Fraction.limit_denominator, Path)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-    StoredType(Path, "path", str, Fraction)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    StoredType(Path, "path", str, Fraction)  # type: ignore[arg-type]
     MemoryBackend(types=[Fraction])  # type: ignore[list-item] # pyright: ignore[reportArgumentType]
 
 
@@ -123,6 +125,7 @@ def a_meta(meta: TaskMeta) -> None:
 
 async def a_result(backend: Backend) -> None:
     assert_type(backend.result("a"), AsyncResult[Any])
+    assert_type(backend.result(backend.result("a")), AsyncResult[Any])
     r: AsyncResult[int] = backend.result("a")
     assert_type(AsyncResult[int]("a", backend, parent=r), AsyncResult[int])
     assert_type(await r, int)
@@ -154,8 +157,35 @@ async def a_result(backend: Backend) -> None:
         assert_type(below, ResultBase)
 
 
-async def a_group(backend: Backend, r: AsyncResult[int]) -> None:
-    g = backend.group([r, "b"], id="g")
+async def a_forgotten_await(r: AsyncResult[int], g: GroupResult) -> None:
+    """docs/migrating.md says which checks find these."""
+    if r.state != "SUCCESS":  # type: ignore[comparison-overlap]
+        pass
+    if r.state() != "SUCCESS":  # type: ignore[comparison-overlap] # pyright: ignore[reportUnnecessaryComparison]
+        pass
+    if r.ready():  # type: ignore[truthy-bool] # pyright: ignore[reportUnnecessaryComparison]
+        pass
+    if g.failed():  # type: ignore[truthy-bool] # pyright: ignore[reportUnnecessaryComparison]
+        pass
+    if r.successful:  # type: ignore[truthy-function] # pyright: ignore[reportUnnecessaryComparison]
+        pass
+    r.get()  # type: ignore[unused-coroutine] # pyright: ignore[reportUnusedCoroutine]
+
+
+async def as_with_celery(r: AsyncResult[int]) -> None:
+    r.status  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue] # noqa: B018
+    r.result  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue] # noqa: B018
+    await r.get(interval=0.5)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    await r.revoke(terminate=True)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    await asyncio.wait([r])  # type: ignore[type-var] # pyright: ignore[reportArgumentType]
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(r)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+        tasks.create_task(r.get())
+
+
+async def a_group(backend: Backend, r: AsyncResult[int], g_of_celery: SupportsAsTuple) -> None:
+    g = backend.group([r, "b", g_of_celery], id="g")
+    assert_type(backend.group(g_of_celery), GroupResult)
     assert_type(g, GroupResult)
     assert_type(await g, list[Any])
     assert_type(await g.get(timeout=5, propagate=False), list[Any])

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 from uuid import UUID
 
 from ..chord import (
@@ -21,6 +21,7 @@ from ..exceptions import (
     DecodeError,
     UsageError,
 )
+from ..foreign import from_celery, group_of, is_celerys, single
 from ..meta import ResultTuple, SupportsAsTuple
 from ..result import AsyncResult, GroupResult, ResultBase, result_from_tuple
 from ..seconds import Seconds, checked_seconds
@@ -220,13 +221,33 @@ class Backend(LiveSide):
 
     # -- handles: no I/O --------------------------------------------------------------------------------------------
 
-    def result(self, task_id: str | UUID, parent: ResultBase | None = None) -> AsyncResult[Any]:
-        """A handle on the result of ``task_id``; awaiting it gives the value."""
+    def result(self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None) -> AsyncResult[Any]:
+        """A handle on the result of ``task_id``; awaiting it gives the value.
+
+        :param task_id: the id, or what Celery's ``delay`` or ``apply_async`` returned. Then the handle also has the
+            parents, and what Celery knows already: the value of a task that it has run on the spot
+            (``task_always_eager``), and that a task stores no result (``ignore_result``). A handle of this backend is
+            returned as it is.
+        :raises UsageError: it is none of these. A group of Celery's belongs into `group`.
+        """
+        if not isinstance(task_id, (str, UUID)):
+            return single(task_id, self, parent)
         return AsyncResult(self._valid_id(task_id), self, parent)
 
-    def group(self, results: Iterable[ResultBase | str | UUID], id: str | UUID | None = None) -> GroupResult:
-        """A handle on several results, given as handles or ids; ``id`` is made up if the group has none."""
-        return GroupResult.of(results, self, id)
+    def group(
+        self,
+        results: Iterable[SupportsAsTuple | str | UUID] | SupportsAsTuple,
+        id: str | UUID | None = None,
+    ) -> GroupResult:
+        """A handle on several results. ``id`` is made up if the group has none.
+
+        :param results: handles, ids, and results of Celery's; or a group of Celery's, whose id is kept.
+        """
+        return group_of(results, self, id)
+
+    def handle_on(self, item: object) -> ResultBase:
+        """The handle for a member of a group that is not a handle: an id, a result or a group of Celery's."""
+        return from_celery(item, self) if is_celerys(item) else self.result(self._valid_id(cast("str", item)))
 
 
 def _size(size: int) -> int:

@@ -14,6 +14,7 @@ from ..log import Flush, Page, PageRequest
 from ..meta import ResultTuple, TaskMeta
 from ..progress import GroupCounts
 from ..record import Record
+from ..remedies import not_an_id
 from ..run import RunState, RunStep
 from ..seconds import Seconds, checked_seconds
 from ..serialization import Codec
@@ -293,7 +294,7 @@ class BackendContract(ABC):
         if not isinstance(task_id, str):
             if isinstance(task_id, UUID):
                 return str(task_id)
-            raise UsageError(f"an id must be a str, not {type(task_id).__qualname__}")
+            raise UsageError(not_an_id(task_id))
         if not task_id:
             raise UsageError("an id must not be empty")
         if task_id[0] == "\x00":

@@ -1,0 +1,86 @@
+"""Handles for what is not an id: results of Celery's, and handles of ours. Celery is not imported for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+from uuid import UUID, uuid4
+
+from .eager import EagerResult
+from .exceptions import UsageError
+from .handle import ResultStore
+from .meta import SupportsAsTuple
+from .remedies import kind_of, not_an_id
+from .result import AsyncResult, GroupResult, ResultBase, ResultSet
+from .tree import check_nesting, parents_of
+
+__all__ = ["from_celery", "group_of", "is_celerys", "not_a_handle", "single"]
+
+
+def is_celerys(value: object, kind: str = "ResultBase") -> bool:
+    """Whether ``value`` is an instance of Celery's class of that name. If it is, Celery has been imported."""
+    found = getattr(sys.modules.get("celery.result"), kind, None)
+    return found is not None and isinstance(value, found)
+
+
+def not_a_handle(value: object) -> str:
+    """What to tell a caller who passes ``value`` where a handle is due."""
+    make = "group" if is_celerys(value, "ResultSet") else "result"
+    given = "it" if is_celerys(value) else "task_id"
+    return f"{kind_of(value)} is not a handle of aioresult; make one with backend.{make}({given})"
+
+
+def single(given: object, backend: ResultStore, parent: ResultBase | None = None) -> AsyncResult[Any]:
+    """The handle for a single result of Celery's, or for a handle of ours, which is returned.
+
+    :raises UsageError: it is neither, or it is kept in another backend, or it is a group.
+    """
+    ours = isinstance(given, ResultBase)
+    if not ours and not is_celerys(given):
+        raise UsageError(not_an_id(given))
+    if isinstance(given, ResultSet) or is_celerys(given, "ResultSet"):
+        raise UsageError(f"{kind_of(given)} is a group; pass it to backend.group()")
+    if parent is not None:
+        raise UsageError(f"{kind_of(given)} has a parent of its own; to set another, pass its id and the parent")
+    if not ours:
+        given = from_celery(given, backend)
+    if not isinstance(given, AsyncResult) or (given.store is not None and given.store is not backend):
+        raise UsageError(f"{given!r} is a handle of another backend; pass its id")
+    return given
+
+
+def group_of(
+    results: Iterable[SupportsAsTuple | str | UUID] | SupportsAsTuple,
+    backend: ResultStore,
+    id: str | UUID | None = None,
+) -> GroupResult:
+    """A group of what ``results`` holds, or the one that Celery's group describes."""
+    if is_celerys(results):
+        group = from_celery(results, backend)
+        if isinstance(group, ResultSet):
+            return GroupResult(id or group.id or str(uuid4()), group.results, group.parent, backend)
+    if not isinstance(results, Iterable):
+        raise UsageError(f"pass several results or ids, not {kind_of(results)}: a list, a generator, …")
+    return GroupResult.of(results, backend, id)
+
+
+def from_celery(result: Any, backend: ResultStore, nesting: int = 0) -> ResultBase:
+    """The handle for a result of Celery's, with its parents and members."""
+    check_nesting(nesting)
+    above: ResultBase | None = None
+    for each in reversed(list(parents_of(result))):  # not by recursion: a chain may be longer than the stack
+        above = _handle(each, above, backend, nesting)
+    return _handle(result, above, backend, nesting)
+
+
+def _handle(result: Any, parent: ResultBase | None, backend: ResultStore, nesting: int) -> ResultBase:
+    if is_celerys(result, "ResultSet"):
+        members = [from_celery(member, backend, nesting + 1) for member in result.results]
+        group_id = getattr(result, "id", None)
+        return ResultSet(members) if group_id is None else GroupResult(group_id, members, parent, backend)
+    if is_celerys(result, "EagerResult"):
+        eager = EagerResult[Any](result.id, result.result, result.state, result.traceback)
+        eager.parent = parent
+        return eager
+    return AsyncResult[Any](result.id, backend, parent, ignored=bool(result.ignored))
