@@ -206,11 +206,11 @@ async def test_as_completed_within_a_time(stores: Stores) -> None:
 async def test_whatever_is_no_result_is_refused(stores: Stores) -> None:
     handle = stores["a"]
     not_results: Any = [handle, "a"]
-    with pytest.raises(UsageError, match="'a' is not a result"):
+    with pytest.raises(UsageError, match="str is not a handle of aioresult; make one"):
         await gather(*not_results)
-    with pytest.raises(UsageError, match="'a' is not a result"):
+    with pytest.raises(UsageError, match="str is not a handle of aioresult; make one"):
         await wait(not_results)
-    with pytest.raises(UsageError, match="'a' is not a result"):
+    with pytest.raises(UsageError, match="str is not a handle of aioresult; make one"):
         as_completed(not_results)
     with pytest.raises(UsageError, match="several"):
         await wait(handle)
