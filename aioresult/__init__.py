@@ -58,7 +58,7 @@ from .meta import TaskMeta, TaskRequest
 from .output import Keep, Output
 from .per_loop import PerLoop, per_loop
 from .progress import GroupProgress
-from .registry import by_name, by_url, connect
+from .registry import ConnectOptions, by_name, by_url, connect
 from .result import AsyncResult, GroupResult, ResultBase, ResultSet, result_from_tuple
 from .running import Running, current_task
 from .stream import OutputPage, OutputStream
@@ -84,6 +84,7 @@ __all__ = [
     "Chord",
     "ChordClaimLost",
     "ChordError",
+    "ConnectOptions",
     "ContentDisallowed",
     "CyclicResultError",
     "DecodeError",

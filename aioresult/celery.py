@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 from uuid import uuid4
 
 from celery import Celery, maybe_signature
@@ -23,7 +23,7 @@ from .exceptions import ImproperlyConfigured, UsageError
 from .foreign import from_celery, is_celerys, not_a_handle
 from .log import CLOSED, Flush
 from .output import Keep, Kept, joined
-from .registry import BACKEND_ALIASES, connect
+from .registry import BACKEND_ALIASES, ConnectOptions, connect
 from .remedies import kind_of
 from .result import AsyncResult, ResultBase
 from .serialization import Codec
@@ -32,7 +32,7 @@ from .settings import backend_options, backend_url, stand_in
 __all__ = ["TaskOutput", "backend_from_app", "dispatch", "output", "result_from_celery", "revoke"]
 
 
-def backend_from_app(app: Celery, **options: Any) -> Backend:
+def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
     """A backend, not yet open, that reads and writes what the app's own result backend does.
 
     docs/celery.md lists what becomes of each setting of Celery's: it is taken over, has no meaning here, or is refused.
@@ -55,7 +55,7 @@ def backend_from_app(app: Celery, **options: Any) -> Backend:
     _refuse_replaced(app, name)
     url, taken = backend_options(app.conf, backend_url(app.conf, name), options)
     missing = None if "serializer" in options else stand_in(taken)
-    backend = connect(url, **taken)
+    backend = connect(url, **cast("ConnectOptions", taken))
     if missing is not None:
         backend.codec.write_nothing(
             f"result_serializer={missing!r} is none that aioresult has, so this backend only reads; "

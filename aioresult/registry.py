@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-from typing import Any, Final
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack, cast
 
 from .backends.base import Backend, BackendOptions
 from .exceptions import ImproperlyConfigured
-from .urls import hide_password
+from .options import UnknownOption, did_you_mean, option_names, unknown_options
+from .urls import show_malformed
 
-__all__ = ["BACKEND_ALIASES", "by_name", "by_url", "connect"]
+if TYPE_CHECKING:
+    import asyncpg
+
+    from .backends.memory import MemoryStore
+
+__all__ = ["BACKEND_ALIASES", "ConnectOptions", "by_name", "by_url", "connect"]
 
 #: The entry-point group in which other distributions announce theirs: ``name = "module:Class"``.
 ENTRY_POINTS: Final = "aioresult.backends"
@@ -19,6 +26,8 @@ BACKEND_ALIASES: Final = {
     "memory": "aioresult.backends.memory:MemoryBackend",
     "redis": "aioresult.backends.redis:RedisBackend",
     "rediss": "aioresult.backends.redis:RedisBackend",
+    "valkey": "aioresult.backends.redis:RedisBackend",
+    "valkeys": "aioresult.backends.redis:RedisBackend",
     "unix": "aioresult.backends.redis:RedisBackend",
     "socket": "aioresult.backends.redis:RedisBackend",
     "postgresql": "aioresult.backends.postgres:PostgresBackend",
@@ -74,6 +83,56 @@ _INSTEAD: Final = {
 }
 _NOT_HERE: Final = _CELERY_ONLY | _INSTEAD.keys()
 
+#: A host and perhaps a port: a URL without its scheme.
+_HOST: Final = re.compile(r"(?:localhost|\d[\d.]*|\[[0-9a-fA-F:.]+\]|[\w.-]+(?=:\d))(?::\d+)?(?:/\w*)?")
+
+
+class _MemoryOptions(TypedDict, total=False):
+    store: MemoryStore | None
+
+
+class _KeyValueOptions(TypedDict, total=False):
+    global_keyprefix: str
+
+
+class _RedisOptions(TypedDict, total=False):
+    chord_ordered: bool
+
+
+class _ServerOptions(TypedDict, total=False):
+    connect_options: Mapping[str, Any] | None
+
+
+class _PostgresOptions(TypedDict, total=False):
+    schema: str | None
+    table: str | None
+    group_table: str | None
+    create: bool | None
+    listen_dsn: str | None
+    pool: asyncpg.Pool[Any] | None
+    connect: Callable[[], Awaitable[asyncpg.Connection[Any]]] | None
+    durable_output: bool
+    cleanup_interval: float
+
+
+class ConnectOptions(
+    BackendOptions, _MemoryOptions, _KeyValueOptions, _RedisOptions, _ServerOptions, _PostgresOptions, total=False
+):
+    """The options of `connect`: those of every backend, and those of any backend of this library.
+
+    Functions of yours that pass options on can be typed with it: ``**options: Unpack[aioresult.ConnectOptions]``.
+    """
+
+
+#: The schemes whose backends take them.
+_SCHEMES: Final[Mapping[type, str]] = {
+    _MemoryOptions: "memory://",
+    _KeyValueOptions: "redis:// and memory://",
+    _RedisOptions: "redis://",
+    _ServerOptions: "redis:// and postgresql://",
+    _PostgresOptions: "postgresql://",
+}
+
 
 def by_name(name: str) -> type[Backend]:
     """The backend class for an alias (``"redis"``), an entry point, or a path (``"package.module:Class"``).
@@ -106,20 +165,22 @@ def by_url(url: str) -> tuple[type[Backend], str]:
     """The backend class for ``url``, and the URL that it takes.
 
     Beside ``scheme://…`` this knows Celery's ``cache+memory://``, ``redis+socket://…`` and ``db+postgresql+driver://…``
-    (``database+…``, too); for any class ``package.module:Class+scheme://…``; without ``://`` the whole is a name for
-    `by_name`.
+    (``database+…``, too). For any class write ``package.module:Class+scheme://…``. Without ``://`` the whole is a name
+    for `by_name`. The case of a scheme does not matter.
     """
     if not isinstance(url, str):
         raise ImproperlyConfigured(f"the URL of a backend must be a str, not {type(url).__qualname__}")
     if "://" not in url:
         name, colon, _ = url.partition(":")
-        if colon and name in BACKEND_ALIASES:
-            raise ImproperlyConfigured(f"{hide_password(url)!r} is not a URL: write {name}://…")
+        if colon and name.lower() in BACKEND_ALIASES:
+            raise ImproperlyConfigured(f"{show_malformed(url)!r} is not a URL: write {name.lower()}://…")
         return by_name(url), f"{url}://" if url in BACKEND_ALIASES else ""
     scheme, _, rest = url.partition("://")
     prefix, _, last = scheme.rpartition("+")
     if ":" in prefix or "." in prefix:
         return by_name(prefix), f"{last}://{rest}"
+    if scheme != scheme.lower() and scheme.partition("+")[0] not in _announced():
+        scheme = scheme.lower()
     words = scheme.split("+")
     if len(words) > 1 and words[0] in ("cache", "db", "database"):  # Celery's name for the family of backends
         words = words[1:]
@@ -128,42 +189,35 @@ def by_url(url: str) -> tuple[type[Backend], str]:
     return by_name(words[0]), f"{'+'.join(words)}://{rest}"
 
 
-def connect(url: str, **options: Any) -> Backend:
+def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
     """The backend for ``url``, not yet open: ``async with aioresult.connect("redis://localhost/0") as backend:``.
 
-    ``options`` are those of the backend's class: `aioresult.backends.base.Backend` lists what all take. No I/O.
+    `ConnectOptions` has the options of all backends of this library; `aioresult.backends.base.Backend` describes those
+    that every backend takes, and the class of the backend describes its own. A backend of another package may take
+    options of its own here. A type checker knows them if you call its class instead. No I/O.
 
     :raises ImproperlyConfigured: the URL, an option or the installation is wrong; says what to change.
     """
     backend_class, backend_url = by_url(url)
+    make = cast("Callable[..., Backend]", backend_class)
     try:
-        return backend_class(backend_url, **options)
+        return make(backend_url, **options)
     except TypeError as exc:
-        known = _options_of(backend_class)
-        unknown = [name for name in options if name not in known]
-        if "unexpected keyword argument" not in str(exc) or not unknown:
+        unknown = options.keys() - option_names(backend_class)
+        if not unknown or not (isinstance(exc, UnknownOption) or "unexpected keyword argument" in str(exc)):
             raise
-        raise ImproperlyConfigured(
-            "; ".join(_no_option(name, known) for name in unknown)
-            + f"; see help({backend_class.__name__}) for the options it takes"
-        ) from None
+    scheme, separator, _ = backend_url.partition("://")
+    here = f"{scheme.partition('+')[0]}://" if separator else backend_class.__name__
+    raise ImproperlyConfigured(unknown_options(backend_class, unknown, _owners(unknown, here)))
 
 
-def _options_of(backend_class: type[Backend]) -> set[str]:
-    """The names that the constructors of the class and of its bases take, and those of the options that all take."""
-    known = set(BackendOptions.__annotations__)
-    for cls in backend_class.__mro__:
-        if "__init__" in vars(cls):
-            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-            known.update(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
-    return known
-
-
-def _no_option(name: str, known: set[str]) -> str:
-    from difflib import get_close_matches  # seldom needed
-
-    similar = get_close_matches(name, known, 1)
-    return f"unknown option {name!r}" + (f", did you mean {similar[0]!r}?" if similar else "")
+def _owners(names: Iterable[str], here: str) -> dict[str, str]:
+    """For each option of another backend, a sentence that says which."""
+    return {
+        name: f"the option {name!r} belongs to {schemes}, not to {here}."
+        for kind, schemes in _SCHEMES.items()
+        for name in kind.__annotations__.keys() & set(names)
+    }
 
 
 def _announced() -> dict[str, str]:
@@ -174,13 +228,17 @@ def _announced() -> dict[str, str]:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    shown = hide_password(name)
-    message = f"unknown result backend {shown!r}; known here are {', '.join(known)}"
+    if _HOST.fullmatch(name) or ("@" in name and ":/" not in name):
+        scheme = "postgresql" if ":5432" in name else "redis"
+        return f"{show_malformed(name)!r} is not a URL: write {scheme}://{show_malformed(name)}"
+    message, listed = f"unknown result backend {show_malformed(name)!r}", ", ".join(known)
     if found := _NOT_HERE.intersection(name.split("+")):
         instead = "".join(f"; {_INSTEAD[word]}" for word in sorted(found & _INSTEAD.keys()))
         whose = "Celery has a backend of that name; " if found & _CELERY_ONLY else ""
-        return f"{message}. {whose}aioresult has none{instead}"
+        return f"{message}; known here are {listed}. {whose}aioresult has none{instead}"
+    if meant := did_you_mean(name, known):
+        return f"{message}{meant} Known here are {listed}"
     return (
-        f"{message}; another package can add one by an entry point in the group {ENTRY_POINTS!r}, "
-        f"and a class of your own is named as 'package.module:Class'"
+        f"{message}; known here are {listed}; another package can add one by an entry point in the group "
+        f"{ENTRY_POINTS!r}, and a class of your own is named as 'package.module:Class'"
     )

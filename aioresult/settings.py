@@ -137,6 +137,7 @@ def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
     named_only = "://" not in url
     scheme, _, rest = (f"{url}://" if named_only else url).partition("://")
     prefix, plus, last = scheme.rpartition("+")
+    last = last.lower()
     socket = last in ("socket", "unix")
     wanted = {argument: conf.get(setting) for setting, argument in _OF_REDIS.items()}
     wanted = {name: value for name, value in wanted.items() if value and not (socket and name in _OF_TCP)}

@@ -6,6 +6,7 @@ same on the other. A task may also be in a state of its own making (``"PROGRESS"
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SUCCESS",
     "UNREADY_STATES",
     "precedence",
+    "state_meant",
 ]
 
 PENDING: Final = "PENDING"
@@ -59,3 +61,29 @@ def precedence(state: str) -> int:
     True
     """
     return _RANK.get(state, _RANK[None])
+
+
+@lru_cache(maxsize=64)  # asked again with each store of a state of one's own
+def state_meant(state: str) -> str | None:
+    """The state of this module that ``state`` must be a slip for; ``None`` for a state of the task's own making.
+
+    A slip is a state in other letters, upper or lower. One wrong letter counts for a state that ends a task alone: if
+    that is misspelt, its waiters wait for ever. Beside the others there are names of one's own, such as SENDING beside
+    PENDING, and a slip costs less.
+
+    >>> [state_meant(state) for state in ("Success", "SUCCES", "FAILED", "SENDING")]
+    ['SUCCESS', 'SUCCESS', None, None]
+    """
+    upper = state.strip().upper()
+    if upper in ALL_STATES:
+        return upper
+    return next((name for name in sorted(READY_STATES) if _one_slip(upper, name)), None)
+
+
+def _one_slip(text: str, name: str) -> bool:
+    """Whether one letter of ``name`` is missing in ``text``, wrong, twice, or swapped with the next."""
+    same = 0
+    while same < len(name) and text[same : same + 1] == name[same]:
+        same += 1
+    rest, right = text[same:], name[same:]
+    return right[1:] in (rest, rest[1:]) or rest[1:] == right or (rest[:2] == right[1::-1] and rest[2:] == right[2:])

@@ -1,21 +1,78 @@
-"""URLs as they may be shown: without the password."""
+"""URLs as errors and logs may show them: without the password, whatever the mistake in the URL."""
 
 from __future__ import annotations
 
 import re
+from typing import Final
+from urllib.parse import unquote
 
-__all__ = ["hide_password"]
+__all__ = ["ENCODE", "authority_fault", "hide_lone_user", "hide_password", "show_malformed"]
 
-#: From the first colon after the user's name to the *last* ``@``: an unescaped ``/`` or ``@`` in a name or a password
-#: must not leave any of it standing. One slash will do: an error may show a URL that is mistyped.
-_USERINFO = re.compile(r"(?<=:/)([^:]*):.*@", re.DOTALL)
+#: What an error says about a password that may have been cut in two.
+ENCODE: Final = "percent-encode the name and the password: urllib.parse.quote(password, safe='')"
+
+#: The scheme, also behind a class as in ``package.module:Class+scheme``. One slash will do: a URL may be mistyped.
+_HEAD = re.compile(r"(?:(?:[\w.]+:\w+\+)?[\w.+-]*:/{1,2})?")
 _QUERY = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|scram)[^=&]*=)[^&]*")
+_HOST = re.compile(r"(?:\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]*))?")
+_MAX_PORT = 65535
 
 
 def hide_password(url: str) -> str:
     """``url`` fit for logs and errors.
 
+    The name of a user is shown where a colon and a password follow it. Everything before the last ``@`` is hidden
+    where a colon is missing or an unescaped ``/``, ``?`` or ``#`` comes first: the password may stand there.
+
     >>> hide_password("redis://bob:s3cr3t@host:6379/0")
     'redis://bob:**@host:6379/0'
+    >>> hide_password("redis://s3cr3t@host:6379/0")
+    'redis://**@host:6379/0'
     """
-    return _QUERY.sub(r"\1**", _USERINFO.sub(r"\1:**@", url))
+    head, rest = _split(url)
+    userinfo, at, place = rest.rpartition("@")
+    if not at:
+        return head + _QUERY.sub(r"\1**", rest)
+    user, colon, _ = userinfo.partition(":")
+    shown = f"{user}:**" if colon and not re.search("[/?#]", user) else "**"
+    if _QUERY.search(userinfo):  # an unescaped @ in a password in the query: what follows is the rest of it
+        return head + shown
+    return f"{head}{shown}@" + _QUERY.sub(r"\1**", place)
+
+
+def show_malformed(url: str) -> str:
+    """As `hide_password`, of a URL whose authority makes no sense: the "port" may be a password without an ``@``."""
+    head, rest = _split(url)
+    if "@" in rest or authority_fault(url) is None:
+        return hide_password(url)
+    host, colon, _ = rest.partition(":")
+    return f"{head}{host}:**" if colon and not re.search(r"[\[\]/?#]", host) else f"{head}**"
+
+
+def authority_fault(url: str) -> str | None:
+    """What is wrong with the hosts and ports in ``url``, in words that quote nothing of it; ``None`` if nothing is."""
+    _, rest = _split(url)
+    hosts = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+    for host in hosts.split(","):
+        found = _HOST.fullmatch(host)
+        port = "x" if found is None else found[1] or "0"
+        if not port.isdecimal() or len(port) > len(str(_MAX_PORT)) or int(port) > _MAX_PORT:
+            return (
+                f"the port must be a number from 0 to {_MAX_PORT}, an IPv6 address stands in brackets, and a password "
+                f"ends with @, as in scheme://:password@[::1]:6379/0; {ENCODE}"
+            )
+    return None
+
+
+def hide_lone_user(text: str, url: str) -> str:
+    """``text``, of a driver or a server, without the name in ``url`` that may be a password with a missing colon."""
+    userinfo = re.split("[/?#]", _split(url)[1], maxsplit=1)[0].rpartition("@")[0]
+    if not userinfo or ":" in userinfo:
+        return text
+    return re.sub(rf"(?<!\w){re.escape(unquote(userinfo))}(?!\w)", "**", text)
+
+
+def _split(url: str) -> tuple[str, str]:
+    found = _HEAD.match(url)
+    head = found[0] if found else ""
+    return head, url[len(head) :]

@@ -275,7 +275,7 @@ def test_a_setting_is_taken_over(conf: Mapping[str, Any], attribute: str, value:
 
 
 async def test_options_go_before_the_settings(worker: Worker, client: redis.asyncio.Redis) -> None:
-    options = {"expires": 60, "extended": False, "compression": None, "global_keyprefix": "mine."}
+    options: dict[str, Any] = {"expires": 60, "extended": False, "compression": None, "global_keyprefix": "mine."}
     async with backend_from_app(worker.app, **options) as backend:
         request = celery_request(worker.app, task_id := str(uuid4()))
         await backend.mark_as_done(task_id, 1, request=request)

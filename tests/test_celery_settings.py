@@ -339,8 +339,8 @@ def test_connect_options_say_where_a_backend_is(url: str, given: dict[str, Any],
         ("rediss://h", {"ssl_cert_reqs": 7}, "7 is not a valid VerifyMode"),
         ("rediss://h", {"ssl_cert_reqs": "often"}, "[Ii]nvalid SSL Certificate Requirements"),
         # a password that is not percent-encoded, a part of which would be taken for a port
-        ("redis://bob:s3cr3t/x@h", {}, "must be percent-encoded"),
-        ("redis://bob:s3cr3t?x@h", {}, "must be percent-encoded"),
+        ("redis://bob:s3cr3t/x@h", {}, "percent-encode the name and the password"),
+        ("redis://bob:s3cr3t?x@h", {}, "percent-encode the name and the password"),
     ],
 )
 def test_what_redis_py_would_not_take_is_told_without_the_password(url: str, given: dict[str, Any], told: str) -> None:
@@ -387,7 +387,7 @@ def test_what_redis_py_would_not_take_is_told_without_the_password(url: str, giv
             {"database_engine_options": {"execution_options": {"schema_translate_map": {}}}},
             "schema_translate_map.* cannot be taken over",
         ),
-        (POSTGRES, {"database_engine_options": {"connect_args": {"no_such": 1}}}, "unknown option 'no_such'"),
+        (POSTGRES, {"database_engine_options": {"connect_args": {"no_such": 1}}}, "unknown parameter 'no_such'"),
         (
             POSTGRES,
             {"database_engine_options": {"connect_args": {"ssl_context": object()}}},

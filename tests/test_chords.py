@@ -313,7 +313,7 @@ async def test_prefixes_keep_chords_apart(redis_url: str) -> None:
 
 
 async def test_tables_keep_chords_apart(postgres_url: str) -> None:
-    tables = {"table": "results", "group_table": "groups", "create": True}
+    tables: aioresult.ConnectOptions = {"table": "results", "group_table": "groups", "create": True}
     async with aioresult.connect(postgres_url) as one, aioresult.connect(postgres_url, **tables) as two:
         for backend in (one, two):
             chord = await backend.create_chord("g", size=1)

@@ -32,6 +32,7 @@ ORDER = [
     "dialect",
     "serialization",
     "urls",
+    "options",
     "sockets",
     "seconds",
     "tasks",

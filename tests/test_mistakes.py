@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -10,7 +11,8 @@ from uuid import uuid4
 import pytest
 
 import aioresult
-from aioresult import Backend, ImproperlyConfigured, UsageError
+from aioresult import Backend, ConnectOptions, ImproperlyConfigured, UsageError, by_url
+from aioresult.options import option_names
 
 
 @pytest.mark.parametrize(
@@ -18,11 +20,33 @@ from aioresult import Backend, ImproperlyConfigured, UsageError
     [
         (None, "must be a str, not NoneType"),
         (b"redis://:secret@localhost", "must be a str, not bytes"),
-        ("redis:localhost", "'redis:localhost' is not a URL: write redis://…"),
+        ("redis:localhost", "'redis:**' is not a URL: write redis://…"),
         ("redis:/:secret@localhost", "'redis:/:**@localhost' is not a URL: write redis://…"),
         ("memory:", "'memory:' is not a URL: write memory://…"),
-        ("reddis://localhost", "unknown result backend 'reddis'; known here are memory, "),
-        ("localhost:6379", "unknown result backend 'localhost:6379'; known here are memory, "),
+        ("REDIS:localhost", "'REDIS:**' is not a URL: write redis://…"),
+        ("reddis://localhost", "unknown result backend 'reddis'; did you mean 'redis'? Known here are memory, "),
+        ("nope://localhost", "unknown result backend 'nope'; known here are memory, "),
+        ("localhost", "'localhost' is not a URL: write redis://localhost"),
+        ("localhost:6379", "'localhost:6379' is not a URL: write redis://localhost:6379"),
+        ("localhost:6379/0", "'localhost:6379/0' is not a URL: write redis://localhost:6379/0"),
+        ("127.0.0.1", "'127.0.0.1' is not a URL: write redis://127.0.0.1"),
+        ("[::1]:6379", "'[::1]:6379' is not a URL: write redis://[::1]:6379"),
+        ("cache.example.com:6379", "write redis://cache.example.com:6379"),
+        ("db:5432/app", "'db:5432/app' is not a URL: write postgresql://db:5432/app"),
+        ("bob:secret@cache:6379", "'bob:**@cache:6379' is not a URL: write redis://bob:**@cache:6379"),
+        ("redis://host/x", "the database must be a number, as in redis://localhost:6379/0"),
+        ("redis://host:x", "the port must be a number from 0 to 65535"),
+        ("redis://::1:6379", "an IPv6 address stands in brackets"),
+        ("redis://host:99999", "the port must be a number from 0 to 65535"),
+        (
+            "redis://host?socket_timeot=3",
+            "unknown parameter 'socket_timeot' in the URL; did you mean 'socket_timeout'?",
+        ),
+        (
+            "rediss://host?ssl_ca_cert=x&nope=1",
+            "unknown parameter 'nope' in the URL; unknown parameter 'ssl_ca_cert' in",
+        ),
+        ("postgresql://host?statement_timeuot=3", "in the URL; did you mean 'statement_timeout'?"),
         ("amqp://localhost", "Celery has a backend of that name; aioresult has none"),
     ],
 )
@@ -34,14 +58,113 @@ def test_a_wrong_url_is_told_what_is_right(url: Any, told: str) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"expire": 60}, "unknown option 'expire', did you mean 'expires'?; see help(MemoryBackend)"),
-        ({"shards": 2}, "unknown option 'shards'; see help(MemoryBackend)"),
+        ({"expire": 60}, "unknown option 'expire'; did you mean 'expires'? MemoryBackend takes: accept, "),
+        ({"shards": 2}, "unknown option 'shards'. MemoryBackend takes: accept, "),
         ({"heartbeat": 0}, "heartbeat must be more than 0"),
     ],
 )
 def test_a_wrong_option_is_told_what_is_right(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ImproperlyConfigured, match=re.escape(told)):
         aioresult.connect("memory://", **options)
+
+
+#: For each option something that it is not, and what the error says that it must be.
+WRONG: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(
+        ["expires", "failure_expires", "chord_expires", "retry_for", "heartbeat", "recheck", "chord_lease", "lease"],
+        ("a day", "must be a number of seconds from 0 to 10,000,000,000, or a timedelta, not 'a day'"),
+    ),
+    **dict.fromkeys(["max_result_size", "max_pending_bytes"], ("1 MB", "must be a number of bytes, not '1 MB'")),
+    **dict.fromkeys(
+        ["extended", "count_requests", "chord_ordered", "create", "durable_output"],
+        ("no", "must be True or False, not 'no'"),
+    ),
+    **dict.fromkeys(["schema", "table", "group_table"], (3, "must be a str or None, not int")),
+    **dict.fromkeys(["on_chord_ready", "connect"], ("f", "must be a coroutine function or None, not str")),
+    **dict.fromkeys(["global_keyprefix", "listen_dsn"], (3, "must be a str, not int")),
+    "cleanup_interval": ("daily", "must be a number of seconds"),
+    "serializer": (3, "unknown serializer 3; known are json, msgpack, pickle"),
+    "accept": (3, "must be the names of serializers, not 3"),
+    "compression": (3, "unknown compression 3; known are bz2"),
+    "types": (3, "must be a list of StoredType, not 3"),
+    "store": ("memory", "must be a MemoryStore or None, not str"),
+    "pool": ("postgresql://:secret@h", "must be an asyncpg.Pool or None, not str"),
+    "connect_options": ("redis://:secret@h", "must be a mapping or None, not str"),
+}
+
+
+@pytest.mark.parametrize("option", sorted(ConnectOptions.__annotations__))
+def test_an_option_of_a_wrong_type_is_named_with_the_type_that_is_right(option: str) -> None:
+    value, told = WRONG[option]
+    options: dict[str, Any] = {option: value}
+    takers = [url for url in ("memory://", "redis://h", "postgresql://h") if option in option_names(by_url(url)[0])]
+    assert takers
+    for url in takers:
+        with pytest.raises(ImproperlyConfigured, match=re.escape(told)) as caught:
+            aioresult.connect(url, **options)
+        assert option in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://h", "postgresql://h"])
+def test_an_unknown_argument_for_the_driver_is_named_with_the_one_that_is_meant(url: str) -> None:
+    name, meant = (
+        ("clinet_name", "client_name") if url == "redis://h" else ("statement_cache_sze", "statement_cache_size")
+    )
+    with pytest.raises(ImproperlyConfigured, match=f"'{name}' .*connect_options; did you mean '{meant}'"):
+        aioresult.connect(url, connect_options={name: 3})
+
+
+@pytest.mark.parametrize("timeout", ["3", float("nan"), b"3", True])
+async def test_a_timeout_that_is_no_number_is_told_what_it_must_be(timeout: Any) -> None:
+    async with aioresult.connect("memory://") as backend:
+        for call in (backend.result("a").get, backend.group(["a"]).get):
+            with pytest.raises(UsageError, match="timeout must be a number of seconds, a timedelta or None, not "):
+                await call(timeout=timeout)
+
+
+SLIPS = {
+    "SUCCESS": "Success success succes SUCESS SUCCSES SUCCESSS SUCXESS UCCESS SUCCESS_ ' SUCCESS'",
+    "FAILURE": "Failure failure FALIURE FAILUR FAILURES FAILLURE",
+    "REVOKED": "revoked REVOKE REVOEKD REVOKEDD",
+    "STARTED": "started",
+    "PENDING": "Pending",
+    "IGNORED": "ignored",
+}
+
+
+@pytest.mark.parametrize(("state", "meant"), [(slip, meant) for meant in SLIPS for slip in shlex.split(SLIPS[meant])])
+async def test_a_misspelt_state_is_refused_with_the_one_that_is_meant(state: str, meant: str) -> None:
+    async with aioresult.connect("memory://") as backend:
+        with pytest.raises(UsageError, match=f"unknown state '{state}'; did you mean '{meant}'"):
+            await backend.store_result("a", 1, state)
+        with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
+            await backend.on_chord_part_return("g", "a", state, 1)
+        assert not await backend.exists("a")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *(
+            "PROGRESS",
+            "UPLOADING",
+            "STARTING",
+            "START",
+            "STARTUP",
+            "RESTARTED",
+            "SENDING",
+            "PENDING_REVIEW",
+            "RETRYING",
+        ),
+        *("RETRIED", "RECEIVE", "REJECT", "IGNORE", "SUCCESSFUL", "SUCCEEDED", "FAILED", "FAILING", "ERROR", "DONE"),
+        *("ACCESS", "INVOKED", "REVOKING", "S", "F", "50%", "PARTIAL_SUCCESS", "success:1/2", "ACCÈS"),
+    ],
+)
+async def test_a_state_of_ones_own_is_taken(state: str) -> None:
+    async with aioresult.connect("memory://") as backend:
+        assert await backend.store_result("a", 1, state)
+        assert await backend.result("a").state() == state
 
 
 @pytest.mark.parametrize(

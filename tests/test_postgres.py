@@ -415,8 +415,9 @@ async def _false(answer: Any) -> bool:
 @pytest.mark.parametrize("name", ["", "a\x00b", "x" * 64, "é" * 32, "$aioresult$"])
 @pytest.mark.parametrize("option", ["schema", "table", "group_table"])
 def test_a_name_that_postgresql_cannot_have(option: str, name: str) -> None:
+    options: dict[str, Any] = {option: name}
     with pytest.raises(ImproperlyConfigured, match="cannot name a table or schema"):
-        aioresult.connect("postgresql://h/db", **{option: name})
+        aioresult.connect("postgresql://h/db", **options)
 
 
 async def test_the_search_path_keeps_two_applications_apart(postgres_url: str, admin: asyncpg.Connection[Any]) -> None:

@@ -94,9 +94,12 @@ def test_several_hosts_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("query", "told"),
     [
-        ("no_such=1", "unknown option 'no_such'; remove it, or pass arguments of asyncpg.connect as connect_options"),
-        ("statement_timeuot=1", "unknown option 'statement_timeuot'"),
-        ("command_timeout=1", "unknown option 'command_timeout'"),
+        (
+            "no_such=1",
+            "unknown parameter 'no_such' in the URL; remove it, or pass arguments",
+        ),
+        ("statement_timeuot=1", "unknown parameter 'statement_timeuot' in the URL; did you mean 'statement_timeout'"),
+        ("command_timeout=1", "unknown parameter 'command_timeout'"),
         ("gssencmode=require", "asyncpg cannot do gssencmode=require"),
         ("client_encoding=latin1", "asyncpg cannot do client_encoding=latin1"),
         ("replication=database", "asyncpg cannot do replication=database"),
@@ -125,7 +128,7 @@ def test_any_other_is_refused_by_name_when_the_backend_is_made(query: str, told:
 def test_no_option_of_libpqs_is_unknown(option: str) -> None:
     with pytest.raises(ImproperlyConfigured) as caught:
         parse_dsn(f"{BASE}?{option}=1&no_such=1")  # what is refused is the other, or it has a message of its own
-    assert f"unknown option {option!r}" not in str(caught.value)
+    assert f"unknown parameter {option!r}" not in str(caught.value)
 
 
 def test_connect_options_take_precedence_setting_by_setting() -> None:
@@ -199,6 +202,12 @@ async def test_what_celery_stores_is_found(postgres_url: str, query: str, conf: 
     finally:
         await connection.execute("DROP SCHEMA foo CASCADE")
         await connection.close()
+
+
+async def test_a_name_that_may_be_a_password_is_shown_in_no_error_of_the_server(own_postgres: PostgresServer) -> None:
+    with pytest.raises(BackendRefusedError, match=r'role "\*\*" does not exist') as caught:
+        await PostgresBackend(f"postgresql://s3cr3t@127.0.0.1:{own_postgres.port}/postgres?sslmode=disable").open()
+    assert "s3cr3t" not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
 @pytest.fixture

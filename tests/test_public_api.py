@@ -41,6 +41,7 @@ PUBLIC = [
     "Chord",
     "ChordClaimLost",
     "ChordError",
+    "ConnectOptions",
     "ContentDisallowed",
     "CyclicResultError",
     "DecodeError",

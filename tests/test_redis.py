@@ -236,6 +236,12 @@ async def test_a_wrong_password_is_refused_at_once_and_shown_nowhere(own_redis: 
     assert "s3cr3t" not in shown
 
 
+async def test_a_password_without_its_colon_is_told_of_the_colon(own_redis: RedisServer) -> None:
+    with pytest.raises(BackendRefusedError, match=r"username-password .*write redis://:password@host") as caught:
+        await aioresult.connect(f"redis://s3cr3t@127.0.0.1:{own_redis.port}/0").open()
+    assert "s3cr3t" not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
 async def test_a_permission_missing_to_subscribe_fails_the_waiters_at_once(
     own_redis: RedisServer, redis_client: Client
 ) -> None:
@@ -318,6 +324,19 @@ async def test_tls_with_a_certificate_of_nobody_is_refused(
             await aioresult.connect(f"rediss://localhost:{front.port}/0").open()
         async with aioresult.connect(f"rediss://localhost:{front.port}/0?ssl_cert_reqs=CERT_NONE") as backend:
             assert await backend.mark_as_done("a", 1)
+
+
+async def test_tls_on_one_side_only_is_told_which_scheme_to_write(
+    own_redis: RedisServer, authority: tuple[trustme.CA, Path]
+) -> None:
+    with pytest.raises(BackendConnectionError, match=r"if the server has no TLS, .*write redis://"):
+        await aioresult.connect(f"rediss://localhost:{own_redis.port}/0?socket_connect_timeout=0.2").open()
+    async with tls_front(own_redis, authority[0]) as front:
+        with pytest.raises(aioresult.BackendError, match=r"if the server uses TLS, write rediss://"):
+            await aioresult.connect(f"redis://localhost:{front.port}/0").open()
+    with pytest.raises(BackendConnectionError) as caught:
+        await aioresult.connect("rediss://127.0.0.1:1/0").open()  # where nothing listens
+    assert "TLS" not in str(caught.value)
 
 
 @pytest.mark.parametrize("requirement", ["required", ssl.CERT_REQUIRED, ssl.CERT_NONE, None])

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ForwardRef
 
 import pytest
 from celery.app.backends import BACKEND_ALIASES as CELERY_ALIASES
 
 import aioresult
-from aioresult import Backend, ImproperlyConfigured, by_name, by_url
+from aioresult import Backend, ConnectOptions, ImproperlyConfigured, by_name, by_url
 from aioresult.backends.memory import MemoryBackend
+from aioresult.backends.postgres import PostgresBackend
 from aioresult.backends.redis import RedisBackend
-from aioresult.registry import BACKEND_ALIASES
+from aioresult.options import option_names
+from aioresult.registry import _SCHEMES, BACKEND_ALIASES
 
 MEMORY_PATH = "aioresult.backends.memory"
 
@@ -59,7 +64,7 @@ def test_of_a_backend_that_celery_alone_has_the_error_says_so(name: str) -> None
         by_name(name)
 
 
-@pytest.mark.parametrize("name", ["nope", "", " ", "+", "redis,memory", "..redis", ".redis.Backend", "a..B", "redis:"])
+@pytest.mark.parametrize("name", ["nope", "", " ", "+", "..B", ".x.Backend", "a..B", "nope:"])
 def test_an_unknown_name_is_told_what_there_is_and_how_to_add_more(name: str) -> None:
     known = ", ".join(sorted(BACKEND_ALIASES))
     with pytest.raises(ImproperlyConfigured) as caught:
@@ -91,12 +96,107 @@ def test_an_error_about_a_url_does_not_show_the_password(url: str) -> None:
         assert "PW" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["memory://", "redis://", f"{MEMORY_PATH}:MemoryBackend"])
-def test_an_unknown_option_is_named_with_the_class_that_refuses_it(url: str) -> None:
-    with pytest.raises(
-        ImproperlyConfigured, match=rf"'expire', did you mean 'expires'\?; see help\({by_url(url)[0].__name__}\)"
-    ):
-        aioresult.connect(url, expire=5)
+# -- options --------------------------------------------------------------------------------------------------------
+
+BUILT_IN: list[type[Backend]] = [MemoryBackend, RedisBackend, PostgresBackend]
+
+
+def test_connect_takes_the_options_of_every_backend_with_their_types() -> None:
+    taken: dict[str, str] = {}
+    for cls in BUILT_IN:
+        for each in cls.__mro__:
+            if "__init__" in vars(each) and each is not object:
+                for one in inspect.signature(vars(each)["__init__"]).parameters.values():
+                    if one.kind is one.KEYWORD_ONLY:
+                        assert taken.setdefault(one.name, one.annotation) == one.annotation, one.name
+    hints: dict[str, ForwardRef] = ConnectOptions.__annotations__
+    assert {name: hint.__forward_arg__ for name, hint in hints.items()} == taken
+
+
+def test_of_every_option_it_is_known_whose_it_is() -> None:
+    for kind, schemes in _SCHEMES.items():
+        owners = {cls for cls in BUILT_IN if kind.__annotations__.keys() <= option_names(cls)}
+        assert owners == {by_url(scheme)[0] for scheme in schemes.split(" and ")}
+        for cls in owners ^ set(BUILT_IN):
+            assert option_names(cls).isdisjoint(kind.__annotations__)
+
+
+@pytest.mark.parametrize("url", ["memory://", "redis://", "postgresql://h", f"{MEMORY_PATH}:MemoryBackend"])
+def test_unknown_options_are_all_named_with_what_the_class_takes(url: str) -> None:
+    cls = by_url(url)[0]
+    told = f"unknown option 'expire'; did you mean 'expires'? Unknown option 'shards'. {cls.__name__} takes: accept, "
+    options: dict[str, Any] = {"expire": 5, "shards": 2}
+    for make in (aioresult.connect, cls):
+        with pytest.raises(ImproperlyConfigured) as caught:
+            make(url, **options)
+        assert str(caught.value).startswith(told)
+        assert set(str(caught.value).partition("takes: ")[2].split(", ")) == option_names(cls)
+
+
+def test_a_class_refuses_an_unknown_option_with_a_type_error_like_any_other() -> None:
+    with pytest.raises(TypeError, match="unknown option 'expire'"):
+        MemoryBackend(expire=5)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("url", "option", "told"),
+    [
+        ("redis://h", "table", "the option 'table' belongs to postgresql://, not to redis://. RedisBackend takes: "),
+        ("VALKEY+socket:///run/s", "store", "the option 'store' belongs to memory://, not to valkey://."),
+        ("postgresql://h", "global_keyprefix", "belongs to redis:// and memory://, not to postgresql://."),
+        ("memory", "connect_options", "belongs to redis:// and postgresql://, not to memory://."),
+        (f"{MEMORY_PATH}:MemoryBackend", "chord_ordered", "belongs to redis://, not to MemoryBackend."),
+    ],
+)
+def test_an_option_of_another_backend_is_named_as_such(url: str, option: str, told: str) -> None:
+    options: dict[str, Any] = {option: None}
+    with pytest.raises(ImproperlyConfigured, match=re.escape(told)):
+        aioresult.connect(url, **options)
+
+
+# -- schemes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "found", "passed"),
+    [
+        ("REDIS://Host/1", RedisBackend, "redis://Host/1"),
+        ("Cache+Memory://", MemoryBackend, "memory://"),
+        ("DB+PostgreSQL+psycopg://h/DB", PostgresBackend, "postgresql+psycopg://h/DB"),
+        ("Redis+Socket:///run/S", RedisBackend, "redis+socket:///run/S"),
+        (f"{MEMORY_PATH}:MemoryBackend+OWN://h", MemoryBackend, "OWN://h"),
+    ],
+)
+def test_the_case_of_a_scheme_does_not_matter(url: str, found: type[Backend], passed: str) -> None:
+    assert by_url(url) == (found, passed)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("redis://:PW@h:7/2", "valkey://h:7/2"),
+        ("redis://h", "VALKEY://h:6379/0?client_name=a"),
+        ("rediss://h/1", "valkeys://h/1"),
+        ("redis+socket:///run/s?virtual_host=1", "valkey+socket:///run/s?db=1"),
+    ],
+)
+def test_valkey_is_the_same_place_as_redis(one: str, other: str) -> None:
+    assert aioresult.connect(one).store_id == aioresult.connect(other).store_id
+
+
+def test_another_database_is_another_place_whatever_is_hidden_of_the_url() -> None:
+    first, second = (aioresult.connect(f"redis://h/{number}?client_name=me@home") for number in (1, 2))
+    assert first.store_id != second.store_id
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [("redsi://h", "redis"), ("reddis://h", "redis"), ("posgresql+psycopg://h", "postgresql"), ("valky://h", "valkey")],
+)
+def test_a_misspelt_scheme_is_told_which_is_meant(url: str, meant: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=f"did you mean '{meant}'.? Known here are memory, ") as caught:
+        by_url(url)
+    assert "entry point" not in str(caught.value)
 
 
 # -- backends of other distributions --------------------------------------------------------------------------------
@@ -110,6 +210,11 @@ class ParchmentBackend(MemoryBackend):
 class HijackedBackend(MemoryBackend):
     pass
 
+class ClosedBackend(MemoryBackend):
+    def __init__(self, url, *, table=""):
+        super().__init__(url)
+        self.table = table
+
 class PickyBackend(MemoryBackend):
     def __init__(self, url, **options):
         raise TypeError("a bug of its own")
@@ -119,6 +224,7 @@ ENTRY_POINTS = """
 [aioresult.backends]
 parchment = aioresult_parchment:ParchmentBackend
 picky = aioresult_parchment:PickyBackend
+closed = aioresult_parchment:ClosedBackend
 redis = aioresult_parchment:HijackedBackend
 lost = aioresult_parchment:LostBackend
 """
@@ -162,7 +268,7 @@ def test_its_module_is_imported_only_when_it_is_named() -> None:
 
 @pytest.mark.usefixtures("third_party")
 def test_it_is_among_those_that_an_unknown_name_is_told_of() -> None:
-    with pytest.raises(ImproperlyConfigured, match=r"known here are .*\bparchment, picky\b.*"):
+    with pytest.raises(ImproperlyConfigured, match=r"known here are .*\bparchment, picky, postgres\b.*"):
         by_name("nope")
 
 
@@ -177,3 +283,12 @@ def test_a_broken_one_says_what_is_broken() -> None:
         by_name("lost")
     with pytest.raises(TypeError, match="a bug of its own"):
         aioresult.connect("picky://")
+
+
+@pytest.mark.usefixtures("third_party")
+def test_it_may_take_options_of_its_own() -> None:
+    assert vars(aioresult.connect("closed://", table="ours"))["table"] == "ours"
+    with pytest.raises(ImproperlyConfigured) as caught:
+        aioresult.connect("closed://", expires=5, schema="s")
+    told = "unknown option 'expires'. The option 'schema' belongs to postgresql://, not to closed://. "
+    assert str(caught.value) == f"{told}ClosedBackend takes: table"

@@ -3,7 +3,9 @@
 ``mypy`` and ``pyright`` read this file; a type that they see differently from what stands here is an error.
 """
 
+# An error that pyright does not report is an error, as it is with mypy.
 # pyright: reportUnnecessaryComparison=true, reportUnnecessaryTypeIgnoreComment=true
+
 from __future__ import annotations
 
 import asyncio
@@ -11,12 +13,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, assert_type
+from typing import Any, Unpack, assert_type
+
+from celery import Celery
 
 import aioresult
 from aioresult import (
     AsyncResult,
     Backend,
+    ConnectOptions,
     EagerResult,
     GroupProgress,
     GroupResult,
@@ -43,6 +48,7 @@ from aioresult import (
 )
 from aioresult.backends.memory import MemoryBackend, MemoryStore
 from aioresult.backends.redis import RedisBackend
+from aioresult.celery import backend_from_app
 from aioresult.meta import SupportsAsTuple
 
 
@@ -59,6 +65,18 @@ async def connecting() -> None:
         ),
         Backend,
     )
+    connect(
+        "postgresql://localhost/db",
+        table="results",
+        create=True,
+        connect_options={"ssl": False},
+        cleanup_interval=3600,
+        on_chord_ready=None,
+    )
+    connect("redis://", expire=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    connect("redis://", expires="a day")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    connect("redis://", store="memory")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    connect("redis://", connect_options=[3])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     async with connect("memory://") as backend:
         assert_type(backend, Backend)
     async with MemoryBackend(store=MemoryStore(), expires=None, compression="zstd") as memory:
@@ -73,6 +91,12 @@ async def connecting() -> None:
     assert_type(per_loop(lambda: MemoryBackend()), PerLoop)
     MemoryBackend(expires="a day")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     MemoryBackend(expire=5)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+
+def connecting_elsewhere(app: Celery, **options: Unpack[ConnectOptions]) -> None:
+    assert_type(connect("memory://", **options), Backend)
+    assert_type(backend_from_app(app, **options), Backend)
+    backend_from_app(app, expire=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
 
 
 def types_of_ones_own() -> None:

@@ -12,6 +12,7 @@ from ..dialect import StoredType
 from ..exceptions import ImproperlyConfigured, UsageError
 from ..log import Flush, Page, PageRequest
 from ..meta import ResultTuple, TaskMeta
+from ..options import UnknownOption, checked_flag, unknown_options
 from ..progress import GroupCounts
 from ..record import Record
 from ..remedies import not_an_id
@@ -98,7 +99,10 @@ class BackendContract(ABC):
         chord_expires: Seconds | None = None,
         max_pending_bytes: int = 64 * 2**20,
         lease: float = 30.0,
+        **unknown: object,
     ) -> None:
+        if unknown:
+            raise UnknownOption(unknown_options(type(self), unknown))
         self._url = url
         self.expires: float = checked_seconds("expires", expires or 0.0)
         self.failure_expires: float = (
@@ -107,7 +111,7 @@ class BackendContract(ABC):
         self.chord_expires: float = (
             self.expires if chord_expires is None else checked_seconds("chord_expires", chord_expires)
         )
-        self.extended = extended
+        self.extended: bool = checked_flag("extended", extended)
         self.retry_for: float = checked_seconds("retry_for", retry_for)
         self.heartbeat: float = checked_seconds("heartbeat", heartbeat)
         if not self.heartbeat:

@@ -12,9 +12,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 from ..chord import CHORD_TOPIC, READY_TOPIC
-from ..exceptions import DecodeError, ImproperlyConfigured, InvalidCursor
+from ..exceptions import DecodeError, InvalidCursor
 from ..log import OUTPUT_TOPIC, Place
 from ..meta import ResultTuple
+from ..options import checked_text
 from ..progress import GROUP_TOPIC
 from ..record import Record
 from ..run import WORKER_TOPIC, WORKERS_TOPIC
@@ -69,8 +70,7 @@ class KeyValueStoreBackend(Backend):
 
     def __init__(self, url: str = "", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
         super().__init__(url, **options)
-        if not isinstance(global_keyprefix, str):
-            raise ImproperlyConfigured(f"global_keyprefix must be a str, not {global_keyprefix!r}")
+        checked_text("global_keyprefix", global_keyprefix)
         if global_keyprefix and global_keyprefix[-1] not in ":_-.":
             global_keyprefix += "_"
         self._task_prefix = f"{global_keyprefix}celery-task-meta-"

@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from time import monotonic
 from time import time as wall_clock
+from types import NoneType
 from typing import Protocol, TypeVar, Unpack
 
 from ..chord import ChordOp, ChordState, ChordStep
 from ..exceptions import AioResultError, SerializationError
 from ..log import Flush, Page, PageRequest
+from ..options import checked_option
 from ..run import RunState, RunStep
 from ..tasks import TURN
 from .base import BackendOptions
@@ -200,6 +202,7 @@ class MemoryBackend(KeyValueStoreBackend):
         **options: Unpack[BackendOptions],
     ) -> None:
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
+        checked_option("store", store, (MemoryStore, NoneType), "a MemoryStore or None")
         self.store: MemoryStore = MemoryStore() if store is None else store
         self._channels: set[str] = set()
         #: Published, and not delivered yet.

@@ -14,10 +14,22 @@ from ..chord import ReadyChord
 from ..exceptions import AioResultError, ChordError, TaskRevokedError, UsageError
 from ..failure import safe_repr, traceback_of
 from ..meta import META_FIELD, ResultTuple, SupportsAsTuple, TaskMeta
+from ..options import checked_flag, checked_function
 from ..record import Record
 from ..seconds import Seconds, checked_seconds
 from ..serialization import CORE_FIELDS
-from ..states import ALL_STATES, FAILURE, PENDING, PROPAGATE_STATES, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
+from ..states import (
+    ALL_STATES,
+    FAILURE,
+    PENDING,
+    PROPAGATE_STATES,
+    READY_STATES,
+    RETRY,
+    REVOKED,
+    STARTED,
+    SUCCESS,
+    state_meant,
+)
 from ..tasks import fail
 from .core import BackendCore, CoreOptions
 
@@ -48,8 +60,9 @@ class WorkerSide(BackendCore):
         **options: Unpack[CoreOptions],
     ) -> None:
         super().__init__(url, **options)
+        checked_function("on_chord_ready", on_chord_ready)
         self._on_chord_ready = on_chord_ready
-        self._count_requests = bool(count_requests)
+        self._count_requests = checked_flag("count_requests", count_requests)
 
     @abstractmethod
     async def on_chord_part_return(
@@ -386,6 +399,10 @@ def check_state(state: object) -> None:
         state.encode()
     except UnicodeEncodeError as exc:
         raise UsageError(f"the state {state!r} cannot be written as UTF-8: {exc.reason}") from None
+    if state not in ALL_STATES and (meant := state_meant(state)):
+        raise UsageError(
+            f"unknown state {state!r}; did you mean {meant!r}? A state of your own needs a name that is not so similar"
+        )
 
 
 def _checked_meta(meta: object) -> dict[str, Any]:

@@ -33,8 +33,10 @@ from ...exceptions import (
 )
 from ...log import OUTPUT_TOPIC, Flush, Page, PageRequest, Place
 from ...meta import TaskMeta
+from ...options import checked_flag, checked_text
 from ...record import Record
 from ...run import WORKER_TOPIC, WORKERS_TOPIC, RunState, RunStep
+from ...seconds import checked_seconds
 from ...tasks import StandingTask, spawn
 from ..base import Backend, BackendOptions
 from ..core import logger
@@ -102,7 +104,7 @@ class PostgresBackend(Backend):
         **options: Unpack[BackendOptions],
     ) -> None:
         super().__init__(url, **options)
-        self._listen_dsn = None if listen_dsn is None else parse_dsn(listen_dsn)
+        self._listen_dsn = None if listen_dsn is None else parse_dsn(checked_text("listen_dsn", listen_dsn))
         self._connections = Connections(
             parse_dsn(url), self.as_uri(), self.heartbeat, self.retry_for, connect_options or {}, pool, connect
         )
@@ -116,15 +118,15 @@ class PostgresBackend(Backend):
         self._places = [djangos] if table == TABLE else [celerys, djangos] if table is None else [celerys]
         self._tables = self._places[0]
         self._max_id_length = MAX_ID_LENGTH if table == TABLE else _MAX_ID_LENGTH
-        self._create = create
+        self._create: bool | None = None if create is None else checked_flag("create", create)
         self._has_factory = connect is not None
         if pool is not None and listen_dsn is None and connect is None and pool.get_max_size() < 2:
             raise ImproperlyConfigured(
                 f"the pool given for {self.as_uri()} has one connection, and one is held for listening: make it with "
                 f"max_size=2 or more, or pass listen_dsn="
             )
-        self._durable_output = durable_output
-        self._cleanup_interval = cleanup_interval
+        self._durable_output = checked_flag("durable_output", durable_output)
+        self._cleanup_interval: float = checked_seconds("cleanup_interval", cleanup_interval)
         self._listener: Listener | None = None
         self._has_listened = False
         self._waiting: dict[str, set[str]] = {}  # channel → the ids waited for on it

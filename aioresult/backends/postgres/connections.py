@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from inspect import signature
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -19,7 +20,9 @@ from ...exceptions import (
     ImproperlyConfigured,
     UsageError,
 )
+from ...options import checked_function, checked_option, did_you_mean
 from ...sockets import silence
+from ...urls import hide_lone_user
 from .dsn import Dsn
 from .listener import bounded
 
@@ -35,6 +38,8 @@ _TRANSIENT = ("08", "40", "25P03", "25P04", "53300", "57", "55P03", "25006")
 #: … and after which it will not, for any caller: authentication, permission, no such statement, database, schema, table
 #: or column.
 _REFUSED = ("26", "28", "3D", "3F", "42")
+#: … and that may quote the user, whose name is also that of the database unless the URL says otherwise.
+_WHO = ("28", "3D")
 #: … and that say something of the server, not of one record in a batch.
 _WHOLE_BATCH = ("53", "54", "58")
 
@@ -64,6 +69,13 @@ class Connections:
         given: asyncpg.Pool[Any] | None,
         connect: Callable[[], Awaitable[asyncpg.Connection[Any]]] | None,
     ) -> None:
+        checked_option("connect_options", options, Mapping, "a mapping or None")
+        if unknown := sorted(options.keys() - signature(asyncpg.connect).parameters.keys()):
+            hint = did_you_mean(unknown[0], signature(asyncpg.connect).parameters)
+            raise ImproperlyConfigured(f"asyncpg.connect has no argument {unknown[0]!r} for connect_options{hint}")
+        checked_function("connect", connect)
+        if given is not None and not callable(getattr(given, "acquire", None)):
+            raise ImproperlyConfigured(f"pool must be an asyncpg.Pool or None, not {type(given).__qualname__}")
         self.given = given
         self._dsn = dsn
         self._where = where
@@ -139,7 +151,7 @@ class Connections:
         except ssl.SSLCertVerificationError as exc:
             raise BackendRefusedError(f"{self._where}: {exc}") from exc
         except (ValueError, TypeError) as exc:  # what asyncpg makes of a malformed DSN or option
-            raise ImproperlyConfigured(f"{self._where}: {exc}") from None
+            raise ImproperlyConfigured(f"{self._where}: {hide_lone_user(str(exc), text)}") from None
         self._made.add(connection)
         return connection
 
@@ -240,6 +252,8 @@ class Connections:
         elif code.startswith(_REFUSED):
             kind = BackendRefusedError
         remedy = _OF_A_POOLER if code in ("26000", "42P05") else ""
+        if code.startswith(_WHO):  # in the cause of our error, too
+            exc.args = (hide_lone_user(str(exc.args[0]), self._dsn.text), *exc.args[1:])
         error = kind(f"{self._where}: {exc.args[0]} [{code}]{remedy}")
         if code.startswith(_WHOLE_BATCH):
             error.of_server = True

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from ...exceptions import ImproperlyConfigured
-from ...urls import hide_password
+from ...options import did_you_mean
+from ...urls import ENCODE, authority_fault, hide_password, show_malformed
 
 __all__ = ["Dsn", "parse_dsn", "with_connect_args"]
 
@@ -46,6 +47,9 @@ _NO_MEANING: Final = _words(
     prepare_threshold autocommit row_factory cursor_factory server_cursor_factory connection_factory context
     async async_ plugin async_fallback prepared_statement_cache_size prepared_statement_name_func"""
 )
+
+#: Options that are translated one by one.
+_PARAMETERS: Final = _words("host port connect_timeout options application_name fallback_application_name ssl")
 
 #: Options of which only some values are what asyncpg does anyway. Any other is refused.
 _ONLY: Final[Mapping[str, frozenset[str]]] = {
@@ -170,10 +174,16 @@ def _plain_dsn(url: str) -> str:
     scheme, _, rest = url.partition("://")
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     if rest.count("@") > 1 or "@" in rest[len(authority) :]:
-        raise ImproperlyConfigured(
-            f"{hide_password(url)}: @, /, ? and # must be percent-encoded in a name, a password or an option"
-        )
-    return f"{scheme.partition('+')[0]}://{rest}"
+        raise ImproperlyConfigured(f"{hide_password(url)}: {ENCODE}; write %40 for @ in an option")
+    fault = authority_fault(url)
+    if fault is None:
+        try:
+            urlsplit(url)
+        except ValueError:
+            fault = f"it cannot be read; {ENCODE}"
+    if fault is not None:
+        raise ImproperlyConfigured(f"{show_malformed(url)} is not a URL for the PostgreSQL backend: {fault}")
+    return f"{scheme.partition('+')[0].lower()}://{rest}"
 
 
 def _pairs(query: str) -> list[tuple[str, str]]:
@@ -230,9 +240,12 @@ def _unknown(name: str) -> str:
         return (
             f"asyncpg has no {name}, and the connection would be less safe without; pass connect= for one of your own"
         )
+    known = _SETTINGS.union(_AS_ARGUMENT, _LEFT_TO_ASYNCPG, _NO_MEANING, _ONLY, _PARAMETERS)
+    if meant := did_you_mean(name, known):
+        return f"unknown parameter {name!r} in the URL{meant}"
     return (
-        f"unknown option {name!r}; remove it, or pass arguments of asyncpg.connect as connect_options, and settings of "
-        f"the server that PostgreSQL 18 does not have as connect_options={{'server_settings': …}}"
+        f"unknown parameter {name!r} in the URL; remove it, or pass arguments of asyncpg.connect as connect_options, "
+        f"and settings of the server that PostgreSQL 18 does not have as connect_options={{'server_settings': …}}"
     )
 
 

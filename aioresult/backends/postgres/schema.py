@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from types import NoneType
 from typing import Final
 
 from ...exceptions import ImproperlyConfigured
+from ...options import checked_option
 from ...states import ALL_STATES, READY_STATES
 
 __all__ = [
@@ -86,6 +88,8 @@ class Tables:
     group_table: str = "celery_tasksetmeta"
 
     def __post_init__(self) -> None:
+        for option in ("schema", "table", "group_table"):
+            checked_option(option, getattr(self, option), (str, NoneType), "a str or None")
         for name in _NAMES:
             getattr(self, name)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import NoneType
 from typing import Any, TypeVar, Unpack
 
 import hiredis
@@ -24,6 +25,7 @@ from ...exceptions import (
     BackendStoreError,
     SerializationError,
 )
+from ...options import checked_flag, checked_option
 from ...progress import GroupCounts
 from ...record import Record
 from ...tasks import SingleFlight
@@ -43,10 +45,11 @@ T = TypeVar("T")
 class RedisBackend(RunningTasks):
     """``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://`` or ``redis+socket://``.
 
-    Redis 6.2 or later, or Valkey. What redis-py takes as a connection option may stand in the query:
-    ``?protocol=2``, ``?client_name=web``, ``?socket_connect_timeout=3``, ``?ssl_ca_certs=/etc/ca.pem``. Certificates
-    are verified unless ``?ssl_cert_reqs=none`` says otherwise. ``?credential_provider=package.module.Class`` names a
-    `redis.CredentialProvider` to ask for the user name and the password.
+    Redis 6.2 or later, or Valkey, for which ``valkey://`` and ``valkeys://`` mean the same. What redis-py takes as a
+    connection option may stand in the query: ``?protocol=2``, ``?client_name=web``, ``?socket_connect_timeout=3``,
+    ``?ssl_ca_certs=/etc/ca.pem``. Certificates are verified unless ``?ssl_cert_reqs=none`` says otherwise.
+    ``?credential_provider=package.module.Class`` names a `redis.CredentialProvider` to ask for the user name and the
+    password.
 
     Further options:
 
@@ -75,15 +78,21 @@ class RedisBackend(RunningTasks):
         chord_ordered: bool = True,
         **options: Unpack[BackendOptions],
     ) -> None:
-        given = connect_options or {}
+        given = checked_option("connect_options", connect_options, (Mapping, NoneType), "a mapping or None") or {}
         self._connection_class, self._connection_options = connection_options(url, given)
         if leads_elsewhere(given):
             url = resolved_url(self._connection_class, self._connection_options)
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
-        self._chord_ordered = bool(chord_ordered)
+        self._chord_ordered = checked_flag("chord_ordered", chord_ordered)
         self._commands: RedisConnection | None = None
         self._listener: RedisConnection | None = None
         self._connected: SingleFlight[RedisConnection] = SingleFlight(self._connect)
+
+    @property
+    def store_id(self) -> Hashable:
+        """The class, the server and the database, and the prefix: equal for ``redis://`` and ``valkey://``."""
+        place = resolved_url(self._connection_class, self._connection_options)
+        return type(self), place, self._task_prefix
 
     async def _open(self) -> None:
         self._connected = SingleFlight(self._connect)

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias, cast
 
 from hiredis import PushNotification, Reader, ReplyError, pack_command
 from redis import exceptions as redis_errors
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, SSLConnection
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 from ...sockets import silence
@@ -42,6 +42,9 @@ _TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "MASTERDOWN", "CLUSTERDOWN", "READO
 _REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
 
 
+_OF_A_LONE_USER = "; for a password without a user name write redis://:password@host, with a colon before the password"
+
+
 #: Before 7, what arises in a script has the place before it: "@user_script: 12: -READONLY You can't write …".
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
 
@@ -58,7 +61,8 @@ def translate(error: BaseException, where: str) -> BackendError:
     text = str(error)
     code = code_of(error)
     if isinstance(error, redis_errors.AuthenticationError) or code in _REFUSED:
-        return BackendRefusedError(f"{where} refuses: {text}")
+        remedy = _OF_A_LONE_USER if "://**@" in where and "username-password" in text else ""
+        return BackendRefusedError(f"{where} refuses: {text}{remedy}")
     if code in ("MOVED", "ASK", "CROSSSLOT"):
         return BackendRefusedError(f"{where} is a node of a Redis Cluster, which is not supported yet")
     if code in _TRANSIENT or isinstance(error, redis_errors.BusyLoadingError):
@@ -68,6 +72,17 @@ def translate(error: BaseException, where: str) -> BackendError:
     if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)):
         return BackendConnectionError(f"cannot reach {where}: {text}")
     return BackendRefusedError(f"{where} says: {text}")
+
+
+def _tls_hint(link: AbstractConnection, error: BaseException) -> str:
+    """What to change if one side speaks TLS and the other does not, for an ``error`` that this may bring about."""
+    kinds = {type(error), type(error.__context__)}
+    cut = ConnectionResetError in kinds or "closed by server" in str(error)
+    if not isinstance(link, SSLConnection):
+        return "; if the server uses TLS, write rediss://" if cut else ""
+    if cut or isinstance(error, (redis_errors.TimeoutError, TimeoutError)) or ssl.SSLError in kinds:
+        return "; if the server has no TLS, and so does not answer the TLS handshake, write redis://"
+    return ""
 
 
 class _Request:
@@ -138,7 +153,9 @@ class RedisConnection(asyncio.Protocol):
             raise asyncio.CancelledError from failure
         if failure is not None:
             await self.close()
-            raise translate(failure, self._where) from failure
+            error = translate(failure, self._where)
+            error.args = (f"{error}{_tls_hint(link, failure)}",)
+            raise error from failure
         self._transport = take_over(link, self)
         self.closed = False
         self._timer = self._loop.call_later(self._heartbeat, self._beat)

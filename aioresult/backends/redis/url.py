@@ -23,15 +23,22 @@ from redis.asyncio.connection import (
 from redis.exceptions import RedisError
 
 from ...exceptions import ImproperlyConfigured
-from ...urls import hide_password
+from ...options import did_you_mean, option_names
+from ...urls import ENCODE, authority_fault, show_malformed
 
 __all__ = ["connection_options", "leads_elsewhere", "resolved_url", "url_options"]
 
 #: Arguments that only redis-py's blocking TLS connection has. Switched off, they say nothing.
 _OCSP: Final = ("ssl_validate_ocsp", "ssl_validate_ocsp_stapled", "ssl_ocsp_context", "ssl_ocsp_expected_cert")
+#: Scheme → redis-py's name for it.
+_SCHEMES: Final = {"socket": "unix", "valkey": "redis", "valkeys": "rediss"}
 _FALSE: Final = frozenset({"", "0", "f", "false", "n", "no"})
 #: Arguments that say which server and which database.
 _PLACE: Final = frozenset({"host", "port", "path", "db"})
+
+
+class _MalformedUrl(ValueError):
+    """Its message quotes nothing of the URL."""
 
 
 def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[AbstractConnection], dict[str, Any]]:
@@ -56,12 +63,9 @@ def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[Abstrac
     except ImproperlyConfigured:
         raise
     except (TypeError, ValueError, RedisError) as exc:
-        reason = str(exc) if "password" not in str(exc) or "provider" in str(exc) else type(exc).__name__
-        rest = url.partition("://")[2]
-        if "@" in rest[len(re.split("[/?#]", rest, maxsplit=1)[0]) :]:  # then redis-py may quote a part of the password
-            reason = "/, ? and # must be percent-encoded in a name or a password"
+        reason = _reason(exc, url, given)
         raise ImproperlyConfigured(
-            f"{hide_password(url)} is not a URL for the Redis backend"
+            f"{show_malformed(url)} is not a URL for the Redis backend"
             f"{', with the connect_options given' if given else ''}: {reason}"
         ) from None
     return connection_class, options
@@ -70,23 +74,66 @@ def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[Abstrac
 def url_options(url: str) -> dict[str, Any]:
     """The arguments that ``url`` itself gives, ``connection_class`` among them where it is not the plain one.
 
-    :raises ValueError: it is malformed.
+    :raises ValueError: it is malformed; quotes nothing that may be a password.
     """
-    parts = urlsplit(url)
+    if fault := ENCODE if _cut_password(url) else authority_fault(url):
+        raise _MalformedUrl(fault)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise _MalformedUrl(f"it cannot be read; {ENCODE}") from None
     query = dict(parse_qsl(parts.query))
     scheme = parts.scheme.rpartition("+")[2]
-    scheme = "unix" if scheme == "socket" else scheme
+    scheme = _SCHEMES.get(scheme, scheme)
     virtual_host = query.pop("virtual_host", None)
     if virtual_host is not None and scheme == "unix":  # over TCP Celery takes the number from the path alone
         query["db"] = virtual_host.strip("/")
     query.pop("max_connections", None)  # of a pool
     options: dict[str, Any] = dict(parse_url(parts._replace(scheme=scheme, query=urlencode(query)).geturl()))
     if scheme in ("redis", "rediss") and "db" not in query and (database := unquote(parts.path).strip("/")):
-        options["db"] = int(database)  # redis-py passes over what is no number
+        if not database.isdecimal():  # redis-py passes over what is no number
+            raise _MalformedUrl(f"the database must be a number, as in redis://localhost:6379/0; {ENCODE}")
+        options["db"] = int(database)
     if "credential_provider" in options:
         options.pop("username", None)
         options.pop("password", None)
     return options
+
+
+def _cut_password(url: str) -> bool:
+    """Whether an unescaped character has cut a name or a password in two.
+
+    An ``@`` may stand in the value of an option, and in the path of a unix socket.
+    """
+    authority, beyond = _halves(url)
+    path, _, more = beyond.partition("?")
+    query, _, fragment = more.partition("#")
+    names = [each.partition("=")[0] for each in query.split("&")]
+    return "@" in fragment or (authority != "" and "@" in path) or any("@" in name for name in names)
+
+
+def _halves(url: str) -> tuple[str, str]:
+    """What stands before the path, with the name and the password; and the rest."""
+    rest = url.partition("://")[2]
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    return authority, rest[len(authority) :]
+
+
+def _reason(exc: Exception, url: str, given: Mapping[str, Any]) -> str:
+    """What is wrong, in words that quote no part of a password."""
+    if isinstance(exc, _MalformedUrl):
+        return str(exc)
+    if "@" in _halves(url)[1]:
+        return ENCODE
+    if "unexpected keyword argument" in str(exc):
+        options = {**url_options(url), **given}
+        known = option_names(options.pop("connection_class", Connection))
+        return "; ".join(
+            f"unknown parameter {name!r} in {'connect_options' if name in given else 'the URL'}"
+            f"{did_you_mean(name, known)}"
+            for name in sorted(options.keys() - known)
+        )
+    return str(exc) if "password" not in str(exc) or "provider" in str(exc) else type(exc).__name__
 
 
 def resolved_url(connection_class: type[AbstractConnection], options: Mapping[str, Any]) -> str:

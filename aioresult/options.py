@@ -1,0 +1,83 @@
+"""What is checked of options, and what an error says about one that is unknown or of the wrong type."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from .exceptions import ImproperlyConfigured
+
+__all__ = [
+    "UnknownOption",
+    "checked_flag",
+    "checked_function",
+    "checked_option",
+    "checked_text",
+    "did_you_mean",
+    "option_names",
+    "unknown_options",
+]
+
+T = TypeVar("T")
+
+
+class UnknownOption(ImproperlyConfigured, TypeError):
+    """A backend does not take an option: a `TypeError`, as it is for any other class."""
+
+
+def unknown_options(backend_class: type, names: Iterable[str], owners: Mapping[str, str] | None = None) -> str:
+    """What an error says about options that ``backend_class`` does not take.
+
+    ``owners`` has a sentence for each option of another backend.
+    """
+    known = option_names(backend_class)
+    told = [
+        (owners or {}).get(name) or f"unknown option {name!r}{did_you_mean(name, known) or '.'}"
+        for name in sorted(names)
+    ]
+    sentences = [each if told[0] is each else each[0].upper() + each[1:] for each in told]
+    return f"{' '.join(sentences)} {backend_class.__name__} takes: {', '.join(sorted(known))}"
+
+
+def option_names(cls: type) -> set[str]:
+    """The keyword arguments of the constructor of ``cls``, and of those that it passes the rest on to."""
+    known: set[str] = set()
+    for each in cls.__mro__:
+        if "__init__" in vars(each) and each is not object:
+            parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
+            known.update(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+                break
+    return known
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'expires'?"``, or nothing if no known name is similar."""
+    from difflib import get_close_matches  # seldom needed
+
+    similar = get_close_matches(name.lower(), sorted(known), 1, 0.7)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
+def checked_option(name: str, value: T, kinds: type | tuple[type, ...], expected: str) -> T:
+    """``value`` if it is of one of ``kinds``. The error does not quote it: it may hold a password."""
+    if not isinstance(value, kinds):
+        raise ImproperlyConfigured(f"{name} must be {expected}, not {type(value).__qualname__}")
+    return value
+
+
+def checked_flag(name: str, value: bool) -> bool:
+    """``value``; 0 and 1 are flags, too."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ImproperlyConfigured(f"{name} must be True or False, not {value!r}")
+    return bool(value)
+
+
+def checked_text(name: str, value: str) -> str:
+    return checked_option(name, value, str, "a str")
+
+
+def checked_function(name: str, value: Callable[..., Any] | None) -> None:
+    if value is not None and not callable(value):
+        raise ImproperlyConfigured(f"{name} must be a coroutine function or None, not {type(value).__qualname__}")
