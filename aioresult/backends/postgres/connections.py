@@ -72,7 +72,9 @@ class Connections:
         checked_option("connect_options", options, Mapping, "a mapping or None")
         if unknown := sorted(options.keys() - signature(asyncpg.connect).parameters.keys()):
             hint = did_you_mean(unknown[0], signature(asyncpg.connect).parameters)
-            raise ImproperlyConfigured(f"asyncpg.connect has no argument {unknown[0]!r} for connect_options{hint}")
+            raise ImproperlyConfigured(
+                f"{where}: asyncpg.connect has no argument {unknown[0]!r} of connect_options{hint}"
+            )
         checked_function("connect", connect)
         if given is not None and not callable(getattr(given, "acquire", None)):
             raise ImproperlyConfigured(f"pool must be an asyncpg.Pool or None, not {type(given).__qualname__}")
