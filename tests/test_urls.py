@@ -115,6 +115,7 @@ def test_no_mistake_in_a_url_shows_a_password(scheme: str, rest: str) -> None:
         "redis://:99/secretpart@h:6379/0",
         "redis://:99#secretpart@h:6379/0",
         "redis://:99?secretpart@h:6379/0",
+        "redis://:99?db=1#secretpart@h:6379/0",
         "redis://:99?secretpart=1@h:6379/0",
         "redis://secretpart/A=@host:6379/14",
         "redis://secret?part@host",
