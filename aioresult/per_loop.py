@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from threading import Lock
-from typing import Any
+from typing import Unpack
 
 from .backends.base import Backend
-from .registry import connect
+from .registry import ConnectOptions, connect
 from .tasks import SingleFlight
 
 __all__ = ["PerLoop", "per_loop"]
 
 
-def per_loop(url: str | Callable[[], Backend], **options: Any) -> PerLoop:
+def per_loop(url: str | Callable[[], Backend], **options: Unpack[ConnectOptions]) -> PerLoop:
     """One open backend for each event loop: opened when the loop first asks for it, closed with the loop.
 
     A backend belongs to the event loop that opened it. Django's ``runserver``, WSGI and tests run every request in an
