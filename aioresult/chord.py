@@ -194,7 +194,7 @@ class Chords:
 
     def _pack_body(self, group_id: str, body: Any) -> bytes | None:
         """Encode the body. ``None`` means that no body is given yet; a later step may give the first one."""
-        return None if body is None else self._store.codec.dumps(body, f"the body of chord {group_id}")
+        return None if body is None else self._store.codec.dumps(body, f"the body of chord {group_id}", "body")
 
     async def set_size(self, group_id: str, size: int) -> ReadyChord | None:
         """See `aioresult.backends.base.Backend.set_chord_size`."""
@@ -216,7 +216,7 @@ class Chords:
             group_id,
             task_id=task_id,
             index=index,
-            part=codec.dumps([number, task_id, state, value], what),
+            part=codec.dumps([number, task_id, state, value], what, "part"),
             failed=state in PROPAGATE_STATES,
             body=self._pack_body(group_id, body),
             body_id=result_id_of(body) if self._store.chords_beside else "",

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
-from functools import singledispatch
+from functools import partial, singledispatch
 from types import NoneType
 from typing import Any, Final, Generic, TypeVar
 
+from .culprit import Grammar, UnknownType
 from .exceptions import ImproperlyConfigured
-from .failure import safe_text
 
 __all__ = ["Dialect", "Reader", "StoredType", "msgspec"]
 
@@ -28,10 +28,11 @@ T = TypeVar("T")
 _MARKERS = frozenset({"__type__", "__value__"})
 #: Not in kombu's table of encoders, either. Its decoder takes what is no base64 at all.
 _KEPT = frozenset({"bytes", "base64"})
+_JSON_SCALARS = (str, int, float, NoneType)
 _MSGPACK_SCALARS = (str, int, float, bytes, NoneType)
 #: What a serializer writes by itself, and instances of subclasses with it: their ``encode`` would not be called.
 _NATIVE: Final[Mapping[str, tuple[type, ...]]] = {
-    "json": (dict, list, tuple, str, int, float, NoneType),
+    "json": (dict, list, tuple, *_JSON_SCALARS),
     "msgpack": (dict, list, tuple, *_MSGPACK_SCALARS),
 }
 
@@ -120,10 +121,19 @@ def _tag(name: str, value: Any) -> dict[str, Any]:
     return {"__type__": name, "__value__": value}
 
 
-def _default(value: Any) -> Any:
+def _lazy_text() -> type | tuple[()]:
+    """Django's texts that are translated when they are shown; kombu stores them as texts where Django is installed."""
+    django = sys.modules.get("django.utils.functional")
+    return getattr(django, "Promise", ())
+
+
+def _default(value: Any, unknown: Callable[[Any], Any] | None = None) -> Any:
+    """What stands for a value that the serializer does not know. ``unknown`` is called for what is not known here."""
     reduce = getattr(value, "__json__", None)
     if reduce is not None:
         return reduce()
+    if isinstance(value, _lazy_text()):
+        return str(value)
     kombus = sys.modules.get("kombu.utils.json")
     for cls, (marker, encode) in getattr(kombus, "_encoders", {}).items():
         if isinstance(value, cls):
@@ -147,7 +157,9 @@ def _default(value: Any) -> Any:
     reduce = getattr(value, "as_tuple", None)
     if reduce is not None:  # a result handle; Celery stores a task that returns one in the same way
         return reduce()
-    raise TypeError(f"it holds an object of type {type(value).__qualname__}")
+    if unknown is not None:
+        return unknown(value)
+    raise UnknownType(value)
 
 
 _untag: Mapping[str, Callable[[Any], Any]] = {
@@ -233,16 +245,51 @@ def _as_it_is(value: Any) -> Any:
 class Dialect:
     """Both serializers with the ``types`` of one backend, which writes with ``serializer``.
 
-    Raises `ImproperlyConfigured` for types that make no sense.
+    ``json_default`` turns a value that nothing else knows into one that is known.
+
+    Raises `ImproperlyConfigured` for types that make no sense, and for a ``json_default`` that cannot be called.
     """
 
-    def __init__(self, types: Iterable[StoredType[Any]] = (), serializer: str = "json") -> None:
+    def __init__(
+        self,
+        types: Iterable[StoredType[Any]] = (),
+        serializer: str = "json",
+        json_default: Callable[[Any], Any] | None = None,
+    ) -> None:
         types = _checked(types, serializer)
-        self._default: Callable[[Any], Any] = _default_with(types) if types else _default
+        if json_default is not None and not callable(json_default):
+            raise ImproperlyConfigured(
+                f"json_default must be a function of one argument, as for json.dumps, not {json_default!r}"
+            )
+        self._types = types
+        self._has_default = json_default is not None
+        last = _default if json_default is None else partial(_default, unknown=json_default)
+        self._default: Callable[[Any], Any] = _default_with(types, last) if types else last
         #: A value as JSON. A circle is found all the same: nesting without end.
         self.text: Callable[[Any], str] = json.JSONEncoder(default=self._default, check_circular=False).encode
         self.reader: Reader = Reader({each.name: each.decode for each in types})
         self.checker: Reader = _Checker({each.name: each.decode for each in types})
+
+    def grammar(self, serializer: str, fixed: bool) -> Grammar:
+        """How JSON or msgpack writes, for the search for what could not be written."""
+        scalars = _MSGPACK_SCALARS if serializer == "msgpack" else _JSON_SCALARS
+        write, check = (
+            (self.msgpack, self.checker.msgpack) if serializer == "msgpack" else (self.json, self.checker.json)
+        )
+        return Grammar(serializer, scalars, scalars, write, check, self._default, self._replaced_by, fixed)
+
+    def _replaced_by(self, value: Any) -> tuple[str, str]:
+        """Which function `_default` calls for ``value``, in its order; and an expression with ``{}`` for the value."""
+        fitting = [each for each in self._types if isinstance(value, each.cls)]
+        if fitting:
+            name = next((each.name for each in fitting if each.cls is type(value)), fitting[0].name)
+            return f"encode of the type {name!r}", "encode({})"
+        for method in ("__json__", "as_tuple"):
+            if hasattr(value, method):
+                return f"its {method}", f"{{}}.{method}()"
+        if self._has_default:
+            return "json_default", "json_default({})"
+        return "its encoder", "encode({})"
 
     def json(self, value: Any) -> bytes:
         """``value`` as JSON; raises whatever an encoder raises, as `msgpack` does."""
@@ -269,9 +316,9 @@ class Dialect:
         return {key: self._tagged(item) for key, item in value.items()}
 
 
-def _default_with(types: Iterable[StoredType[Any]]) -> Callable[[Any], Any]:
-    """`_default` for all but these types. The most specific class decides, then the order of the list."""
-    default = singledispatch(_default)
+def _default_with(types: Iterable[StoredType[Any]], last: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``last`` for all but these types. The most specific class decides, then the order of the list."""
+    default = singledispatch(last)
     by_class: dict[type, StoredType[Any]] = {}
     for each in types:
         by_class.setdefault(each.cls, each)
@@ -281,18 +328,7 @@ def _default_with(types: Iterable[StoredType[Any]]) -> Callable[[Any], Any]:
 
 
 def _encoder(stored: StoredType[Any]) -> Callable[[Any], Any]:
-    def encode(value: Any) -> Any:
-        try:
-            return _tag(stored.name, stored.encode(value))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exc:  # the user's own
-            raise ValueError(
-                f"it holds an object of type {type(value).__qualname__}, and encode of the type {stored.name!r} "
-                f"raised {type(exc).__name__}: {safe_text(exc)}"
-            ) from exc
-
-    return encode
+    return lambda value: _tag(stored.name, stored.encode(value))
 
 
 def msgspec() -> Any:

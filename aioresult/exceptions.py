@@ -140,7 +140,9 @@ class SerializationError(AioResultError):
 
 
 class EncodeError(SerializationError, TypeError):
-    """The value cannot be stored. Raised to whoever stores it; names the type and the task."""
+    """The value cannot be stored. Raised to the caller that stores it; names the task, the path to the part that the
+    serializer cannot write, the type of that part, and what to do. See docs/values.md.
+    """
 
 
 class DecodeError(SerializationError, ValueError):

@@ -107,8 +107,7 @@ class AsyncResult(LiveResult, Generic[T]):
             self.set_outcome(await self.backend.wait_for(self.id, timeout))
         return self._value_or_raise(self._own(), propagate)
 
-    @staticmethod
-    def _value_or_raise(outcome: Outcome | None, propagate: bool) -> T:
+    def _value_or_raise(self, outcome: Outcome | None, propagate: bool) -> T:
         return cast("T", raise_or_return(outcome) if propagate else value_of(outcome))
 
     async def _followed(self, timeout: Timeout) -> Outcome | None:

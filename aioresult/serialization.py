@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from .compression import compress, compressor, decompress
+from .culprit import Grammar, explain
 from .dialect import Dialect, StoredType, msgspec
 from .exceptions import (
     AioResultError,
@@ -149,7 +150,7 @@ class Codec:
     """Writes with one serializer, reads those in ``accept``, refuses what is larger than ``max_result_size`` bytes.
 
     Raises `ImproperlyConfigured` for an unknown serializer or compression, or one whose package is missing, and for
-    ``types`` that make no sense.
+    ``types`` or a ``json_default`` that make no sense.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Codec:
         compression: str | None = None,
         max_result_size: int = 128 * 2**20,
         types: Iterable[StoredType[Any]] = (),
+        json_default: Callable[[Any], Any] | None = None,
     ) -> None:
         if isinstance(max_result_size, bool) or not isinstance(max_result_size, int) or max_result_size < 1:
             raise ImproperlyConfigured(f"max_result_size must be a number of bytes, not {max_result_size!r}")
@@ -180,7 +182,7 @@ class Codec:
             )
         #: Whether all that it writes is JSON, whose head tells a success (`SUCCESS_HEAD`).
         self.plain: bool = serializer == "json" and self.compression is None
-        dialect = Dialect(types, serializer)
+        self._dialect = dialect = Dialect(types, serializer, json_default)
         self._check: Mapping[str, Callable[[bytes], object]] = {
             "json": dialect.checker.json,
             "msgpack": dialect.checker.msgpack,
@@ -206,13 +208,27 @@ class Codec:
 
         self._dumps = self._dumps_meta = self._dumps_json = refuse
 
-    def dumps(self, value: Any, what: str) -> bytes:
-        """``value`` as bytes, compressed if this codec compresses. ``what`` names it in the `EncodeError`."""
-        return self._written(self._dumps, value, what)
+    def dumps(self, value: Any, what: str, root: str = "value") -> bytes:
+        """``value`` as bytes, compressed if this codec compresses.
+
+        ``what`` names it in the `EncodeError`, and the path to what cannot be written begins with ``root``.
+        """
+        return self._written(self._dumps, value, what, root=root)
+
+    def can_hold(self, value: Any) -> bool:
+        """Whether `dumps` writes ``value``. Unlike the error of that, the answer is cheap."""
+        try:
+            data = self._dumps(value)
+            self._check_types(data, self.serializer)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a __json__ or __reduce__ of the user's own may raise anything
+            return False
+        return len(data) <= self.max_result_size
 
     def dumps_chunk(self, chunk: Any, what: str) -> bytes:
         """As `dumps`, of a chunk of an output: always JSON, and not compressed, for chunks are joined as they are."""
-        return self._written(self._dumps_json, chunk, what, "json")
+        return self._written(self._dumps_json, chunk, what, "json", "chunk")
 
     def loads_chunks(self, data: bytes, what: str) -> list[Any]:
         """The chunks of an entry of an output, a JSON list. Raises `DecodeError`."""
@@ -236,7 +252,12 @@ class Codec:
         return data
 
     def _written(
-        self, dumps: Callable[[T], bytes], value: T, what: str | TaskMeta, serializer: str | None = None
+        self,
+        dumps: Callable[[T], bytes],
+        value: T,
+        what: str | TaskMeta,
+        serializer: str | None = None,
+        root: str = "value",
     ) -> bytes:
         """With a ``serializer``: as it is, not compressed."""
         try:
@@ -248,8 +269,9 @@ class Codec:
         except _OnlyReads as exc:
             raise ImproperlyConfigured(str(exc)) from None
         except BaseException as exc:  # a __json__ or __reduce__ of the user's own may raise anything
-            reason = "it nests too deeply" if isinstance(exc, RecursionError) else safe_text(exc)
             name = serializer or self.serializer
+            roots = _parts_of(value) if isinstance(value, TaskMeta) else {root: value}
+            reason = explain(roots, self._grammar(name, fixed=serializer is not None), exc)
             raise EncodeError(f"{_describe(what)} cannot be stored as {name}: {reason}") from exc
         if len(data) > self.max_result_size:
             raise ResultTooLargeError(
@@ -257,6 +279,11 @@ class Codec:
                 f"store a reference to it instead, or raise the bound on both sides"
             )
         return data if self.compression is None or serializer else compress(data, self.compression)
+
+    def _grammar(self, serializer: str, fixed: bool) -> Grammar:
+        if serializer == "pickle":
+            return Grammar("pickle", (), (object,), _pickle_dumps)
+        return self._dialect.grammar(serializer, fixed)
 
     def loads(self, data: bytes, what: str) -> Any:
         """The value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
@@ -299,7 +326,7 @@ class Codec:
     def encode(self, meta: TaskMeta) -> bytes:
         """``meta`` as one value, its fields in Celery's order.
 
-        Raises `EncodeError`, which names the task and the type, and `ResultTooLargeError`.
+        Raises `EncodeError`, which names the task, the path to the value and the type, and `ResultTooLargeError`.
         """
         return self._written_meta(self._dumps_meta, meta)
 
@@ -385,7 +412,12 @@ def _keeps(reason: str) -> str:
 def _describe(what: str | TaskMeta) -> str:
     if isinstance(what, str):
         return what
-    return f"the result of task {what.task_id} (a {type(what.result).__qualname__})"
+    return f"the result of task {what.task_id}"
+
+
+def _parts_of(meta: TaskMeta) -> dict[str, Any]:
+    """What of ``meta`` may be any value, by the names in the path of an `EncodeError`."""
+    return {"result": meta.result, "children": meta.children, **(meta.extra or {})}
 
 
 def _survives_pickle(exc: BaseException) -> bool:

@@ -29,6 +29,7 @@ ORDER = [
     "meta",
     "failure",
     "compression",
+    "culprit",
     "dialect",
     "serialization",
     "urls",
@@ -53,6 +54,7 @@ ORDER = [
     "sse",
     "live",
     "result",
+    "typed",
     "eager",
     "foreign",
     "joins",
@@ -106,7 +108,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-OPTIONAL = ["redis", "hiredis", "asyncpg", "celery", "kombu", "msgspec", "backports.zstd"]
+OPTIONAL = ["redis", "hiredis", "asyncpg", "celery", "kombu", "msgspec", "pydantic", "backports.zstd"]
 
 
 def imported(module: str) -> Iterator[str]:

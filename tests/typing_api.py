@@ -106,6 +106,8 @@ def types_of_ones_own() -> None:
     assert_type(MemoryBackend(types=(fraction, StoredType(Path, "path", Path.as_posix, Path))), MemoryBackend)
     StoredType(Path, "path", Fraction.limit_denominator, Path)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     StoredType(Path, "path", str, Fraction)  # type: ignore[arg-type]
+    assert_type(connect("memory://", json_default=str), Backend)
+    MemoryBackend(json_default="str")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     MemoryBackend(types=[Fraction])  # type: ignore[list-item] # pyright: ignore[reportArgumentType]
 
 
@@ -152,6 +154,9 @@ async def a_result(backend: Backend) -> None:
     assert_type(backend.result(backend.result("a")), AsyncResult[Any])
     r: AsyncResult[int] = backend.result("a")
     assert_type(AsyncResult[int]("a", backend, parent=r), AsyncResult[int])
+    assert_type(backend.result("a", type=Path), AsyncResult[Path])
+    assert_type(await backend.result("a", r, type=list[int]), list[int])
+    assert_type(backend.result("a", type=int | None), AsyncResult[Any])
     assert_type(await r, int)
     assert_type(await r.get(timeout=1.5, propagate=True, follow_parents=True), int)
     assert_type(await asyncio.wait_for(r, 5), int)

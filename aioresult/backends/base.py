@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Unpack, cast
+from typing import Any, TypeVar, Unpack, cast, overload
 from uuid import UUID
 
 from ..chord import (
@@ -27,10 +27,13 @@ from ..result import AsyncResult, GroupResult, ResultBase, result_from_tuple
 from ..seconds import Seconds, checked_seconds
 from ..serialization import reading
 from ..states import ALL_STATES
+from ..typed import TypedResult
 from .live import LiveSide
 from .worker import BackendOptions, as_tuple, check_state, checked_count, checked_index
 
 __all__ = ["Backend", "BackendOptions"]
+
+T = TypeVar("T")
 
 
 class Backend(LiveSide):
@@ -47,6 +50,8 @@ class Backend(LiveSide):
     - ``compression``: ``gzip``, ``bzip2``, ``lzma`` or ``zstd`` for what is written; reading needs no setting.
     - ``types``: a list of `StoredType`: classes of your own whose instances JSON and msgpack are to hold. Writers and
       readers need the same list. The order of precedence is this list, what kombu knows, the built-in types.
+    - ``json_default``: a function as for ``json.dumps(default=)``: it gets each value that nothing else knows, and
+      returns one that can be stored. JSON and msgpack call it; pickle does not. See docs/values.md.
     - ``extended``: also store the task's name, arguments, worker, retries and queue.
     - ``max_result_size``: bytes, checked when storing and when reading (after decompression).
     - ``retry_for``: seconds that an unreachable server may be away before a call fails; waiting calls wait on.
@@ -221,18 +226,38 @@ class Backend(LiveSide):
 
     # -- handles: no I/O --------------------------------------------------------------------------------------------
 
-    def result(self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None) -> AsyncResult[Any]:
+    @overload
+    def result(self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None) -> AsyncResult[Any]: ...
+    @overload
+    def result(
+        self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None, *, type: type[T]
+    ) -> AsyncResult[T]: ...
+    @overload  # for a type that no checker takes for a class, such as ``int | None``
+    def result(
+        self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None, *, type: object
+    ) -> AsyncResult[Any]: ...
+    def result(
+        self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None, *, type: Any = None
+    ) -> AsyncResult[Any]:
         """A handle on the result of ``task_id``; awaiting it gives the value.
 
         :param task_id: the id, or what Celery's ``delay`` or ``apply_async`` returned. Then the handle also has the
             parents, and what Celery knows already: the value of a task that it has run on the spot
             (``task_always_eager``), and that a task stores no result (``ignore_result``). A handle of this backend is
             returned as it is.
-        :raises UsageError: it is none of these. A group of Celery's belongs into `group`.
+        :param parent: the result that this one follows in a chain.
+        :param type: what the value is converted to: a pydantic model, by pydantic; a msgspec Struct, a dataclass, a
+            TypedDict or an annotation such as ``list[int]``, by msgspec if it is installed, otherwise by pydantic.
+            A value that does not fit raises `DecodeError`. See docs/values.md.
+        :raises UsageError: ``task_id`` is none of these, or the package cannot convert to that type. A group of
+            Celery's belongs into `group`.
+        :raises ImproperlyConfigured: neither package is installed; says how to install one.
         """
-        if not isinstance(task_id, (str, UUID)):
-            return single(task_id, self, parent)
-        return AsyncResult(self._valid_id(task_id), self, parent)
+        if isinstance(task_id, (str, UUID)):
+            handle: AsyncResult[Any] = AsyncResult(self._valid_id(task_id), self, parent)
+        else:
+            handle = single(task_id, self, parent)
+        return handle if type is None else TypedResult(handle, type)
 
     def group(
         self,

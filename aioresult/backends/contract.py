@@ -36,6 +36,7 @@ class CoreOptions(TypedDict, total=False):
     accept: Iterable[str]
     compression: str | None
     types: Iterable[StoredType[Any]]
+    json_default: Callable[[Any], Any] | None
     extended: bool
     max_result_size: int
     retry_for: float
@@ -90,6 +91,7 @@ class BackendContract(ABC):
         accept: Iterable[str] = ("json",),
         compression: str | None = None,
         types: Iterable[StoredType[Any]] = (),
+        json_default: Callable[[Any], Any] | None = None,
         extended: bool = False,
         max_result_size: int = 128 * 2**20,
         retry_for: float = 30.0,
@@ -126,7 +128,7 @@ class BackendContract(ABC):
         self.lease: float = checked_seconds("lease", lease)
         if not self.lease:
             raise ImproperlyConfigured("lease must be more than 0 seconds: every worker would seem dead")
-        self.codec: Codec = Codec(serializer, accept, compression, max_result_size, types)
+        self.codec: Codec = Codec(serializer, accept, compression, max_result_size, types, json_default)
 
     def as_uri(self) -> str:
         """The URL, without the password."""

@@ -100,7 +100,7 @@ class WorkerSide(BackendCore):
         :returns: whether it was stored. It was not if the task has been stored as SUCCESS before; nor, for a state of
             your own such as PROGRESS, if it has been stored as FAILURE or REVOKED and not as STARTED or RETRY since.
         :raises UsageError: an argument makes no sense.
-        :raises EncodeError: the serializer cannot hold the value; names the type and the task.
+        :raises EncodeError: the serializer cannot hold the value; names the task, the path, the type and the remedy.
         :raises ResultTooLargeError: it is larger than ``max_result_size``.
         :raises DecodeError: what is stored already cannot be read here, and may be a success.
         :raises BackendStoreError: the server refused it.
@@ -171,10 +171,9 @@ class WorkerSide(BackendCore):
             delivery = getattr(request, "delivery_info", None)
             extra["queue"] = getattr(request, "queue", None) or (delivery or {}).get("routing_key")
             for field in ("args", "kwargs"):
-                try:
-                    self.codec.dumps(extra[field], field)
-                except AioResultError:  # the arguments are a note beside the result; they must not cost it
-                    extra[field] = repr(extra[field])
+                if not self.codec.can_hold(extra[field]):
+                    # The arguments are a note beside the result; they must not cost it.
+                    extra[field] = safe_repr(extra[field])
             if headers := getattr(request, "stamped_headers", None):
                 stamps = getattr(request, "stamps", None) or {}
                 extra["stamped_headers"] = list(headers)
