@@ -169,7 +169,8 @@ class _Search:
 
     def _items(self, value: dict[Any, Any]) -> str | Iterator[tuple[_Step, Any]]:
         try:
-            items = list(value.items())  # as the serializer does: a subclass may have an `items` of its own
+            # A subclass may have an `items` of its own; the serializer calls it, too.
+            items = value.items() if type(value) is dict else list(value.items())
         except BaseException as exc:
             _go_on(exc)
             return self._raised("its items", value, exc)

@@ -60,8 +60,7 @@ class TypedResult(AsyncResult[T]):
 
     def value(self) -> Any:
         value, meta = super().value(), self.meta
-        succeeded = self.failure is None and meta is not None and meta.status == SUCCESS
-        return self._fitting(meta, value) if succeeded and meta is not None else value
+        return value if meta is None or meta.status != SUCCESS else self._fitting(meta, value)
 
     def _fitting(self, meta: TaskMeta, value: Any) -> T:
         kept = self._converted
