@@ -20,7 +20,7 @@ from celery.result import GroupResult as CeleryGroup
 from celery.result import ResultSet as CelerySet
 
 import aioresult
-from aioresult import AsyncResult, Backend, EagerResult, GroupResult, ResultSet, UsageError
+from aioresult import AsyncResult, Backend, DecodeError, EagerResult, GroupResult, ResultSet, UsageError
 from aioresult.celery import result_from_celery, revoke
 from aioresult.remedies import INSTEAD
 
@@ -57,6 +57,9 @@ async def test_what_delay_returns_is_awaited() -> None:
         assert await result.get(timeout=5) == "value"
         assert await backend.result(add.delay(2, 2)).get(timeout=5) == 4
         assert await backend.result(forgotten.delay()).get(timeout=5) is None
+        assert await backend.result(add.delay(2, 2), type=float) == 4.0
+        with pytest.raises(DecodeError, match="does not fit type=str"):
+            await backend.result(add.delay(2, 2), type=str)
         with pytest.raises(LookupError, match="not there"):
             await backend.result(fail.delay())
 

@@ -402,7 +402,7 @@ ORDER: Order = {"id": 1, "when": WHEN}
         (Any, {"a": 1}, {"a": 1}),
         (Unknown, Unknown(), Unknown),
     ],
-    ids=repr,
+    ids=lambda value: "an Unknown" if isinstance(value, Unknown) else repr(value),
 )
 async def test_a_value_is_converted_to_the_type_of_the_handle(wanted: Any, stored: Any, value: Any) -> None:
     unknown = StoredType(Unknown, "unknown", lambda value: 1, lambda value: Unknown())
