@@ -41,7 +41,9 @@ def _arguments() -> argparse.Namespace:
         "--count", type=int, action="append", metavar="N", help="of stalls: with N waiters; may be given several times"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number of every run")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies and the growth")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the latencies and the growth; of service an SVG"
+    )
     arguments = parser.parse_args()
     if _alone(arguments.names):
         return arguments
@@ -99,6 +101,8 @@ def _run_alone(name: str, arguments: argparse.Namespace) -> None:
         print(", ".join(f"{name} {value}" for name, value in data["facts"].items() if value), end="\n\n", flush=True)
         rows: list[Any] = asyncio.run(_ALONE[name].measure(server, arguments.quick))
     print(_ALONE[name].table(rows))
+    if arguments.plot and name == "service":
+        arguments.plot.write_text(service.drawing(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(data | {"rows": [row._asdict() for row in rows]}, indent=1))
 

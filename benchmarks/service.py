@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 import sys
@@ -27,7 +28,7 @@ from .servers import Server
 from .service_app import WAYS
 from .subject import new_ids
 
-__all__ = ["Service", "measure", "table"]
+__all__ = ["Service", "drawing", "measure", "table"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 #: Results stored per second.
@@ -174,3 +175,31 @@ def table(services: Sequence[Service]) -> str:
         for each in services
     ]
     return "\n".join(lines)
+
+
+def drawing(services: Sequence[Service]) -> str:
+    """An SVG: for each way a bar from 1 ms to its p50 and, paler, to its p99, on a logarithmic axis."""
+
+    def place(milliseconds: float) -> float:
+        return 250 + 100 * math.log10(max(milliseconds, 1.0))
+
+    parts = []
+    for number, each in enumerate(services):
+        y, colour = 50 + 34 * number, "#0b6e4f" if number == 0 else "#9a6a00"
+        p50, p99 = place(each.p50), place(each.p99)
+        parts += [
+            f'<text x="240" y="{y + 15}" text-anchor="end">{each.way}</text>',
+            f'<rect x="250" y="{y}" width="{p99 - 250:.1f}" height="20" fill="{colour}" opacity="0.35"/>',
+            f'<rect x="250" y="{y}" width="{p50 - 250:.1f}" height="20" fill="{colour}"/>',
+            f'<text x="{p99 + 8:.1f}" y="{y + 15}">{each.p50:,.1f} ms, p99 {each.p99:,.1f}</text>',
+        ]
+    for milliseconds in (1, 10, 100, 1000):
+        x = place(milliseconds)
+        parts.append(f'<path d="M{x} 44V{56 + 34 * len(services)}" stroke="#999" stroke-dasharray="2 4"/>')
+        parts.append(f'<text x="{x}" y="{72 + 34 * len(services)}" text-anchor="middle">{milliseconds:,} ms</text>')
+    title = "1,000 waiting requests: from storing the result to its response"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {84 + 34 * len(services)}" role="img" '
+        f'aria-label="{title}" font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
+        f'<text x="16" y="26" font-size="16">{title}</text>{"".join(parts)}</svg>\n'
+    )

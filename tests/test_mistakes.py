@@ -86,6 +86,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "serializer": (3, "unknown serializer 3; known are json, msgpack, pickle"),
     "accept": (3, "must be the names of serializers, not 3"),
     "compression": (3, "unknown compression 3; known are bz2"),
+    "json_default": ("str", "must be a function of one argument, as for json.dumps, not 'str'"),
     "types": (3, "must be a list of StoredType, not 3"),
     "store": ("memory", "must be a MemoryStore or None, not str"),
     "pool": ("postgresql://:secret@h", "must be an asyncpg.Pool or None, not str"),
