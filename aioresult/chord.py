@@ -29,9 +29,9 @@ from .exceptions import (
     ChordError,
     DecodeError,
 )
-from .failure import dump_exception, load_exception
 from .lookout import ChordWaiter, Lookouts, LookoutStore, part_failed, result_id_of
 from .meta import TaskMeta
+from .restore import load_exception
 from .result import ResultBase, ResultSet
 from .seconds import Timeout, checked_timeout
 from .serialization import Codec, reading
@@ -206,8 +206,6 @@ class Chords:
     ) -> ReadyChord | None:
         """See `aioresult.backends.base.Backend.on_chord_part_return`. With a ``lease`` of 0 this never claims."""
         codec, what = self._store.codec, f"the part {task_id} of chord {group_id}"
-        if state in EXCEPTION_STATES and isinstance(value, BaseException):
-            value = dump_exception(value, lambda arg: codec.dumps(arg, what))
         # The first item is a number; Celery writes 1, and its readers skip it. A sorted set in Redis holds equal parts
         # only once. So our script appends a space to them; readers of msgpack refuse that, so there the number differs.
         number = 1 if index is None or codec.serializer != "msgpack" else 2 + index
@@ -216,7 +214,7 @@ class Chords:
             group_id,
             task_id=task_id,
             index=index,
-            part=codec.dumps([number, task_id, state, value], what, "part"),
+            part=codec.dumps_part(number, task_id, state, value, what),
             failed=state in PROPAGATE_STATES,
             body=self._pack_body(group_id, body),
             body_id=result_id_of(body) if self._store.chords_beside else "",

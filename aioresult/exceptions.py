@@ -42,6 +42,7 @@ carries its name. `RemoteTraceback` is not part of the tree: it is only ever the
 from __future__ import annotations
 
 import builtins
+from typing import Any
 
 __all__ = [
     "AioResultError",
@@ -239,11 +240,25 @@ class TaskError(AioResultError):
 
 
 class RemoteError(TaskError):
-    """The exception of a task whose class is not imported here.
+    """The exception of a task whose class is not imported here, or cannot be used here.
 
-    Each such class gets a subclass of its own, which carries the original's name and module. Import the module that
-    defines the class before awaiting, and the original class is raised instead.
+    Each such class gets a subclass of its own, which carries the original's name and module. A note (PEP 678), which
+    every traceback shows, says why it is a stand-in and what to do. Usually that is to import the module that defines
+    the class before awaiting: then the original class is raised instead. The stand-in for an exception group is an
+    `ExceptionGroup`, too.
+
+    A task may have stored something else in place of an exception, such as a dict passed to Celery's
+    ``update_state("FAILURE", meta={…})``. Then that value is ``args[0]``.
     """
+
+    #: What is stored in place of the exception, as data: the mapping that describes it, or any other value. ``None`` if
+    #: nothing was stored, or if a pickled exception was. Do not change it: it may belong to several readers.
+    stored: Any = None
+    #: The text of an exception that has no arguments to make one of.
+    _text: str = ""
+
+    def __str__(self) -> str:
+        return super().__str__() if self.args else self._text
 
 
 class TaskRevokedError(TaskError):

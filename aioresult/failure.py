@@ -1,71 +1,229 @@
-"""Exceptions as data, and back, without ever letting data choose what code runs.
+"""Exceptions as data. `aioresult.restore` makes exceptions of the data again.
 
 The stored form is Celery's (``Backend.prepare_exception``, 5.7)::
 
     {"exc_type": "CardDeclined", "exc_message": ["4242"], "exc_module": "shop.payments"}
 
-Going in, nothing about an exception can make storing it fail: arguments that cannot be serialized become text. Coming
-back, a class is used only if it is already imported, is reached without running any code (no ``getattr``, which would
-let a module's ``__getattr__`` import something), and is an ordinary `Exception`: `SystemExit`, `KeyboardInterrupt`
-or `asyncio.CancelledError` out of a database must not stop the reader. Everything else becomes a `RemoteError`.
-See CVE-2021-23727 for what happens otherwise.
+Nothing about an exception can make storing it fail: an argument that cannot be serialized becomes text. What Celery's
+form has no place for is stored under further keys, which Celery's readers ignore. A key is left out if there is nothing
+to store under it, and everything under these keys is bounded (see the constants):
+
+``exc_members``
+    the members of an exception group, each in this form; in a member that is a group, ``exc_message`` is only its text
+``exc_notes``
+    its notes (PEP 678)
+``exc_state``
+    its public attributes whose values are plain: text, numbers, dates
+``exc_text``
+    ``str(exc)``, if the exception has no arguments and makes a text nonetheless
 """
 
 from __future__ import annotations
 
-import sys
+import builtins
+import os
 import traceback as tracebacks
-from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import date, datetime
+from decimal import Decimal
+from itertools import islice
+from types import NoneType
 from typing import Any, cast
+from uuid import UUID
 
-from .exceptions import (
-    AioResultError,
-    ChordError,
-    RemoteError,
-    RemoteTraceback,
-    TaskError,
-    TaskRevokedError,
-    UsageError,
-)
-from .states import REVOKED
+from .exceptions import ChordError, RemoteError, TaskRevokedError, UsageError
 
-__all__ = ["dump_exception", "load_exception", "safe_repr", "safe_text", "traceback_of"]
+__all__ = [
+    "CELERY",
+    "MAX_ATTRIBUTES",
+    "MAX_DEPTH",
+    "MAX_MEMBERS",
+    "MAX_NOTE",
+    "MAX_NOTES",
+    "MAX_TEXT",
+    "STAND_IN",
+    "TWINS",
+    "args_of",
+    "as_celery",
+    "attributes_of",
+    "complete_args",
+    "dump_exception",
+    "is_a",
+    "is_attribute",
+    "members_of",
+    "message_of",
+    "namespace_of",
+    "nearest_builtin",
+    "safe_repr",
+    "safe_text",
+    "traceback_of",
+]
 
-_CELERY = "celery.exceptions"
+CELERY = "celery.exceptions"
 #: Our own classes that Celery has too: stored under Celery's name, so that its readers raise theirs.
-_TWINS: Mapping[str, type[Exception]] = {"TaskRevokedError": TaskRevokedError, "ChordError": ChordError}
-#: Raised inside a coroutine, these two turn into a `RuntimeError`; a task that failed with one must not confuse us.
-_CONTROL_FLOW = (StopIteration, StopAsyncIteration)
-_MAX_NAME = 500
-#: What a Celery worker stores for an exception that pickle cannot copy. Its arguments are the module, the class name
-#: and the arguments of that exception, and its text (``celery/utils/serialization.py``, 5.7).
-_WRAPPER = ("celery.utils.serialization", "UnpickleableExceptionWrapper")
-#: The names in a module, in a class. Not `vars`: a lazy module or proxy computes its ``__dict__``, and even the
-#: ``__class__`` that `isinstance` looks at, and imports or connects to something on the way.
-_MODULE_NAMESPACE: Callable[[object], Mapping[str, object]] = vars(ModuleType)["__dict__"].__get__
-_CLASS_NAMESPACE: Callable[[object], Mapping[str, object]] = vars(type)["__dict__"].__get__
-#: What `BaseException` itself keeps; a class may hide it behind an ``args`` of its own.
-_args_of: Callable[[BaseException], tuple[Any, ...]] = vars(BaseException)["args"].__get__
-#: The same for the cause: a class may refuse every attribute (a frozen dataclass does).
-_set_cause: Callable[[BaseException, BaseException], None] = vars(BaseException)["__cause__"].__set__
+TWINS: Mapping[str, type[Exception]] = {"TaskRevokedError": TaskRevokedError, "ChordError": ChordError}
+#: How the note begins that `aioresult.restore` adds to a stand-in. It is true of that reader only, and is not stored.
+STAND_IN = "aioresult: this is a stand-in for "
+
+#: The members of a group and of the groups in it, together; and how deep the groups nest.
+MAX_MEMBERS = 1000
+MAX_DEPTH = 20
+#: The notes of one exception, and the characters of each.
+MAX_NOTES = 50
+MAX_NOTE = 4000
+#: The characters of ``exc_text``.
+MAX_TEXT = 10_000
+#: The attributes of one exception, the characters of a name, and those of a value.
+MAX_ATTRIBUTES = 32
+_MAX_NAME = 100
+_MAX_VALUE = 1000
+
+#: What comes back from every serializer as it was, and runs no code of anybody's when it is compared or copied.
+_PLAIN = frozenset({NoneType, bool, int, float, str, Decimal, UUID, datetime, date})
+_BUILTIN = frozenset(cls for cls in vars(builtins).values() if isinstance(cls, type))
+
+# What Python itself keeps. A class may hide each behind an attribute of its own, which may run any code.
+args_of: Callable[[BaseException], tuple[Any, ...]] = vars(BaseException)["args"].__get__
+attributes_of: Callable[[BaseException], dict[str, Any]] = vars(BaseException)["__dict__"].__get__
+message_of: Callable[[BaseException], Any] = vars(BaseExceptionGroup)["message"].__get__
+members_of: Callable[[BaseException], tuple[BaseException, ...]] = vars(BaseExceptionGroup)["exceptions"].__get__
+#: The names in a class, without asking its metaclass.
+namespace_of: Callable[[object], Mapping[str, object]] = vars(type)["__dict__"].__get__
+_filename_of: Callable[[BaseException], Any] = vars(OSError)["filename"].__get__
+_filename2_of: Callable[[BaseException], Any] = vars(OSError)["filename2"].__get__
+
+#: Serializes one value, and raises if it cannot.
+Check = Callable[[Any], object]
 
 
-def dump_exception(exc: BaseException, check: Callable[[Any], object]) -> dict[str, Any]:
+def dump_exception(exc: BaseException, check: Check) -> dict[str, Any]:
     """``exc`` as plain data. ``check`` serializes one argument and raises if it cannot: that one becomes its repr."""
+    return _dump(exc, check, 0, iter(range(MAX_MEMBERS)))
+
+
+def as_celery(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `dump_exception` returned, only what Celery itself would store: for where the whole is too large."""
+    return {key: data[key] for key in ("exc_type", "exc_message", "exc_module")}
+
+
+def _dump(exc: BaseException, check: Check, depth: int, room: Iterator[int]) -> dict[str, Any]:
+    """``room`` gives one item for each member that may still be stored."""
     cls = type(exc)
-    module = _CELERY if _TWINS.get(cls.__name__) is cls else cls.__module__
-    message = [_safe(arg, check) for arg in _args_of(exc)]
-    return {"exc_type": cls.__qualname__, "exc_message": message, "exc_module": module}
+    module = CELERY if TWINS.get(cls.__name__) is cls else cls.__module__
+    args = complete_args(exc)
+    if depth and is_a(exc, BaseExceptionGroup):
+        args = args[:1]  # Celery's readers do not look here, and the text of each level holds that of those below
+    message = [_safe(arg, check) for arg in args]
+    data = {"exc_type": cls.__qualname__, "exc_message": message, "exc_module": module}
+    if not message or attributes_of(exc) or is_a(exc, BaseExceptionGroup):  # most have none of these
+        with suppress(BaseException):  # code of the user's own; what has been added until then is well-formed
+            _add_extras(data, exc, check, depth, room)
+    return data
 
 
-def _safe(arg: Any, check: Callable[[Any], object]) -> Any:
+def complete_args(exc: BaseException) -> tuple[Any, ...]:
+    """The arguments that make ``exc`` again: those of an `OSError` lack its file names (see its ``__reduce__``)."""
+    args = args_of(exc)
+    if is_a(exc, OSError) and len(args) == 2 and (name := _filename_of(exc)) is not None:
+        second = _filename2_of(exc)
+        return (*args, _as_path(name)) if second is None else (*args, _as_path(name), None, _as_path(second))
+    return args
+
+
+def _as_path(name: Any) -> Any:
     try:
-        check(arg)
-    except BaseException:  # a __json__ or __reduce__ of the user's own
-        return safe_repr(arg)
-    return arg
+        return name if isinstance(name, int) else os.fspath(name)
+    except BaseException:  # a __fspath__ of the user's own
+        return name
+
+
+def _add_extras(data: dict[str, Any], exc: BaseException, check: Check, depth: int, room: Iterator[int]) -> None:
+    attributes = attributes_of(exc)
+    if notes := _notes(attributes.get("__notes__"), check):
+        data["exc_notes"] = notes
+    if state := _state(exc, attributes, check):
+        data["exc_state"] = state
+    if is_a(exc, BaseExceptionGroup):
+        if depth < MAX_DEPTH:
+            _add_members(data, members_of(exc), check, depth, room)
+    elif not data["exc_message"] and type(exc).__str__ is not BaseException.__str__:
+        text = str(exc)[:MAX_TEXT]
+        if text:
+            data["exc_text"] = _safe(text, check)
+
+
+def _add_members(
+    data: dict[str, Any], members: Sequence[BaseException], check: Check, depth: int, room: Iterator[int]
+) -> None:
+    stored = [_dump(member, check, depth + 1, room) for member, _ in zip(members, room, strict=False)]
+    if stored:
+        data["exc_members"] = stored
+    if stored and len(stored) < len(members):
+        note = f"aioresult: {len(members) - len(stored)} more members of this group were not stored"
+        data.setdefault("exc_notes", []).append(note)
+
+
+def _notes(notes: object, check: Check) -> list[str]:
+    if type(notes) not in (list, tuple):
+        return []
+    own = (note for note in cast("Sequence[Any]", notes) if type(note) is str and not note.startswith(STAND_IN))
+    return [_safe(note[:MAX_NOTE], check) for note in islice(own, MAX_NOTES)]
+
+
+def _state(exc: BaseException, attributes: Mapping[str, Any], check: Check) -> dict[str, Any]:
+    """The attributes to store. A stand-in keeps those that the exception came with for which it stands."""
+    cls = type(exc)
+    if is_a(exc, RemoteError):
+        origin = attributes.get("stored")
+        kept = origin.get("exc_state") if isinstance(origin, Mapping) else None
+        attributes = kept if isinstance(kept, Mapping) else {}
+    return {
+        name: value
+        for name, value in islice(attributes.items(), MAX_ATTRIBUTES)
+        if is_attribute(cls, name, value) and _passes(value, check)
+    }
+
+
+def is_attribute(cls: type[BaseException], name: object, value: object) -> bool:
+    """Whether that attribute may be stored, and be set again in the ``__dict__`` of an instance of ``cls``.
+
+    It must not stand in for anything of the class but a default value: data may not take the place of a method. A class
+    that says itself what its state is (``__getstate__``, ``__setstate__``) keeps its attributes to itself.
+    """
+    if type(name) is not str or name.startswith("_") or not name.isidentifier() or len(name) > _MAX_NAME:
+        return False
+    if type(value) not in _PLAIN or (type(value) is str and len(value) > _MAX_VALUE):
+        return False
+    for base in cls.__mro__:
+        namespace = namespace_of(base)
+        if name in namespace:
+            return type(namespace[name]) in _PLAIN
+        if base not in _BUILTIN and ("__getstate__" in namespace or "__setstate__" in namespace):
+            return False
+    return True
+
+
+def nearest_builtin(cls: type[BaseException]) -> type[BaseException]:
+    """The class of Python's own that ``cls`` is, or derives from."""
+    return next(base for base in cls.__mro__ if base in _BUILTIN)
+
+
+def _passes(value: Any, check: Check) -> bool:
+    try:
+        check(value)
+    except BaseException:
+        return False
+    return True
+
+
+def _safe(arg: Any, check: Check) -> Any:
+    return arg if _passes(arg, check) else safe_repr(arg)
+
+
+def is_a(exc: BaseException, cls: type[BaseException]) -> bool:
+    """`isinstance`, which asks ``exc`` for its ``__class__`` if its type is another one."""
+    return issubclass(type(exc), cls)
 
 
 def safe_repr(value: object) -> str:
@@ -82,129 +240,6 @@ def safe_text(exc: BaseException) -> str:
         return str(exc)
     except BaseException:  # a __str__ of the user's own
         return "an error without a text"
-
-
-def load_exception(stored: Any, state: str, traceback: str | None) -> Exception:
-    """The exception that ``stored`` describes, ready to be raised; the worker's traceback is its ``__cause__``."""
-    exc = _build(stored, state)
-    if traceback:
-        _set_cause(exc, RemoteTraceback(traceback))
-    return exc
-
-
-def _build(stored: Any, state: str) -> Exception:
-    if isinstance(stored, Exception) and not isinstance(stored, _CONTROL_FLOW):  # out of a pickle
-        its = type(stored)
-        wrapped = _unwrapped(its.__module__, its.__qualname__, _args_of(stored))
-        if wrapped is not None:
-            return _of_class(*wrapped)
-        return _stand_in(its.__module__, its.__qualname__)(*_args_of(stored)) if _is_readers_own(its) else stored
-    if isinstance(stored, Mapping):
-        module, name, message = stored.get("exc_module"), stored.get("exc_type"), stored.get("exc_message", ())
-        args = tuple(message) if isinstance(message, (list, tuple)) else (message,)
-        module, name, args = _unwrapped(module, name, args) or (module, name, args)
-        if isinstance(name, str) and name:
-            return _of_class(module, name, args)
-    if not stored:
-        return TaskRevokedError() if state == REVOKED else RemoteError("the task failed and stored no exception")
-    text = stored if isinstance(stored, str) else safe_repr(stored)
-    return TaskRevokedError(text) if state == REVOKED else RemoteError(text)
-
-
-def _unwrapped(module: object, name: object, args: tuple[Any, ...]) -> tuple[object, str, tuple[Any, ...]] | None:
-    """The module, the class name and the arguments of the exception in Celery's wrapper, if it is one and names one."""
-    if (module, name) != _WRAPPER or len(args) < 3 or not isinstance(args[2], (list, tuple)):
-        return None
-    return (args[0], args[1], tuple(args[2])) if isinstance(args[1], str) and args[1] else None
-
-
-def _of_class(module: object, name: str, args: tuple[Any, ...]) -> Exception:
-    """An instance of that class if it may be used, otherwise of a stand-in by its name."""
-    cls = _find_class(module, name)
-    built = None if cls is None else _instantiate(cls, args)
-    return _stand_in(module, name)(*args) if built is None else built
-
-
-def _find_class(module_name: object, qualname: str) -> type[Exception] | None:
-    if not isinstance(module_name, str):
-        return None
-    found = _look_up(module_name, qualname)
-    if found is not None and _is_readers_own(found):
-        return None
-    if module_name == _CELERY and qualname in _TWINS:
-        return _twin(qualname, found)  # type: ignore[arg-type] # mypy takes a class object for unhashable
-    return found
-
-
-def _is_readers_own(cls: type) -> bool:
-    """Whether this library raises ``cls`` to say what became of the reader's own call.
-
-    A task that waited for another one may have failed with our `TimeoutError`. Raised here as that, it would tell the
-    reader that the reader's deadline has passed.
-    """
-    return issubclass(cls, AioResultError) and not issubclass(cls, TaskError)
-
-
-def _look_up(module_name: str, qualname: str) -> type[Exception] | None:
-    found: object = sys.modules.get(module_name)
-    if not issubclass(type(found), ModuleType):
-        return None
-    namespace = _MODULE_NAMESPACE(found)
-    for part in qualname.split("."):
-        found = None if part.startswith("__") else namespace.get(part)
-        if not issubclass(type(found), type):
-            return None
-        namespace = _CLASS_NAMESPACE(found)
-    cls = cast("type", found)
-    return cls if issubclass(cls, Exception) and not issubclass(cls, _CONTROL_FLOW) else None
-
-
-@cache
-def _twin(name: str, theirs: type[Exception] | None) -> type[Exception]:
-    """Our class; and where Celery is imported, one that ``except celery.exceptions.…`` catches too."""
-    ours = _TWINS[name]
-    if theirs is None:
-        return ours
-    return type(name, (ours, theirs), {"__module__": _CELERY})
-
-
-def _instantiate(cls: type[Exception], args: tuple[Any, ...]) -> Exception | None:
-    """An instance of ``cls`` with these arguments, by its constructor if that takes them, else around it."""
-    for make in (_construct, _bypass):
-        try:
-            exc = make(cls, args)
-            str(exc)  # half-built instances fail here rather than in somebody's log handler
-        except BaseException:  # noqa: S112 - the constructor is not ours: even SystemExit must not get out of it
-            continue
-        if isinstance(exc, Exception):
-            return exc
-    return None
-
-
-def _construct(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
-    return cls(*args)
-
-
-def _bypass(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
-    """For constructors with a signature of their own (keyword-only, say): the type survives, and the arguments."""
-    exc = cls.__new__(cls, *args)
-    exc.args = args
-    return exc
-
-
-@lru_cache(maxsize=256)  # bounded, for the names come from outside
-def _make_class(module: str, name: str) -> type[RemoteError]:
-    short = name.rpartition(".")[2] or name
-    return type(short, (RemoteError,), {"__module__": module, "__qualname__": name})
-
-
-def _stand_in(module: object, name: str) -> type[RemoteError]:
-    home = module if isinstance(module, str) and module else RemoteError.__module__
-    return _make_class(_printable(home), _printable(name))
-
-
-def _printable(name: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in name[:_MAX_NAME])
 
 
 def traceback_of(exc: BaseException, given: str | None = None) -> str | None:

@@ -27,8 +27,9 @@ from .exceptions import (
     ResultTooLargeError,
     SerializationError,
 )
-from .failure import dump_exception, load_exception, safe_text
+from .failure import as_celery, dump_exception, members_of, safe_text
 from .meta import TaskMeta
+from .restore import load_exception
 from .states import EXCEPTION_STATES, READY_STATES, SUCCESS
 
 __all__ = ["CORE_FIELDS", "FINAL_HEADS", "SUCCESS_HEAD", "Codec", "reading", "unreadable"]
@@ -337,8 +338,26 @@ class Codec:
         if self.serializer == "pickle" and _survives_pickle(meta.result):
             with suppress(EncodeError):  # it did so once, and that is no promise
                 return self._written(dumps, meta, meta)
-        data = dump_exception(meta.result, lambda arg: self._check_types(self._dumps(arg), self.serializer))
-        return self._written(dumps, replace(meta, result=data), meta)
+        return self._written_failure(meta.result, lambda data: self._written(dumps, replace(meta, result=data), meta))
+
+    def _written_failure(self, exc: BaseException, write: Callable[[dict[str, Any]], bytes]) -> bytes:
+        """``exc`` as data, given to ``write``. What Celery would not store must not keep the rest from being stored."""
+        data = dump_exception(exc, lambda arg: self._check_types(self._dumps(arg), self.serializer))
+        try:
+            return write(data)
+        except ResultTooLargeError:
+            data = as_celery(data)
+        return write(data)
+
+    def dumps_part(self, number: int, task_id: str, state: str, value: Any, what: str) -> bytes:
+        """A part of a chord, as Celery stores it. Raises as `dumps`."""
+
+        def write(value: Any) -> bytes:
+            return self.dumps([number, task_id, state, value], what, "part")
+
+        if state in EXCEPTION_STATES and isinstance(value, BaseException):
+            return self._written_failure(value, write)
+        return write(value)
 
     def decode(self, task_id: str, data: bytes) -> TaskMeta:
         """The meta stored under ``task_id``. Raises as `loads` does, also where a field has the wrong type."""
@@ -421,10 +440,17 @@ def _parts_of(meta: TaskMeta) -> dict[str, Any]:
 
 
 def _survives_pickle(exc: BaseException) -> bool:
-    if type(exc).__module__.startswith("aioresult."):  # it would be lost on a Celery without this library
-        return False
     try:
+        if _is_ours(exc):  # it would be lost on a Celery without this library
+            return False
         _pickle_loads(_pickle_dumps(exc))
     except BaseException:  # the class is the user's own
         return False
     return True
+
+
+def _is_ours(exc: BaseException) -> bool:
+    """Whether its class is this library's, or that of any member if it is a group."""
+    if issubclass(type(exc), BaseExceptionGroup) and any(map(_is_ours, members_of(exc))):
+        return True
+    return type(exc).__module__.startswith("aioresult.")

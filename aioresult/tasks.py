@@ -159,6 +159,8 @@ def twin(error: T) -> T:
     except Exception:  # a subclass from outside the library, whose constructor takes other arguments
         return error
     other.__dict__.update(error.__dict__)
+    if isinstance(notes := other.__dict__.get("__notes__"), list):
+        other.__notes__ = notes.copy()  # a note that one caller adds is nothing to the others
     other.__cause__ = error.__cause__
     other.__suppress_context__ = error.__suppress_context__
     return other

@@ -28,6 +28,8 @@ ORDER = [
     "interruption",
     "meta",
     "failure",
+    "classes",
+    "restore",
     "compression",
     "culprit",
     "dialect",
@@ -212,7 +214,7 @@ def test_a_release_that_is_too_old_is_an_error_that_says_how_to_get_another() ->
 def test_without_celery_a_revoked_task_raises_our_error_and_with_it_both() -> None:
     code = """
 import aioresult
-from aioresult.failure import load_exception
+from aioresult.restore import load_exception
 
 def revoked():
     stored = {"exc_type": "TaskRevokedError", "exc_message": ["why"], "exc_module": "celery.exceptions"}

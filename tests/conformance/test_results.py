@@ -68,6 +68,22 @@ async def test_a_failure_of_a_class_that_is_not_here_has_one_made_for_it(harness
     assert (type(caught.value).__module__, type(caught.value).__name__) == ("shop.payments", "CardDeclined")
 
 
+async def test_a_group_of_exceptions_comes_back_as_one_with_its_notes(harness: Harness) -> None:
+    worker, web = await harness.pair()
+    group = ExceptionGroup("two", [KeyError("a"), FileNotFoundError(2, "no", "f.txt")])
+    group.exceptions[0].add_note("of the worker")
+    await worker.mark_as_failure("t", group)
+    for _ in range(2):
+        with pytest.raises(ExceptionGroup, match="two") as caught:
+            await web.result("t")
+        one, other = caught.value.exceptions
+        assert isinstance(one, KeyError)
+        assert one.__notes__ == ["of the worker"]
+        assert isinstance(other, FileNotFoundError)
+        assert other.filename == "f.txt"
+        one.add_note("of a caller")
+
+
 async def test_without_propagation_the_exception_is_the_value(harness: Harness) -> None:
     worker, web = await harness.pair()
     await worker.mark_as_failure("t", KeyError("a"))

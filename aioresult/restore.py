@@ -1,0 +1,254 @@
+"""Exceptions from data: what `aioresult.failure` stored, or Celery, or anything else that can write to the store.
+
+`aioresult.classes` finds the class. If it may not be used, or cannot be built, a `RemoteError` of the same name stands
+in for it, with a note that says why. All data is taken for hostile: it is bounded, and never chooses what code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from .classes import find_class, why_unusable
+from .exceptions import RemoteError, RemoteTraceback, TaskRevokedError
+from .failure import (
+    MAX_ATTRIBUTES,
+    MAX_DEPTH,
+    MAX_MEMBERS,
+    MAX_NOTE,
+    MAX_NOTES,
+    MAX_TEXT,
+    STAND_IN,
+    args_of,
+    attributes_of,
+    complete_args,
+    is_a,
+    is_attribute,
+    members_of,
+    message_of,
+    nearest_builtin,
+    safe_repr,
+    safe_text,
+)
+from .states import REVOKED
+
+__all__ = ["load_exception"]
+
+_MAX_NAME = 500
+#: Of the text of an error in a note.
+_MAX_REASON = 200
+#: What a Celery worker stores for an exception that pickle cannot copy. Its arguments are the module, the class name
+#: and the arguments of that exception, and its text (``celery/utils/serialization.py``, 5.7).
+_WRAPPER = ("celery.utils.serialization", "UnpickleableExceptionWrapper")
+#: Past an attribute of the class's own: a class may refuse every attribute (a frozen dataclass does).
+_set_cause: Callable[[BaseException, BaseException], None] = vars(BaseException)["__cause__"].__set__
+_NOTHING: Mapping[str, Any] = {}
+
+
+def load_exception(stored: Any, state: str, traceback: str | None) -> Exception:
+    """The exception that ``stored`` describes, ready to be raised; the worker's traceback is its ``__cause__``."""
+    exc = _build(stored, state)
+    if traceback:
+        _set_cause(exc, RemoteTraceback(traceback))
+    return exc
+
+
+def _build(stored: Any, state: str) -> Exception:
+    if isinstance(stored, BaseException):
+        return _of_pickled(stored)
+    if isinstance(stored, Mapping) and (described := _of_mapping(stored)) is not None:
+        return described
+    revoked = state == REVOKED
+    if not stored:
+        return TaskRevokedError() if revoked else RemoteError("the task failed and stored no exception")
+    exc: Exception
+    try:
+        exc = TaskRevokedError(stored) if revoked else RemoteError(stored)
+        str(exc)
+    except BaseException:  # out of a pickle; a __repr__ of the user's own
+        exc = TaskRevokedError(safe_repr(stored)) if revoked else RemoteError(safe_repr(stored))
+    if isinstance(exc, RemoteError):
+        exc.stored = stored
+    return exc
+
+
+def _of_mapping(stored: Mapping[str, Any]) -> Exception | None:
+    """The exception that ``stored`` names; ``None`` if it names none."""
+    module, name, message = stored.get("exc_module"), stored.get("exc_type"), stored.get("exc_message", ())
+    args = tuple(message) if isinstance(message, (list, tuple)) else (message,)
+    if (wrapped := _unwrapped(module, name, args)) is not None:
+        return _of_class(*wrapped, _NOTHING)
+    if not isinstance(name, str) or not name:
+        return None
+    return _of_class(module, name, args, stored)
+
+
+def _unwrapped(module: object, name: object, args: tuple[Any, ...]) -> tuple[object, str, tuple[Any, ...]] | None:
+    """The module, the class name and the arguments of the exception in Celery's wrapper, if it is one and names one."""
+    if (module, name) != _WRAPPER or len(args) < 3 or not isinstance(args[2], (list, tuple)):
+        return None
+    return (args[0], args[1], tuple(args[2])) if isinstance(args[1], str) and args[1] else None
+
+
+def _of_class(module: object, name: str, args: tuple[Any, ...], stored: Mapping[str, Any]) -> Exception:
+    """An instance of that class if it may be used, otherwise of a stand-in by its name."""
+    found = find_class(module, name)
+    is_group = (
+        "exc_members" in stored
+        and (isinstance(found, str) or issubclass(found, BaseExceptionGroup))
+        and _are_members(stored["exc_members"])
+    )
+    if is_group:
+        members = [_build(member, "") for member in stored["exc_members"]]
+        args = (args[0] if args and isinstance(args[0], str) else "", members)
+    built = found if isinstance(found, str) else _instantiate(found, args, stored)
+    if isinstance(built, str):
+        return _stand_in(module, name, args, built, stored, is_group)
+    if "exc_notes" in stored:
+        _restore_notes(built, stored["exc_notes"])
+    return built
+
+
+def _are_members(members: object) -> bool:
+    """Whether they are the members of a group, within the bounds, before any is built."""
+    if not isinstance(members, (list, tuple)) or not members:
+        return False
+    count, level = 0, [members]
+    for _ in range(MAX_DEPTH):
+        below = []
+        for each in level:
+            count += len(each)
+            if count > MAX_MEMBERS:
+                return False
+            for member in each:
+                if not isinstance(member, Mapping) or not isinstance(member.get("exc_type"), str):
+                    return False
+                if isinstance(deeper := member.get("exc_members"), (list, tuple)):
+                    below.append(deeper)
+        level = below
+    return not level
+
+
+def _of_pickled(exc: BaseException) -> Exception:
+    cls = type(exc)
+    args = args_of(exc)
+    wrapped = _unwrapped(cls.__module__, cls.__qualname__, args)
+    if wrapped is not None:
+        return _of_class(*wrapped, _NOTHING)
+    reason = why_unusable(cls)
+    is_group = is_a(exc, BaseExceptionGroup)
+    if is_group:
+        members = members_of(exc)
+        usable = [_of_pickled(member) for member in members]
+        if not reason and all(one is other for one, other in zip(members, usable, strict=True)):
+            return exc  # type: ignore[return-value] # or there would be a reason
+        args = (message_of(exc), usable)
+        reason = reason or "some of its members may not be raised here"
+    elif not reason:
+        return exc  # type: ignore[return-value]
+    as_stored = {"exc_notes": attributes_of(exc).get("__notes__")}
+    return _stand_in(cls.__module__, cls.__qualname__, args, reason, as_stored, is_group)
+
+
+# -- instances ------------------------------------------------------------------------------------------------------
+
+
+def _instantiate(cls: type[Exception], args: tuple[Any, ...], stored: Mapping[str, Any]) -> Exception | str:
+    """An instance of ``cls`` with these arguments, or why there is none: the rest of a sentence.
+
+    A constructor that does not keep its arguments, but makes a message of them, was given others by the worker. Then
+    the instance is made around it; and only if that fails is the other one better than none.
+    """
+    reason, spare = "", None
+    for make in (_construct, _bypass):
+        try:
+            exc = make(cls, args)
+            if "exc_state" in stored:
+                _restore_state(exc, stored["exc_state"])
+            # Half-built instances fail here rather than in a log handler, which asks for these two.
+            text = str(exc)[:MAX_TEXT]
+            getattr(exc, "__notes__", None)
+            if not is_a(exc, Exception):
+                raise TypeError(f"it made a {type(exc).__qualname__}")
+            if not args and stored.get("exc_text", text) != text:
+                raise ValueError("its text is another one")
+            if make is _bypass or _keeps(exc, args):
+                return exc
+            spare = exc
+        except BaseException as error:  # the constructor is not ours: even SystemExit must not get out of it
+            reason = reason or f"{type(error).__name__}: {safe_text(error)[:_MAX_REASON]}"
+    if spare is not None:
+        return spare
+    if issubclass(cls, BaseExceptionGroup):
+        return f"its members were stored as text, or are none ({reason})"
+    return (
+        f"it cannot be built from the stored arguments ({reason}); "
+        f"let its constructor pass all of its arguments to super().__init__()"
+    )
+
+
+def _construct(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
+    return cls(*args)
+
+
+def _bypass(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
+    """For constructors with a signature of their own (keyword-only, say): the type survives, and the arguments."""
+    base = nearest_builtin(cls)
+    exc: Exception = base.__new__(cls, *args) if issubclass(cls, BaseExceptionGroup) else cls.__new__(cls, *args)
+    base.__init__(exc, *args)
+    return exc
+
+
+def _keeps(exc: Exception, args: tuple[Any, ...]) -> bool:
+    """Whether ``exc`` has those arguments. In the store a tuple has become a list."""
+    if is_a(exc, BaseExceptionGroup):
+        return bool(message_of(exc) == args[0]) and list(members_of(exc)) == args[1]
+    own = complete_args(exc)
+    return own == args or _as_lists(own) == _as_lists(args)
+
+
+def _as_lists(args: tuple[Any, ...]) -> list[Any]:
+    return [list(arg) if isinstance(arg, tuple) else arg for arg in args]
+
+
+def _restore_state(exc: Exception, state: object) -> None:
+    """Past ``__setattr__`` and properties: data does not choose what runs."""
+    if isinstance(state, dict) and len(state) <= MAX_ATTRIBUTES:
+        cls = type(exc)
+        attributes_of(exc).update({key: value for key, value in state.items() if is_attribute(cls, key, value)})
+
+
+def _restore_notes(exc: Exception, notes: object, *more: str) -> None:
+    """The notes that were stored, and some more. The list is the exception's own, and no caller's."""
+    own = notes[:MAX_NOTES] if isinstance(notes, (list, tuple)) else ()
+    attributes_of(exc)["__notes__"] = [*(note[:MAX_NOTE] for note in own if type(note) is str), *more]
+
+
+# -- stand-ins ------------------------------------------------------------------------------------------------------
+
+
+def _stand_in(
+    module: object, name: str, args: tuple[Any, ...], reason: str, stored: Mapping[str, Any], is_group: bool
+) -> Exception:
+    """A `RemoteError` of that name; with ``is_group`` also an `ExceptionGroup`."""
+    home = _printable(module) if isinstance(module, str) and module else RemoteError.__module__
+    shown = _printable(name)
+    exc = _make_class(home, shown, is_group)(*args)
+    exc.stored = stored if "exc_type" in stored else None
+    text = stored.get("exc_text")
+    if isinstance(text, str) and not args:
+        exc._text = text[:MAX_TEXT]
+    _restore_notes(exc, stored.get("exc_notes"), _printable(f"{STAND_IN}{home}.{shown}: {reason}", 2000))
+    return exc
+
+
+@lru_cache(maxsize=256)  # bounded, for the names come from outside
+def _make_class(module: str, name: str, is_group: bool) -> type[RemoteError]:
+    short = name.rpartition(".")[2] or name
+    bases = (RemoteError, ExceptionGroup) if is_group else (RemoteError,)
+    return type(short, bases, {"__module__": module, "__qualname__": name})
+
+
+def _printable(text: str, limit: int = _MAX_NAME) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text[:limit])
