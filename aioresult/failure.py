@@ -195,13 +195,11 @@ def is_attribute(cls: type[BaseException], name: object, value: object) -> bool:
         return False
     if type(value) not in _PLAIN or (type(value) is str and len(value) > _MAX_VALUE):
         return False
-    for base in cls.__mro__:
-        namespace = namespace_of(base)
-        if name in namespace:
-            return type(namespace[name]) in _PLAIN
-        if base not in _BUILTIN and ("__getstate__" in namespace or "__setstate__" in namespace):
-            return False
-    return True
+    own = [namespace_of(base) for base in cls.__mro__ if base not in _BUILTIN]
+    if any("__getstate__" in namespace or "__setstate__" in namespace for namespace in own):
+        return False
+    holder = next((namespace for namespace in map(namespace_of, cls.__mro__) if name in namespace), None)
+    return holder is None or type(holder[name]) in _PLAIN
 
 
 def nearest_builtin(cls: type[BaseException]) -> type[BaseException]:

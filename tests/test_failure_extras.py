@@ -113,6 +113,8 @@ class Frozen(Exception):
 
 
 class KeepsItself(Plain):
+    secret = ""
+
     def __getstate__(self) -> Any:
         return None
 
