@@ -112,11 +112,12 @@ def _dump(exc: BaseException, check: Check, depth: int, room: Iterator[int]) -> 
     cls = type(exc)
     module = CELERY if TWINS.get(cls.__name__) is cls else cls.__module__
     args = complete_args(exc)
-    if depth and is_a(exc, BaseExceptionGroup):
+    is_group = issubclass(cls, BaseExceptionGroup)
+    if depth and is_group:
         args = args[:1]  # Celery's readers do not look here, and the text of each level holds that of those below
     message = [_safe(arg, check) for arg in args]
     data = {"exc_type": cls.__qualname__, "exc_message": message, "exc_module": module}
-    if not message or attributes_of(exc) or is_a(exc, BaseExceptionGroup):  # most have none of these
+    if not message or attributes_of(exc) or is_group:  # most have none of these
         with suppress(BaseException):  # code of the user's own; what has been added until then is well-formed
             _add_extras(data, exc, check, depth, room)
     return data
@@ -125,7 +126,7 @@ def _dump(exc: BaseException, check: Check, depth: int, room: Iterator[int]) -> 
 def complete_args(exc: BaseException) -> tuple[Any, ...]:
     """The arguments that make ``exc`` again: those of an `OSError` lack its file names (see its ``__reduce__``)."""
     args = args_of(exc)
-    if is_a(exc, OSError) and len(args) == 2 and (name := _filename_of(exc)) is not None:
+    if len(args) == 2 and is_a(exc, OSError) and (name := _filename_of(exc)) is not None:
         second = _filename2_of(exc)
         return (*args, _as_path(name)) if second is None else (*args, _as_path(name), None, _as_path(second))
     return args
@@ -216,7 +217,11 @@ def _passes(value: Any, check: Check) -> bool:
 
 
 def _safe(arg: Any, check: Check) -> Any:
-    return arg if _passes(arg, check) else safe_repr(arg)
+    try:
+        check(arg)
+    except BaseException:  # a __json__ or __reduce__ of the user's own
+        return safe_repr(arg)
+    return arg
 
 
 def is_a(exc: BaseException, cls: type[BaseException]) -> bool:
