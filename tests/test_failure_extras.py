@@ -492,12 +492,11 @@ def test_a_subclass_with_a_constructor_of_its_own_keeps_them_too() -> None:
     ids=repr,
 )
 def test_an_exception_comes_back_whole(exc: Exception, serializer: str) -> None:
-    """pickle itself runs the constructor once more, with the arguments that the exception keeps."""
-    if serializer == "pickle" and type(exc) is Declined:
-        pytest.skip("that is Python's doing")
     read = there_and_back(exc, serializer)
     assert type(read) is type(exc)
-    assert str(read) == str(exc)
+    # pickle itself runs the constructor once more, with the arguments that the exception keeps.
+    twice = serializer == "pickle" and type(exc) is Declined
+    assert str(read) == (f"declined: {exc}" if twice else str(exc))
     assert vars(read) == vars(exc)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import aioresult
 from aioresult import Backend, EncodeError, TaskRequest, UsageError
 
 from ..harness import Harness
@@ -84,27 +83,3 @@ async def test_metadata_that_cannot_be_stored_is_an_error_of_its_own(harness: Ha
     with pytest.raises(EncodeError):
         await worker.mark_as_done("t", 1, meta={"an": object()})
     assert not await web.exists("t")
-
-
-async def fail() -> None:
-    task = aioresult.current_task()
-    assert task is not None
-    task.meta = {"tries": 1}
-    raise KeyError("u")
-
-
-async def test_a_running_task_stores_it_with_its_end(live: Harness) -> None:
-    web, worker = await live.connect(), await live.connect()
-    async with worker.running("t") as task:
-        with pytest.raises(EncodeError):
-            task.meta = {"an": object()}
-        assert task.meta is None
-        given = {"seconds": [0.5]}
-        task.meta = given
-        given["seconds"].append(1.0)
-        task.value = 1
-    meta = await web.get_task_meta("t")
-    assert (meta.result, meta.meta) == (1, {"seconds": [0.5]})
-    with pytest.raises(KeyError):
-        await worker.run("u", fail)
-    assert (await web.get_task_meta("u")).meta == {"tries": 1}

@@ -462,3 +462,27 @@ async def test_an_attempt_that_comes_after_a_failure_was_read(live: Harness, wri
     with pytest.raises(OutputRestarted) as restarted:
         await anext(stream)
     assert await read(web.stream("t", restarted.value.cursor)) == [2]
+
+
+async def fail_with_metadata() -> None:
+    task = current_task()
+    assert task is not None
+    task.meta = {"tries": 1}
+    raise KeyError("u")
+
+
+async def test_metadata_is_stored_with_the_end(live: Harness) -> None:
+    web, worker = await live.connect(), await live.connect()
+    async with worker.running("t") as task:
+        with pytest.raises(EncodeError):
+            task.meta = {"an": object()}
+        assert task.meta is None
+        given = {"seconds": [0.5]}
+        task.meta = given
+        given["seconds"].append(1.0)
+        task.value = 1
+    meta = await web.get_task_meta("t")
+    assert (meta.result, meta.meta) == (1, {"seconds": [0.5]})
+    with pytest.raises(KeyError):
+        await worker.run("u", fail_with_metadata)
+    assert (await web.get_task_meta("u")).meta == {"tries": 1}

@@ -105,7 +105,7 @@ class _StrictHub:
         assert isinstance(task_id, str)
         assert isinstance(outcome, (TaskMeta, AioResultError))
 
-    def news(self, task_id: str) -> None:
+    def mark_stale(self, task_id: str) -> None:
         assert isinstance(task_id, str)
 
     def lost(self) -> None:
