@@ -46,12 +46,14 @@ from .exceptions import (
     Retry,
     SerializationError,
     TaskError,
+    TaskNotFoundError,
     TaskRevokedError,
     TimeoutError,
     UsageError,
     WorkerLostError,
     WrongEventLoopError,
 )
+from .health import BackendStats
 from .joins import as_completed, gather, wait
 from .log import TAIL
 from .meta import TaskMeta, TaskRequest
@@ -80,6 +82,7 @@ __all__ = [
     "BackendGetMetaError",
     "BackendNotOpenError",
     "BackendRefusedError",
+    "BackendStats",
     "BackendStoreError",
     "Chord",
     "ChordClaimLost",
@@ -116,6 +119,7 @@ __all__ = [
     "StoredType",
     "TaskError",
     "TaskMeta",
+    "TaskNotFoundError",
     "TaskRequest",
     "TaskRevokedError",
     "TimeoutError",

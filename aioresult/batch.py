@@ -131,6 +131,18 @@ class Batcher(Generic[Item, Out]):
         return future
 
     @property
+    def queued(self) -> int:
+        """How many calls are queued or in flight."""
+        waiting = sum(1 for first in self._due for _ in _chain(first))
+        behind = sum(1 for sent in self._in_flight if sent.last for _ in _chain(sent.next))
+        return waiting + len(self._in_flight) + behind
+
+    @property
+    def held(self) -> int:
+        """How many bytes the calls hold that are queued or in flight."""
+        return self._held
+
+    @property
     def full(self) -> bool:
         """Whether a caller should wait in `wait_for_room` before it submits."""
         if self._max_held is None:

@@ -165,6 +165,7 @@ class ChordStore(LookoutStore, Protocol):
     expires: float
     chord_expires: float
     chord_lease: float
+    default_timeout: float | None
 
     async def chord_step(self, step: ChordStep) -> ChordState: ...
     async def chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]: ...
@@ -287,7 +288,7 @@ class Chords:
 
     async def wait(self, group_id: str, timeout: Timeout, propagate: bool) -> list[Any]:
         """See `Chord.get`."""
-        what, seconds = f"chord {group_id}", checked_timeout(timeout)
+        what, seconds = f"chord {group_id}", checked_timeout(timeout, self._store.default_timeout)
         if seconds is not None and seconds <= 0:
             if not await self._is_over(group_id, propagate):
                 raise timed_out(what, seconds)
@@ -386,7 +387,7 @@ class Chord:
         A message announces the last part, unless a worker of Celery's stores it. In that case the wait ends when the
         result of the body arrives, if this library stored a part; otherwise within ``heartbeat`` seconds.
 
-        :param timeout: seconds; ``None`` waits for ever, 0 checks once without waiting.
+        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 checks once without waiting.
         :param propagate: raise as soon as a part fails. If false, wait for all parts and return exceptions as values.
         :raises ChordError: a part failed; ``__cause__`` is its exception.
         :raises BackendGetMetaError: Celery has dispatched the callback and removed the parts, and the group was not

@@ -67,7 +67,9 @@ class Completions(Generic[L]):
     """
 
     def __init__(self, lineage: Lineage[L], timeout: Timeout = None) -> None:
-        self._timeout = checked_timeout(timeout)
+        #: Of several stores, the one of the first leaf decides how long to wait without a ``timeout``.
+        first = next((leaf.store for leaf in lineage.leaves if leaf.store is not None), None)
+        self._timeout = checked_timeout(timeout, None if first is None else first.default_timeout)
         self._once = self._timeout is not None and self._timeout <= 0
         self._expired = False
         self._lineage = lineage

@@ -34,6 +34,7 @@ class EagerResult(AsyncResult[T]):
         propagate: bool = True,
         follow_parents: bool = True,
         on_lost: OnLost = "wait",
+        must_exist: bool = False,
     ) -> T:
         """Return the value, or raise the exception. Never waits."""
         checked_timeout(timeout)

@@ -25,6 +25,7 @@
     │   ├── OutputSuperseded        told to a producer: another attempt has the output
     │   ├── OutputFull              more is unsent, or kept, than may be
     │   └── InvalidCursor           a cursor that is none of ours                                    (ValueError)
+    ├── TaskNotFoundError           nothing is stored under the id, and ``must_exist`` was set           (LookupError)
     ├── WorkerLostError             the process that ran the task has died; another one may run it
     ├── Retry                       raised by a task that is to run again
     ├── ChordClaimLost              the lease on a chord ran out before its callback was dispatched
@@ -73,6 +74,7 @@ __all__ = [
     "Retry",
     "SerializationError",
     "TaskError",
+    "TaskNotFoundError",
     "TaskRevokedError",
     "TimeoutError",
     "UsageError",
@@ -202,6 +204,13 @@ class OutputFull(OutputError):
 
 class InvalidCursor(OutputError, ValueError):
     """A cursor that is none of ours. Cursors come from browsers."""
+
+
+class TaskNotFoundError(AioResultError, LookupError):
+    """Nothing is stored under the id, and the caller has passed ``must_exist=True``.
+
+    A task that is only submitted has nothing stored, unless the submitter calls `aioresult.Backend.mark_as_pending`.
+    """
 
 
 class WorkerLostError(AioResultError):

@@ -28,20 +28,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from itertools import islice
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias
 
 from .exceptions import AioResultError, BackendConnectionError, BackendError
+from .health import Health
 from .retry import Backoff, concerns_everyone
-from .tasks import EMPTY, SLICE, StandingTask, twin
+from .tasks import EMPTY, SLICE, StandingTask, chunked, twin
+from .unheard import Unheard
 from .waiter import Outcome, Waiter
 
 __all__ = ["Finding", "Hub", "Source", "chunked"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
-
-T = TypeVar("T")
 
 #: What a read finds: an outcome and its mark. A state with the mark of the one before is the same state; ``None`` is
 #: the mark of none.
@@ -68,7 +68,7 @@ class Source(Protocol):
 class _Topic:
     """An id that somebody waits for. There may be a hundred thousand, nearly all with a single waiter."""
 
-    __slots__ = ("_more", "heard", "known", "mark", "newcomers", "queued", "sole", "subscribed")
+    __slots__ = ("_more", "heard", "known", "looks", "mark", "newcomers", "queued", "sole", "subscribed")
 
     def __init__(self, waiter: Waiter) -> None:
         #: The only waiter, unless there are or were more.
@@ -86,6 +86,8 @@ class _Topic:
         self.heard = 0
         #: How many of its news are being told, a slice at a time.
         self.queued = 0
+        #: How many looks have found that nothing is stored under the id; see `Unheard`.
+        self.looks = 0
 
     def __len__(self) -> int:
         return len(self._more) if self._more is not None else int(self.sole is not None)
@@ -120,11 +122,19 @@ class Hub:
     """Waiters on one side, a `Source` on the other, and the one task between them.
 
     ``chunk`` bounds how many ids go into one call of the source. Every ``recheck`` seconds, unless that is 0, whatever
-    is waited for is read again, for messages that were lost on the way.
+    is waited for is read again, for messages that were lost on the way. ``health`` is told of trouble, and when it is
+    over. ``where`` is the URL of the source, for the log.
     """
 
     def __init__(
-        self, source: Source, *, chunk: int = 500, recheck: float = 0.0, backoff: Backoff | None = None
+        self,
+        source: Source,
+        *,
+        chunk: int = 500,
+        recheck: float = 0.0,
+        backoff: Backoff | None = None,
+        where: str = "",
+        health: Health | None = None,
     ) -> None:
         self._source = source
         self._chunk = chunk
@@ -134,12 +144,16 @@ class Hub:
         self._recheck = recheck
         self._timer: asyncio.TimerHandle | None = None
         self._backoff = backoff or Backoff()
+        self._health = health or Health(where)
         self._topics: dict[str, _Topic] = {}
         # Dicts for their order: first come, first served.
         self._to_read_first: dict[str, None] = {}
         self._to_read: dict[str, None] = {}
         self._to_subscribe: dict[str, None] = {}
         self._to_unsubscribe: dict[str, None] = {}
+        self.unheard: Unheard = Unheard(
+            self._topics, (self._to_read_first, self._to_subscribe, self._to_read), self._wake, where
+        )
         self._work = asyncio.Event()
         self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_unsubscribe))
         self._closed: Exception | None = None
@@ -149,6 +163,11 @@ class Hub:
     def __len__(self) -> int:
         """How many ids are waited for."""
         return len(self._topics)
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many waiters there are, for how many ids of any kind, and how many of these are subscribed."""
+        topics = tuple(self._topics.values())
+        return sum(map(len, topics)), len(topics), sum(topic.subscribed for topic in topics)
 
     def start(self) -> None:
         """Start the task. Needs a running event loop."""
@@ -160,6 +179,7 @@ class Hub:
         self._closed = error
         if self._timer is not None:
             self._timer.cancel()
+        self.unheard.close()
         await self._task.stop()
         while self._crowds:
             self._notify_some()
@@ -197,6 +217,8 @@ class Hub:
                 del self._to_unsubscribe[task_id]
                 topic.subscribed = True
             (self._to_read_first if read_first else self._to_subscribe)[task_id] = None
+            if self.unheard.timer is None:
+                self.unheard.set_timer()
             self._wake()
 
     def unwatch(self, task_id: str, waiter: Waiter) -> None:
@@ -262,6 +284,7 @@ class Hub:
             topic.subscribed = False
         self._to_subscribe.update(dict.fromkeys(self._topics))
         self._to_unsubscribe.clear()
+        self._health.listener_lost(len(self._to_subscribe))
         self._wake()
 
     # -- telling ----------------------------------------------------------------------------------------------------
@@ -345,12 +368,15 @@ class Hub:
             await self._work.wait()
             self._work.clear()
             try:
-                while self._to_read or self._to_read_first or self._to_subscribe or self._to_unsubscribe:
+                while self._has_work():
                     # A chunk of each in turn, so that a flood of one kind does not starve the others.
                     await self._read(self._take(self._to_read))
                     await self._read_first()
                     await self._add()
                     await self._drop()
+                    if self.unheard.due:
+                        await self.unheard.look()
+                self._health.all_subscribed()
                 self._backoff.reset()
                 self._limit, self._deaths = self._chunk, 0
             except BackendConnectionError as exc:
@@ -359,6 +385,8 @@ class Hub:
                     self._limit = max(1, self._limit // 2)
                 # Begin again with everyone. Not `lost`: if only a read failed, the subscriptions still stand.
                 self._to_subscribe.update(dict.fromkeys(self._topics))
+                self._health.failed(exc)
+                self._health.listener_lost(len(self._to_subscribe))
                 self._work.set()
                 if self._topics or self._to_unsubscribe:
                     pause = self._backoff.pause()
@@ -367,9 +395,14 @@ class Hub:
             except Exception as exc:
                 # The server refuses, for good; or a bug. Nobody may hang for it, and the next wait starts afresh.
                 error = _named(exc)
+                self._health.failed(error)
                 for task_id, topic in tuple(self._topics.items()):
                     if self._topics.get(task_id) is topic:  # a waiter that was told may have ended another's wait
                         self._finish(task_id, topic, error)
+
+    def _has_work(self) -> bool:
+        queued = self._to_read or self._to_read_first or self._to_subscribe or self._to_unsubscribe
+        return bool(queued) or self.unheard.due
 
     async def _read_first(self) -> None:
         ids = self._take(self._to_read_first)
@@ -377,12 +410,14 @@ class Hub:
         self._to_subscribe.update((task_id, None) for task_id in ids if task_id in self._topics)
 
     async def _add(self) -> None:
-        ids = self._take(self._to_subscribe)
+        ids, outage = self._take(self._to_subscribe), self._health.outage
         if ids:
             for task_id in ids:
                 self._topics[task_id].subscribed = True
             await self._split(self._subscribe, ids)
             await self._read(ids)
+            if outage is not None:
+                self._health.subscribed(outage, len(ids))
 
     async def _subscribe(self, ids: Sequence[str]) -> None:
         refused = await self._source.subscribe(ids)
@@ -462,10 +497,3 @@ def _named(error: Exception) -> Exception:
     named = BackendError(f"the listener failed: {type(error).__name__}: {error}")
     named.__cause__ = error
     return named
-
-
-def chunked(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """``items`` in tuples of at most ``size``; taken from a snapshot, so that the original may change meanwhile."""
-    source = iter(tuple(items))
-    while chunk := tuple(islice(source, size)):
-        yield chunk

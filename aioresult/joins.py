@@ -41,7 +41,7 @@ async def wait(
         raise UsageError(
             f"return_when must be asyncio.ALL_COMPLETED, FIRST_COMPLETED or FIRST_EXCEPTION, not {return_when!r}"
         )
-    timeout = checked_timeout(timeout)
+    checked_timeout(timeout)
     checked = _checked(results)
     pending = set(checked)
     lineage = Lineage[AsyncResult[Any]]()
@@ -75,7 +75,8 @@ async def wait(
 
 def as_completed(results: Iterable[ResultBase], timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
     """Iterate over the single results in the order in which they finish; see `ResultSet.as_completed`."""
-    return ResultSet(_checked(results)).as_completed(checked_timeout(timeout))
+    checked_timeout(timeout)
+    return ResultSet(_checked(results)).as_completed(timeout)
 
 
 def _checked(results: Iterable[ResultBase]) -> list[ResultBase]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from .exceptions import AioResultError, BackendConnectionError, ChordError, UsageError
 from .failure import safe_repr
@@ -128,6 +128,9 @@ class Lookouts:
 
 class _Lookout:
     """One chord, for all of its waiters."""
+
+    #: The callback stores nothing before all parts have come: no warning is due for that (`aioresult.hub`).
+    expects_nothing: Final = True
 
     def __init__(self, store: LookoutStore, group_id: str, prefix: str, find_failure: FindFailure) -> None:
         self._store = store

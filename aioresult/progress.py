@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from functools import partial
+from math import inf
 from typing import Any, Final, NamedTuple
 
 from .completion import Completions, L
@@ -78,7 +79,7 @@ async def progress_of(
             shown = progress
             yield progress
     done = failed = 0
-    with Completions(lineage) as completions:
+    with Completions(lineage, inf) as completions:
         async for finished in completions:
             done += len(finished)
             failed += sum(_failed(outcome) for _, outcome in finished)

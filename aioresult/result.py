@@ -6,11 +6,13 @@ The names and the shapes are Celery's (``celery/result.py``); what does I/O is a
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any, Generic, Self, TypeVar, cast
 from uuid import UUID, uuid4
 
 from .completion import Completions
 from .exceptions import CyclicResultError, DecodeError, UsageError
+from .existence import when_stored
 from .handle import ResultStore, refresh
 from .lineage import Lineage
 from .live import LiveResult, OnLost
@@ -78,27 +80,32 @@ class AsyncResult(LiveResult, Generic[T]):
         propagate: bool = True,
         follow_parents: bool = True,
         on_lost: OnLost = "wait",
+        must_exist: bool = False,
     ) -> T:
         """Wait until the task is over and return its value.
 
-        :param timeout: seconds; ``None`` waits for ever, 0 looks once. The task itself goes on.
+        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 looks once.
         :param propagate: raise the task's exception; otherwise return it.
         :param follow_parents: a parent that failed or was revoked ends the wait, for then this task never runs: its
             exception takes the place of this task's. It does so also if this task has failed itself, as the callback
             of a chord does. If several parents failed, it is the one that failed first. A success is never affected.
         :param on_lost: ``"raise"``: `WorkerLostError` when the process that runs the task dies (see
             `aioresult.Backend.running`); ``"wait"``, the default: wait for the next attempt.
-        :raises TimeoutError: the time is up.
+        :param must_exist: raise `TaskNotFoundError` at once if nothing is stored under the id.
+        :raises TimeoutError: the time is up. The task itself goes on.
         :raises Exception: what the task raised, of its own class where that is imported here, else a `RemoteError`;
             the worker's traceback is its ``__cause__``. Each call raises an instance of its own.
         :raises TaskRevokedError: the task was revoked.
         :raises BackendError, SerializationError: the result could not be had or read.
         """
+        if must_exist and not self.ignored and not self._known():
+            wait = partial(self.get, propagate=propagate, follow_parents=follow_parents, on_lost=on_lost)
+            return await when_stored(self.backend, self.id, timeout, wait)
         if on_lost != "wait":
             if on_lost != "raise":
                 raise UsageError(f"on_lost is 'raise' or 'wait', not {on_lost!r}")
             return await self.backend.unless_lost(self.id, self.get(timeout, propagate, follow_parents))
-        timeout = checked_timeout(timeout)
+        checked_timeout(timeout)
         if self.ignored:
             return cast("T", None)
         if follow_parents and (self.parent is not None or self.failure is not None):
@@ -212,7 +219,8 @@ class ResultSet(ResultBase):
     async def get(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
         """The values, in order, once all members are over; nested groups keep their shape.
 
-        :param timeout: seconds for all of them together; ``None`` waits for ever, 0 looks once.
+        :param timeout: seconds for all of them together; ``None`` for the ``default_timeout`` of the first member's
+            backend, infinity for ever. 0 looks once.
         :param propagate: raise the exception of the first member that fails, as soon as it does; otherwise wait for
             all and return exceptions in their places. A member that waits for a parent which failed, its own or that of
             a group around it, is over with the parent's exception; see ``follow_parents`` of `AsyncResult.get`.

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from .exceptions import BackendConnectionError, BackendError, ImproperlyConfigured, UsageError
+from .health import Health
 
 __all__ = ["Backoff", "Persistence", "concerns_everyone", "retry_outages"]
 
@@ -61,11 +62,14 @@ class Persistence:
     each further call fails after its first attempt, instead of being repeated for ``retry_for`` seconds again. If more
     than ``retry_for`` seconds lie between the last failure and the next attempt, a failure of that attempt counts as a
     new outage. Once an outage has lasted for ``retry_for`` seconds, every failed attempt calls ``on_outage(error)``, so
-    that the calls that are still queued fail, too.
+    that the calls that are still queued fail, too. ``health`` keeps the errors and counts the outages that have ended.
     """
 
-    def __init__(self, retry_for: float, on_outage: Callable[[BackendConnectionError], None]) -> None:
+    def __init__(
+        self, retry_for: float, on_outage: Callable[[BackendConnectionError], None], health: Health | None = None
+    ) -> None:
         self._retry_for = retry_for
+        self._health = health or Health("")
         self._on_outage = on_outage
         self._down_since: float | None = None
         self._down_at = 0.0
@@ -77,10 +81,12 @@ class Persistence:
 
     def reached(self) -> None:
         """Note that the server has answered, so that no outage lasts any longer."""
-        self._down_since = None
+        if self._down_since is not None:
+            self._down_since = None
+            self._health.reconnects += 1
 
-    def not_reached(self, began: float | None = None) -> tuple[float, float]:
-        """Note that a call failed with `BackendConnectionError`; return the time now and the start of the outage.
+    def not_reached(self, error: BaseException, began: float | None = None) -> tuple[float, float]:
+        """Note that a call failed with ``error``; return the time now and the start of the outage.
 
         ``began`` is the time at which the attempt began. If that was more than ``retry_for`` seconds after the last
         failure, the server may have been reachable in between, so a new outage begins now.
@@ -89,6 +95,7 @@ class Persistence:
         if self._down_since is None or (now if began is None else began) - self._down_at > self._retry_for:
             self._down_since = now
         self._down_at = now
+        self._health.failed(error)
         return now, self._down_since
 
     async def perform(
@@ -117,7 +124,7 @@ class Persistence:
                 if len(outcomes) != len(part):  # otherwise callers without an outcome would wait for ever
                     raise _miscounted(len(outcomes), len(part))
             except BackendConnectionError as exc:
-                now, down_since = self.not_reached(began)
+                now, down_since = self.not_reached(exc, began)
                 if backoff is None:
                     backoff, first = Backoff(), now
                 if now - down_since >= self._retry_for:
@@ -143,6 +150,8 @@ class Persistence:
                 await asyncio.sleep(backoff.pause())
                 parts = [kept for part in parts if (kept := [index for index in part if wanted(index)])]
             except Exception as exc:
+                if concerns_everyone(exc):
+                    self._health.failed(exc)
                 if len(part) == 1 or concerns_everyone(exc):
                     settle(part, [exc] * len(part))
                 else:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from datetime import timedelta
 from math import inf, isnan
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from .exceptions import ImproperlyConfigured, UsageError
 
-__all__ = ["MAX_SECONDS", "Seconds", "Timeout", "checked_seconds", "checked_timeout"]
+__all__ = ["MAX_SECONDS", "Limit", "Seconds", "Timeout", "checked_seconds", "checked_timeout"]
 
 #: A duration that a caller may pass: a number of seconds, or a timedelta.
 Seconds: TypeAlias = float | timedelta
@@ -18,6 +18,24 @@ Timeout: TypeAlias = float | timedelta | None
 
 #: The longest expiry, about 317 years: every server can add it to the present time and still represent the date.
 MAX_SECONDS = 10_000_000_000.0
+
+
+class Limit(float):
+    """A timeout in seconds, and the name by which the error calls it."""
+
+    __slots__ = ("name",)
+
+    def __new__(cls, seconds: float, name: str) -> Self:
+        limit = super().__new__(cls, seconds)
+        limit.name = name
+        return limit
+
+    name: str
+
+    @staticmethod
+    def name_of(timeout: float) -> str:
+        """What the error calls ``timeout``."""
+        return timeout.name if isinstance(timeout, Limit) else f"timeout={timeout:g}"
 
 
 def checked_seconds(name: str, value: Seconds) -> float:
@@ -34,10 +52,13 @@ def checked_seconds(name: str, value: Seconds) -> float:
     return float(value)
 
 
-def checked_timeout(timeout: Timeout) -> float | None:
-    """``timeout`` in seconds, ``None`` for no limit. Raises `UsageError` for text, NaN and the like."""
-    if timeout is None:
-        return None
+def checked_timeout(timeout: Timeout, default: float | None = None) -> float | None:
+    """``timeout`` in seconds, ``None`` for no limit. Raises `UsageError` for text, NaN and the like.
+
+    ``default`` takes the place of ``None``. An infinite ``timeout`` is no limit, whatever the default.
+    """
+    if timeout is None or isinstance(timeout, Limit):
+        return default if timeout is None else timeout
     if isinstance(timeout, timedelta):
         return timeout.total_seconds()
     with suppress(OverflowError):  # an int may be too large for a float

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from .exceptions import AioResultError, UsageError, WorkerLostError
@@ -21,6 +22,7 @@ from .log import CLOSED, OUTPUT_TOPIC, START, TAIL, Entry, OutputNews, Page, Pag
 from .meta import TaskMeta
 from .reading import END, Decoded, Reading
 from .retry import retry_outages
+from .seconds import Timeout
 from .states import SUCCESS
 from .tasks import twin
 from .tree import raise_or_return
@@ -59,7 +61,7 @@ class StreamStore(Protocol):
     def unwatch(self, task_id: str, waiter: Waiter) -> None: ...
     def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None: ...
     async def page(self, ask: PageRequest) -> Page: ...
-    async def wait_for(self, task_id: str) -> TaskMeta: ...
+    async def wait_for(self, task_id: str, timeout: Timeout = None) -> TaskMeta: ...
 
 
 class _Follower:
@@ -401,7 +403,7 @@ class OutputStream(Following[T], Generic[T]):
         outcome: Outcome | None = None
         if self._reading.state not in (SUCCESS, CLOSED):
             # The end mark, or the news that the task is over, may have arrived before the result itself.
-            outcome = self._follower.final or await self._store.wait_for(self._task_id)
+            outcome = self._follower.final or await self._store.wait_for(self._task_id, inf)
             if isinstance(outcome, TaskMeta) and outcome.status != self._reading.state:
                 if self._reading.state and not self._reopened:
                     # Another attempt has ended the task. It may have written its own output since the mark was read.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from contextvars import Context
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -24,6 +25,7 @@ __all__ = [
     "SingleFlight",
     "StandingTask",
     "call_from_finalizer",
+    "chunked",
     "fail",
     "fail_all",
     "spawn",
@@ -190,6 +192,13 @@ def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[...,
     """
     with suppress(RuntimeError):  # the loop is closed, so there is nothing left to clean up
         loop.call_soon_threadsafe(callback, *args, context=EMPTY)
+
+
+def chunked(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """``items`` in tuples of at most ``size``; taken from a snapshot, so that the original may change meanwhile."""
+    source = iter(tuple(items))
+    while chunk := tuple(islice(source, size)):
+        yield chunk
 
 
 async def uncancelled(cleanup: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias
 
 from .exceptions import TimeoutError
 from .meta import TaskMeta
+from .seconds import Limit
 from .tasks import EMPTY, fail
 
 __all__ = ["FINAL_READ", "Outcome", "SingleWaiter", "Waiter", "timed_out"]
@@ -70,4 +71,4 @@ class SingleWaiter:
 
 def timed_out(what: str, timeout: float) -> TimeoutError:
     """The error for a caller whose own deadline has passed."""
-    return TimeoutError(f"{what} was not ready within timeout={timeout:g} seconds; you may await it again")
+    return TimeoutError(f"{what} was not ready within {Limit.name_of(timeout)} seconds; you may await it again")

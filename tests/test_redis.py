@@ -585,7 +585,7 @@ async def test_the_short_way_keeps_account_of_outages(backend: RedisBackend, red
         return backend._persistence.down_since
 
     await backend.mark_as_done("a", 1)
-    backend._persistence.not_reached()
+    backend._persistence.not_reached(BackendConnectionError("away"))
     await backend.mark_as_done("b", 1)
     assert down_since() is None
     before = asyncio.get_running_loop().time()

@@ -28,7 +28,7 @@ from ..seconds import Seconds, checked_seconds
 from ..serialization import reading
 from ..states import ALL_STATES
 from ..typed import TypedResult
-from .live import LiveSide
+from .operations import OperationsSide
 from .worker import BackendOptions, as_tuple, check_state, checked_count, checked_index
 
 __all__ = ["Backend", "BackendOptions"]
@@ -36,7 +36,7 @@ __all__ = ["Backend", "BackendOptions"]
 T = TypeVar("T")
 
 
-class Backend(LiveSide):
+class Backend(OperationsSide):
     """Where results are kept, and the way to be woken when one arrives.
 
     Use it as ``async with aioresult.connect(url) as backend``, or call `open` and `aclose`. A backend belongs to the
@@ -64,6 +64,11 @@ class Backend(LiveSide):
     - ``max_pending_bytes``: bytes of stores that may be queued or on their way; a further store waits until there are
       fewer (default 64 MiB).
     - ``lease``: seconds without a sign of life after which a worker that runs tasks under `running` counts as dead.
+    - ``default_timeout``: seconds for every wait that has no ``timeout`` of its own: for results, groups, joins and
+      chords, but not for streams and updates. ``None``, the default, is for ever. With several backends, that of the
+      first result counts. A wait with ``timeout=float("inf")`` has no limit.
+    - ``wait_for_server``: seconds that `open` keeps trying while the server cannot be reached; 0, the default: it fails
+      at once. For services that start together with their server. A server that refuses ends the attempt at once.
     - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`; called by `mark_as_done`
       and its like for a request that belongs to a chord. Without it, `ready_chords` gets those chords.
     - ``count_requests``: whether `mark_as_done` and its like count the part of a request that belongs to a chord. With

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from ..chord import ChordState, ChordStep
 from ..dialect import StoredType
@@ -17,7 +17,7 @@ from ..progress import GroupCounts
 from ..record import Record
 from ..remedies import not_an_id
 from ..run import RunState, RunStep
-from ..seconds import Seconds, checked_seconds
+from ..seconds import Limit, Seconds, checked_seconds
 from ..serialization import Codec
 from ..urls import hide_password
 
@@ -46,6 +46,8 @@ class CoreOptions(TypedDict, total=False):
     chord_expires: Seconds | None
     max_pending_bytes: int
     lease: float
+    default_timeout: Seconds | None
+    wait_for_server: Seconds
 
 
 class Removal:
@@ -101,6 +103,8 @@ class BackendContract(ABC):
         chord_expires: Seconds | None = None,
         max_pending_bytes: int = 64 * 2**20,
         lease: float = 30.0,
+        default_timeout: Seconds | None = None,
+        wait_for_server: Seconds = 0.0,
         **unknown: object,
     ) -> None:
         if unknown:
@@ -128,6 +132,13 @@ class BackendContract(ABC):
         self.lease: float = checked_seconds("lease", lease)
         if not self.lease:
             raise ImproperlyConfigured("lease must be more than 0 seconds: every worker would seem dead")
+        self.default_timeout: float | None = None
+        if default_timeout is not None:
+            seconds = checked_seconds("default_timeout", default_timeout)
+            if not seconds:
+                raise ImproperlyConfigured("default_timeout must be more than 0 seconds; pass None to wait for ever")
+            self.default_timeout = Limit(seconds, f"default_timeout={seconds:g}")
+        self.wait_for_server: float = checked_seconds("wait_for_server", wait_for_server)
         self.codec: Codec = Codec(serializer, accept, compression, max_result_size, types, json_default)
 
     def as_uri(self) -> str:
@@ -153,6 +164,13 @@ class BackendContract(ABC):
         Called instead of `_close` when the event loop that opened it has ended, or, with ``forked``, in a child
         process: there the sockets are the parent's, and so is what its event loop watches them with.
         """
+
+    async def _ping(self) -> None:
+        """One round trip to the server, without a retry. Raises `BackendConnectionError` if the server is away.
+
+        Optional: by default the backend fetches an id that does not exist.
+        """
+        await self._fetch([str(uuid4())])
 
     @abstractmethod
     async def _fetch(self, task_ids: Sequence[str]) -> Sequence[Any]:

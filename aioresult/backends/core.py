@@ -30,6 +30,7 @@ from ..exceptions import (
     UsageError,
     WrongEventLoopError,
 )
+from ..health import Health
 from ..hub import Finding, Hub
 from ..log import OUTPUT_TOPIC, Flush, OutputNews, Page, PageRequest
 from ..meta import TaskMeta
@@ -42,6 +43,7 @@ from ..states import EXCEPTION_STATES
 from ..tasks import TURN, spawn, twin, uncancelled
 from ..waiter import Outcome
 from .contract import BackendContract, CoreOptions, Removal
+from .opening import connect_patiently
 
 __all__ = ["BackendCore", "CoreOptions", "Removal"]
 
@@ -119,12 +121,15 @@ class BackendCore(BackendContract):
         if self._loop is None:  # by `aclose`, which may come in the middle of anything
             return
         logger.warning("the listener of %s was lost, and its subscriptions are made anew: %s", self.as_uri(), reason)
+        self._health.failed(reason)
         self._hub.lost()
 
     # -- life -------------------------------------------------------------------------------------------------------
 
     async def open(self) -> Self:
-        """Connect. Raises `BackendConnectionError` at once if the server cannot be reached.
+        """Connect. Raises `BackendConnectionError` if the server cannot be reached.
+
+        It raises at once, or after it has tried for ``wait_for_server`` seconds.
 
         A backend that was closed may be opened again, also in another event loop. So may one whose event loop has ended
         without `aclose`, and, in a child process, one that the parent has open.
@@ -158,7 +163,7 @@ class BackendCore(BackendContract):
 
     async def _opened(self) -> bool:
         """Open, in an empty context, which whatever is started there inherits. False if a stranger cancelled that."""
-        opening = self._opening = spawn(self._open())
+        opening = self._opening = spawn(connect_patiently(self))
         try:
             await opening
         except asyncio.CancelledError:
@@ -170,8 +175,15 @@ class BackendCore(BackendContract):
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._persistence = Persistence(self.retry_for, self._outage)
-        self._hub = Hub(_HubSource(self), chunk=self.fetch_chunk, recheck=self.recheck)
+        self._health = Health(self.as_uri())
+        self._persistence = Persistence(self.retry_for, self._outage, self._health)
+        self._hub = Hub(
+            _HubSource(self),
+            chunk=self.fetch_chunk,
+            recheck=self.recheck,
+            where=self.as_uri(),
+            health=self._health,
+        )
         batcher = partial(Batcher[Any, Any], max_bytes=self.chunk_bytes)
         self._writes: Batcher[Record | Removal, bool] = batcher(
             self._write_batch,
@@ -209,7 +221,9 @@ class BackendCore(BackendContract):
             max_held=self.max_pending_bytes,
             persistence=self._persistence,
         )
-        results = (self._writes, self._fetches, self._calls, self._steps)
+        # Not `_calls`: there a ping would wait for others, and be repeated with them.
+        self._pings: Batcher[None, float] = batcher(self._perform_pings, max_items=self.fetch_chunk, parallel=2)
+        results = (self._writes, self._fetches, self._calls, self._steps, self._pings)
         self._batchers = (*results, self._appends, self._page_reads, self._runs)
         self._hub.start()
 
@@ -299,7 +313,16 @@ class BackendCore(BackendContract):
                 f"{self!r} was opened in another process, {self._pid}, of which this one, {os.getpid()}, is a child; "
                 f"call 'await backend.open()' here, or open one backend per process"
             )
-        return WrongEventLoopError(f"{self!r} was opened in another event loop; open one backend per event loop")
+        if get_ident() != self._thread:
+            return WrongEventLoopError(
+                f"{self!r} belongs to the event loop of another thread. In a plain thread, call "
+                f"'asyncio.run_coroutine_threadsafe(coroutine, loop).result()' with that loop; in a worker thread of "
+                f"anyio, Starlette or FastAPI, call 'anyio.from_thread.run(function, *args)'. Where each thread runs "
+                f"an event loop of its own, open one backend per event loop: 'aioresult.per_loop(url)'"
+            )
+        return WrongEventLoopError(
+            f"{self!r} was opened in another event loop; open one backend per event loop: 'aioresult.per_loop(url)'"
+        )
 
     # -- what the batchers and the hub run --------------------------------------------------------------------------
 
@@ -317,6 +340,17 @@ class BackendCore(BackendContract):
 
     async def _perform_calls(self, calls: Sequence[Callable[[], Awaitable[Any]]]) -> Sequence[Any]:
         return [await call() for call in calls]
+
+    async def _perform_pings(self, pings: Sequence[None]) -> Sequence[float]:
+        now = asyncio.get_running_loop().time
+        began = now()
+        try:
+            await self._ping()
+        except Exception as exc:
+            self._health.failed(exc)
+            raise _as_error(exc) from exc.__cause__
+        self._persistence.reached()
+        return [now() - began] * len(pings)
 
     async def _perform_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
         return await self._chord_steps(steps)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from inspect import isawaitable
+from math import inf
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
@@ -129,7 +130,7 @@ class LiveSide(ReaderSide):
             return task.value
         except AlreadyDone:
             pass
-        meta = await self.wait_for(task_id)
+        meta = await self.wait_for(task_id, inf)
         if meta.status == SUCCESS:  # the worker that ran it may have died before it counted the part of a chord
             await self.follow_up(str(task_id), SUCCESS, meta.result, request, None)
         return raise_or_return(meta)

@@ -9,6 +9,7 @@ from typing import cast
 from uuid import UUID
 
 from ..exceptions import BackendConnectionError, BackendGetMetaError, SerializationError, UsageError
+from ..existence import when_stored
 from ..hub import chunked
 from ..meta import TaskMeta
 from ..seconds import Timeout, checked_timeout
@@ -66,17 +67,21 @@ class ReaderSide(WorkerSide):
         except (SerializationError, BackendGetMetaError):
             return True
 
-    async def wait_for(self, task_id: str | UUID, timeout: Timeout = None) -> TaskMeta:
+    async def wait_for(self, task_id: str | UUID, timeout: Timeout = None, must_exist: bool = False) -> TaskMeta:
         """The meta of ``task_id`` once the task is over, well or not: this does not raise the task's exception.
 
-        :param timeout: seconds, or a `timedelta`; ``None`` waits for ever, 0 looks once. A result that is stored
-            beats a deadline that has passed: a timeout below a second may take a second more, to read the store.
+        :param timeout: seconds, or a `timedelta`; ``None`` for ``default_timeout``, infinity for ever. 0 looks once. A
+            result that is stored beats a deadline that has passed: a timeout below a second may take a second more, to
+            read the store.
+        :param must_exist: raise `TaskNotFoundError` at once if nothing is stored under the id.
         :raises TimeoutError: the time is up.
         :raises BackendClosedError: the backend was closed meanwhile. Otherwise raises as `get_task_meta`.
         """
         self.check()
         task_id = self._valid_id(task_id)
-        seconds = checked_timeout(timeout)
+        if must_exist:
+            return await when_stored(self, task_id, timeout, partial(self.wait_for, task_id))
+        seconds = checked_timeout(timeout, self.default_timeout)
         if seconds is not None and seconds <= 0:
             meta = await self.get_task_meta(task_id)
             if meta.ready:

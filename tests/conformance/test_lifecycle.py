@@ -191,7 +191,7 @@ async def test_a_backend_belongs_to_the_event_loop_that_opened_it(harness: Harne
 
     async def use_everything() -> None:
         for call in (*CALLS.values(), Backend.aclose):
-            with pytest.raises(WrongEventLoopError, match="another event loop"):
+            with pytest.raises(WrongEventLoopError, match="the event loop of another thread"):
                 await call(backend)
 
     await asyncio.to_thread(lambda: asyncio.run(use_everything()))

@@ -253,6 +253,9 @@ class PostgresBackend(Backend):
         self._waiting = {}
         self._has_listened = False
 
+    async def _ping(self) -> None:
+        await self._connections.query("SELECT 1")
+
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _valid_id(self, task_id: str | UUID) -> str:

@@ -145,6 +145,11 @@ class RedisBackend(RunningTasks):
             await self._retry_refused(connection, commands, replies, refused)
         return replies
 
+    async def _ping(self) -> None:
+        (reply,) = await self._execute([("PING",)])
+        if isinstance(reply, hiredis.ReplyError):
+            raise translate(reply, self.as_uri())
+
     async def _retry_refused(
         self, connection: RedisConnection, commands: Sequence[Command], replies: list[Any], refused: Sequence[int]
     ) -> None:
@@ -207,8 +212,8 @@ class RedisBackend(RunningTasks):
 
         def replied(replies: asyncio.Future[list[Any]]) -> None:
             found: T | None = None
-            if replies.exception() is not None:
-                self._persistence.not_reached()
+            if (error := replies.exception()) is not None:
+                self._persistence.not_reached(error)
             elif (found := outcome(replies.result())) is not None:
                 self._persistence.reached()
             done(found)

@@ -1,0 +1,135 @@
+"""Operations against servers that fail, and from threads that are not the backend's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+import aioresult
+from aioresult import BackendConnectionError, WrongEventLoopError
+
+from .conformance.test_operations import idle, warnings
+from .conformance.test_waiting import cancel, wait
+from .harness import until
+from .sites import RedisSite, Site
+from .test_lifecycle import subscribed
+
+pytestmark = pytest.mark.xdist_group("operations")
+
+
+def good_news(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+
+
+async def test_a_listener_that_is_back_is_told_of_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "aioresult")
+    async with site.backend() as web, site.backend() as worker:
+        waiting = [wait(web, f"t{number}") for number in range(1204)]
+        await subscribed(web, 1204)
+        for reconnects in (1, 2):
+            caplog.clear()
+            await site.kill("subscriptions")
+            await until(lambda: bool(good_news(caplog)))
+            (line,) = good_news(caplog)
+            assert line.startswith(f"the listener of {web.as_uri()} is back after ")
+            assert line.endswith(" s; 1,204 subscriptions were restored")
+            stats = web.stats()
+            assert (stats.connected, stats.reconnects, stats.subscriptions) == (True, reconnects, 1204)
+            assert stats.last_error is not None
+        for number in range(1204):
+            waiting[number].cancel()
+        await asyncio.wait(waiting)
+        assert await worker.mark_as_done("t", 1)
+        assert len(good_news(caplog)) == 1
+
+
+async def test_a_listener_that_nobody_needs_is_back_with_the_next_wait(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioresult")
+    async with site.backend() as web:
+        await cancel(await _waiting(web))
+        await idle(web, 0)
+        await site.kill("all")
+        await until(lambda: bool(warnings(caplog)))
+        assert web.stats().connected
+        assert not good_news(caplog)
+        task = await _waiting(web)
+        await until(lambda: bool(good_news(caplog)))
+        assert good_news(caplog)[0].endswith("; 1 subscription was restored")
+        await cancel(task)
+
+
+async def _waiting(web: aioresult.Backend) -> asyncio.Task[Any]:
+    task = wait(web)
+    await subscribed(web, 1)
+    return task
+
+
+async def test_a_ping_fails_at_once_while_the_server_is_away_and_finds_it_when_it_is_back(
+    redis_site: RedisSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    await redis_site.empty()
+    async with redis_site.backend(retry_for=600) as web:
+        waiting = wait(web)
+        await subscribed(web, 1)
+        web._hub.unheard.after = 0.02
+        redis_site.stop("orderly")
+        try:
+            await until(lambda: not web.stats().connected)
+            with pytest.raises(BackendConnectionError):
+                await web.ping()
+            late = aioresult.connect(redis_site.url(), wait_for_server=60)
+            opening = asyncio.create_task(late.open())
+            await until(lambda: any("wait_for_server" in line for line in warnings(caplog)))
+            assert not any("nothing is stored" in line for line in warnings(caplog))
+        finally:
+            await asyncio.to_thread(redis_site.server.start)
+        await opening
+        assert await late.mark_as_done("t", 1)
+        assert (await waiting).result == 1
+        assert await web.ping() >= 0
+        assert web.stats().connected
+        await late.aclose()
+
+
+async def test_the_error_in_another_thread_names_what_works_there() -> None:
+    loop = asyncio.get_running_loop()
+    async with aioresult.connect("memory://") as backend:
+        await backend.mark_as_done("t", 1)
+        result = backend.result("t")
+
+        def wrong() -> str:
+            with pytest.raises(WrongEventLoopError) as raised:
+                asyncio.run(backend.get_task_meta("t"))
+            return str(raised.value)
+
+        text = await asyncio.to_thread(wrong)
+        for remedy in ("asyncio.run_coroutine_threadsafe(coroutine, loop)", "anyio.from_thread.run(function, *args)"):
+            assert remedy in text
+        works: list[Callable[[], Any]] = [
+            lambda: asyncio.run_coroutine_threadsafe(result.get(), loop).result(),
+            lambda: anyio.from_thread.run(result.get),
+        ]
+        assert [await anyio.to_thread.run_sync(remedy) for remedy in works] == [1, 1]
+
+
+def test_the_error_in_another_loop_of_the_same_thread_names_a_backend_per_loop() -> None:
+    backend = aioresult.connect("memory://")
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        first.run_until_complete(backend.open())
+        with pytest.raises(WrongEventLoopError, match=r"another event loop.*aioresult\.per_loop\(url\)") as raised:
+            second.run_until_complete(backend.get_task_meta("t"))
+        assert "thread" not in str(raised.value)
+        first.run_until_complete(backend.aclose())
+    finally:
+        first.close()
+        second.close()
