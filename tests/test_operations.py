@@ -13,11 +13,11 @@ import anyio.to_thread
 import pytest
 
 import aioresult
-from aioresult import BackendConnectionError, WrongEventLoopError
+from aioresult import BackendClosedError, BackendConnectionError, TimeoutError, WrongEventLoopError
 
 from .conformance.test_operations import idle, warnings
 from .conformance.test_waiting import cancel, wait
-from .harness import until
+from .harness import Gate, MemoryHarness, until
 from .sites import RedisSite, Site
 from .test_lifecycle import subscribed
 
@@ -98,6 +98,29 @@ async def test_a_ping_fails_at_once_while_the_server_is_away_and_finds_it_when_i
         assert await web.ping() >= 0
         assert web.stats().connected
         await late.aclose()
+
+
+async def test_a_deadline_holds_while_it_is_not_known_whether_the_task_exists() -> None:
+    harness = MemoryHarness()
+    backend = harness.make()
+    gate = Gate(backend, "_fetch")
+    await harness.open(backend)
+    with pytest.raises(TimeoutError, match="within timeout=1 seconds"):
+        await backend.wait_for("t", 1, must_exist=True)
+    gate.open.set()
+    await harness.close()
+
+
+async def test_a_backend_that_closes_ends_its_pings() -> None:
+    harness = MemoryHarness()
+    backend = harness.make()
+    gate = Gate(backend, "_ping")
+    await harness.open(backend)
+    ping = asyncio.create_task(backend.ping())
+    await gate.reached.wait()
+    await backend.aclose()
+    with pytest.raises(BackendClosedError):
+        await ping
 
 
 async def test_the_error_in_another_thread_names_what_works_there() -> None:
