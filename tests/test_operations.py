@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
+from math import inf
 from typing import Any
 
 import anyio
@@ -13,7 +15,8 @@ import anyio.to_thread
 import pytest
 
 import aioresult
-from aioresult import BackendClosedError, BackendConnectionError, TimeoutError, WrongEventLoopError
+from aioresult import BackendClosedError, BackendConnectionError, TaskNotFoundError, TimeoutError, WrongEventLoopError
+from aioresult.waiter import Outcome
 
 from .conformance.test_operations import idle, warnings
 from .conformance.test_waiting import cancel, wait
@@ -98,6 +101,48 @@ async def test_a_ping_fails_at_once_while_the_server_is_away_and_finds_it_when_i
         assert await web.ping() >= 0
         assert web.stats().connected
         await late.aclose()
+
+
+async def test_a_chord_and_a_worker_that_lives_are_waited_for_with_the_default_and_without_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with aioresult.connect("memory://", default_timeout=0.01) as backend:
+        waits: list[Callable[..., Coroutine[Any, Any, Any]]] = [
+            backend.chord("g").get,
+            partial(backend.result("t").get, on_lost="raise"),
+        ]
+        for call in waits:
+            with pytest.raises(TimeoutError, match=r"not ready within default_timeout=0\.01 seconds"):
+                await call()
+        with pytest.raises(TaskNotFoundError):
+            await backend.result("t").get(on_lost="raise", must_exist=True)
+        backend._hub.unheard.after = 0.02
+        chord = asyncio.create_task(backend.chord("g").get(inf))
+        await until(lambda: len(backend._hub) == 1)
+        chord_topic = next(iter(backend._hub._topics))
+        waiting = wait(backend, "t", inf)
+        await until(lambda: bool(warnings(caplog)))
+        assert "task t." in warnings(caplog)[0]
+        assert backend._hub._topics[chord_topic].looks == 0
+        await cancel(chord, waiting)
+
+
+async def test_the_callback_of_a_celery_chord_may_store_nothing_for_long(caplog: pytest.LogCaptureFixture) -> None:
+    class Patient:
+        expects_nothing = True
+
+        def receive(self, task_id: str, outcome: Outcome) -> None:
+            raise AssertionError
+
+    async with aioresult.connect("memory://") as backend:
+        backend._hub.unheard.after = 0.02
+        patient = Patient()
+        backend.watch("callback", patient)
+        waiting = wait(backend, "t")
+        await until(lambda: bool(warnings(caplog)))
+        assert "task t." in warnings(caplog)[0]
+        await cancel(waiting)
+        backend.unwatch("callback", patient)
 
 
 async def test_a_deadline_holds_while_it_is_not_known_whether_the_task_exists() -> None:

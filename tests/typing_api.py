@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Unpack, assert_type
@@ -21,6 +21,7 @@ import aioresult
 from aioresult import (
     AsyncResult,
     Backend,
+    BackendStats,
     ConnectOptions,
     EagerResult,
     GroupProgress,
@@ -277,6 +278,16 @@ async def running(backend: Backend, result: AsyncResult[int], group: GroupResult
             assert_type(chunks, list[Any])
     assert_type(await result.read_output(limit=10, wait=1.5), OutputPage)
     assert_type(await result.revoke("why"), bool)
-    assert_type(await result.get(on_lost="raise"), int)
+    assert_type(await result.get(on_lost="raise", must_exist=True), int)
     async for progress in group.progress(interval=1):
         assert_type(progress, GroupProgress)
+
+
+async def operations(backend: Backend) -> None:
+    assert_type(await backend.ping(), float)
+    stats = backend.stats()
+    assert_type(stats, BackendStats)
+    assert_type((stats.connected, stats.waiters, stats.last_error), tuple[bool, int, str | None])
+    assert_type(stats.last_error_at, datetime | None)
+    assert_type(await backend.wait_for("a", timedelta(seconds=1), must_exist=True), TaskMeta)
+    aioresult.connect("redis://", default_timeout=timedelta(minutes=5), wait_for_server=30)

@@ -84,18 +84,17 @@ async def test_only_ids_without_anything_stored_are_warned_of(
     look_soon(web)
     await worker.mark_as_pending("pending")
     await worker.mark_as_started("started")
-    chord = asyncio.create_task(web.chord("nobody's").get())
     waiting = [wait(web, task_id) for task_id in ("pending", "started", "later", "forgotten")]
-    await idle(web, 5)
+    await idle(web, 4)
     await worker.store_result("later", {"done": 1}, "PROGRESS")
     await worker.mark_as_started("forgotten")
-    await until(lambda: all(topic.known for topic_id, topic in web._hub._topics.items() if topic_id[0] != "\x00"))
+    await until(lambda: all(topic.known for topic in web._hub._topics.values()))
     await worker.forget("forgotten")
     waiting.append(wait(web, "nothing"))
     await until(lambda: bool(warnings(caplog)))
     (warning,) = warnings(caplog)
     assert "task nothing." in warning
-    await cancel(chord, *waiting)
+    await cancel(*waiting)
 
 
 async def test_looking_for_such_waits_asks_the_server_nothing(
@@ -137,11 +136,9 @@ WAITS: dict[str, Call] = {
     "wait_for": lambda b, timeout: b.wait_for("t", timeout),
     "get": lambda b, timeout: b.result("t").get(timeout),
     "get with a parent": lambda b, timeout: AsyncResult[Any]("t", b, b.result("p")).get(timeout),
-    "get unless lost": lambda b, timeout: b.result("t").get(timeout, on_lost="raise"),
     "group": lambda b, timeout: b.group(["t", "u"]).get(timeout),
     "group as_completed": lambda b, timeout: anext(b.group(["t", "u"]).as_completed(timeout)),
     "as_completed": lambda b, timeout: anext(aioresult.as_completed([b.result("t")], timeout)),
-    "chord": lambda b, timeout: b.chord("t").get(timeout),
 }
 
 
@@ -172,7 +169,7 @@ async def test_joins_across_backends_have_the_default_of_the_first(harness: Harn
 async def test_an_infinite_timeout_has_no_limit(harness: Harness) -> None:
     backend = await harness.connect(default_timeout=0.01)
     waiting = {name: asyncio.ensure_future(call(backend, inf)) for name, call in WAITS.items()}
-    await until(lambda: len(backend._hub) == 4)  # the task, the other member, the parent and the chord
+    await until(lambda: len(backend._hub) == 3)  # the task, the other member and the parent
     with pytest.raises(TimeoutError):  # begun later, with the default
         await backend.wait_for("other")
     assert [name for name, wait in waiting.items() if wait.done()] == []
@@ -183,7 +180,7 @@ async def test_an_infinite_timeout_has_no_limit(harness: Harness) -> None:
 
 async def test_what_is_no_wait_for_a_result_has_no_default(harness: Harness) -> None:
     backend = await harness.connect(default_timeout=0.01)
-    updates = backend.result("t").updates()
+    updates = backend.result("t").updates(on_lost="wait")
     assert (await anext(updates)).status == "PENDING"
     change = asyncio.ensure_future(anext(updates))
     with pytest.raises(TimeoutError):
@@ -211,7 +208,6 @@ EXISTING: dict[str, Call] = {
     "wait_for": lambda b, timeout: b.wait_for("t", timeout, must_exist=True),
     "get": lambda b, timeout: b.result("t").get(timeout, must_exist=True),
     "get with a parent": lambda b, timeout: AsyncResult[Any]("t", b, b.result("p")).get(timeout, must_exist=True),
-    "get unless lost": lambda b, timeout: b.result("t").get(timeout, on_lost="raise", must_exist=True),
 }
 
 
