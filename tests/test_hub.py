@@ -386,3 +386,56 @@ def test_pauses_between_attempts_grow_to_a_cap_and_start_over() -> None:
         assert whole / 2 <= pause <= whole
     backoff.reset()
     assert backoff.pause() <= 1.0
+
+
+async def test_what_has_not_been_read_is_not_looked_at(
+    source: ScriptedSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With more ids than go into a call, some are in a queue whenever the hub has no call in flight."""
+    await source.hub.close(BackendClosedError("made anew"))
+    hub = source.hub = Hub(source, chunk=1)
+    hub.start()
+    waiters = {task_id: SingleWaiter(task_id, None) for task_id in "abc"}
+    for task_id, waiter in waiters.items():
+        hub.watch(task_id, waiter)
+    await settle()
+    hub.unheard.due = True
+    while hub.unheard.due:
+        await source.advance()
+    await settle()
+    assert {task_id: topic.looks for task_id, topic in hub._topics.items()} == {"a": 1, "b": 0, "c": 0}
+    await source.drain()
+    for _ in range(3):
+        hub.unheard.due = True
+        hub._wake()
+        await source.drain()
+    assert not caplog.records
+    hub.unheard.due = True
+    hub._wake()
+    await source.drain()
+    (record,) = caplog.records
+    assert "task a." in record.getMessage()
+    for task_id, waiter in waiters.items():
+        hub.unwatch(task_id, waiter)
+        waiter.stop()
+    await source.drain()
+    await hub.close(BackendClosedError("closed"))
+
+
+async def test_an_outage_is_over_though_some_have_left(
+    source: ScriptedSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioresult")
+    waiters = {task_id: SingleWaiter(task_id, None) for task_id in "abc"}
+    for task_id, waiter in waiters.items():
+        source.hub.watch(task_id, waiter)
+    await source.drain()
+    source.lose()
+    source.hub.unwatch("c", waiters["c"])
+    assert not caplog.records
+    await source.drain()
+    (record,) = caplog.records
+    assert record.getMessage().endswith("2 subscriptions were restored")
+    for task_id, waiter in waiters.items():
+        source.hub.unwatch(task_id, waiter)
+        waiter.stop()
