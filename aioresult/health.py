@@ -56,6 +56,8 @@ class Health:
         self.reconnects: int = 0
         self.last_error: str | None = None
         self.last_error_at: datetime | None = None
+        #: Whether the server could be reached when the backend last tried.
+        self.connected: bool = True
         #: The outage that the waits are in.
         self.outage: Outage | None = None
 
@@ -64,8 +66,20 @@ class Health:
         self.last_error = str(error) or type(error).__name__
         self.last_error_at = datetime.now(UTC)
 
+    def lost(self, error: BaseException) -> None:
+        """The server could not be reached: ``error`` says why."""
+        self.failed(error)
+        self.connected = False
+
+    def back(self) -> None:
+        """A connection that was lost is there again."""
+        self.connected = True
+        self.reconnects += 1
+
     def listener_lost(self, subscriptions: int) -> None:
         """The listener broke, and so many subscriptions must be made anew. May be called again during an outage."""
+        if subscriptions:  # otherwise nobody needs the listener, and nobody has tried to connect it
+            self.connected = False
         self.outage = Outage(monotonic() if self.outage is None else self.outage.since, subscriptions)
 
     def subscribed(self, outage: Outage, count: int) -> None:
@@ -80,7 +94,7 @@ class Health:
         outage = self.outage
         if outage is not None and outage.restored:
             self.outage = None
-            self.reconnects += 1
+            self.back()
             logger.info(
                 "the listener of %s is back after %.1f s; %s restored",
                 self._where,

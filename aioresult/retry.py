@@ -83,7 +83,7 @@ class Persistence:
         """Note that the server has answered, so that no outage lasts any longer."""
         if self._down_since is not None:
             self._down_since = None
-            self._health.reconnects += 1
+            self._health.back()
 
     def not_reached(self, error: BaseException, began: float | None = None) -> tuple[float, float]:
         """Note that a call failed with ``error``; return the time now and the start of the outage.
@@ -95,7 +95,7 @@ class Persistence:
         if self._down_since is None or (now if began is None else began) - self._down_at > self._retry_for:
             self._down_since = now
         self._down_at = now
-        self._health.failed(error)
+        self._health.lost(error)
         return now, self._down_since
 
     async def perform(

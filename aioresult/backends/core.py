@@ -346,10 +346,14 @@ class BackendCore(BackendContract):
         began = now()
         try:
             await self._ping()
+        except BackendConnectionError as exc:
+            self._health.lost(exc)
+            raise
         except Exception as exc:
             self._health.failed(exc)
             raise _as_error(exc) from exc.__cause__
-        self._persistence.reached()
+        # Not an end of the outage for `Persistence`: a server may answer a ping and still not be ready to store.
+        self._health.connected = True
         return [now() - began] * len(pings)
 
     async def _perform_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:

@@ -27,19 +27,20 @@ class OperationsSide(LiveSide):
         return await self._pings.submit(None)
 
     def stats(self) -> BackendStats:
-        """What the backend is doing at this moment. No I/O; it may be called at any time, also if it is not open.
+        """What the backend is doing at this moment. No I/O.
 
-        It counts what is waited for one by one: ten thousand waits take about a millisecond.
+        Call it in the thread of the backend's event loop. It may be called while the backend is closed, too. It counts
+        the ids that are waited for one by one: ten thousand take about a millisecond.
         """
         if not self.is_open:
             return _CLOSED
-        health, down = self._health, self._persistence.down_since is not None
+        health = self._health
         waiters, ids, subscriptions = self._hub.counts()
         stores: tuple[Batcher[Any, Any], ...] = (self._writes, self._steps, self._appends, self._runs)
         return replace(
             _CLOSED,
             is_open=True,
-            connected=not down and (health.outage is None or not ids),
+            connected=health.connected,
             waiters=waiters,
             waited_ids=ids,
             subscriptions=subscriptions,
