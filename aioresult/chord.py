@@ -387,7 +387,7 @@ class Chord:
         A message announces the last part, unless a worker of Celery's stores it. In that case the wait ends when the
         result of the body arrives, if this library stored a part; otherwise within ``heartbeat`` seconds.
 
-        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 checks once without waiting.
+        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 checks once.
         :param propagate: raise as soon as a part fails. If false, wait for all parts and return exceptions as values.
         :raises ChordError: a part failed; ``__cause__`` is its exception.
         :raises BackendGetMetaError: Celery has dispatched the callback and removed the parts, and the group was not

@@ -33,8 +33,8 @@ async def wait(
     """Wait for results, and return ``(done, pending)``, as `asyncio.wait` does.
 
     Neither a failed task nor the end of ``timeout`` (in seconds) raises. Without a ``timeout``, the
-    ``default_timeout`` of the first result's backend ends the wait. ``return_when`` is one of asyncio's three constants.
-    A group is done when all its members are done. A result whose parent failed is done, and counts as
+    ``default_timeout`` of the first result's backend ends the wait. ``return_when`` is one of asyncio's three
+    constants. A group is done when all its members are done. A result whose parent failed is done, and counts as
     failed. If handles are equal, each of them gets its result; but a set holds only one of them, which is done as soon
     as any of them is done.
     """
