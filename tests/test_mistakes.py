@@ -71,7 +71,18 @@ def test_a_wrong_option_is_told_what_is_right(options: dict[str, Any], told: str
 #: For each option something that it is not, and what the error says that it must be.
 WRONG: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
-        ["expires", "failure_expires", "chord_expires", "retry_for", "heartbeat", "recheck", "chord_lease", "lease"],
+        [
+            "expires",
+            "failure_expires",
+            "chord_expires",
+            "retry_for",
+            "heartbeat",
+            "recheck",
+            "chord_lease",
+            "lease",
+            "default_timeout",
+            "wait_for_server",
+        ],
         ("a day", "must be a number of seconds from 0 to 10,000,000,000, or a timedelta, not 'a day'"),
     ),
     **dict.fromkeys(["max_result_size", "max_pending_bytes"], ("1 MB", "must be a number of bytes, not '1 MB'")),
