@@ -52,7 +52,7 @@ class Health:
     """The troubles of one open backend. ``where`` is its URL, without the password."""
 
     def __init__(self, where: str) -> None:
-        self._where = where
+        self.where: str = where
         self.reconnects: int = 0
         self.last_error: str | None = None
         self.last_error_at: datetime | None = None
@@ -97,7 +97,7 @@ class Health:
             self.back()
             logger.info(
                 "the listener of %s is back after %.1f s; %s restored",
-                self._where,
+                self.where,
                 monotonic() - outage.since,
                 "1 subscription was" if outage.restored == 1 else f"{outage.restored:,} subscriptions were",
             )

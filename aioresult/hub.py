@@ -123,7 +123,7 @@ class Hub:
 
     ``chunk`` bounds how many ids go into one call of the source. Every ``recheck`` seconds, unless that is 0, whatever
     is waited for is read again, for messages that were lost on the way. ``health`` is told of trouble, and when it is
-    over. ``where`` is the URL of the source, for the log.
+    over.
     """
 
     def __init__(
@@ -133,7 +133,6 @@ class Hub:
         chunk: int = 500,
         recheck: float = 0.0,
         backoff: Backoff | None = None,
-        where: str = "",
         health: Health | None = None,
     ) -> None:
         self._source = source
@@ -144,16 +143,15 @@ class Hub:
         self._recheck = recheck
         self._timer: asyncio.TimerHandle | None = None
         self._backoff = backoff or Backoff()
-        self._health = health or Health(where)
+        self._health = health or Health("the store")
         self._topics: dict[str, _Topic] = {}
         # Dicts for their order: first come, first served.
         self._to_read_first: dict[str, None] = {}
         self._to_read: dict[str, None] = {}
         self._to_subscribe: dict[str, None] = {}
         self._to_unsubscribe: dict[str, None] = {}
-        self.unheard: Unheard = Unheard(
-            self._topics, (self._to_read_first, self._to_subscribe, self._to_read), self._wake, where
-        )
+        queues = (self._to_read_first, self._to_subscribe, self._to_read)
+        self.unheard: Unheard = Unheard(self._topics, queues, self._wake, self._health.where)
         self._work = asyncio.Event()
         self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_unsubscribe))
         self._closed: Exception | None = None
@@ -166,8 +164,11 @@ class Hub:
 
     def counts(self) -> tuple[int, int, int]:
         """How many waiters there are, for how many ids of any kind, and how many of these are subscribed."""
-        topics = tuple(self._topics.values())
-        return sum(map(len, topics)), len(topics), sum(topic.subscribed for topic in topics)
+        waiters = subscribed = 0
+        for topic in self._topics.values():
+            waiters += 1 if topic._more is None else len(topic._more)
+            subscribed += topic.subscribed
+        return waiters, len(self._topics), subscribed
 
     def start(self) -> None:
         """Start the task. Needs a running event loop."""

@@ -83,11 +83,12 @@ class Unheard:
 
     def _is_overdue(self, task_id: str) -> bool:
         topic = self._topics.get(task_id)
-        if topic is None or topic.known is not None or topic.looks >= _LOOKS:
-            return False
         # What is waited for and is no task begins with NUL.
-        if task_id[0] == "\x00" or any(task_id in queue for queue in self._queues):
+        if topic is None or topic.looks >= _LOOKS or topic.known is not None or task_id[0] == "\x00":
             return False
+        for queue in self._queues:
+            if task_id in queue:
+                return False
         topic.looks += 1
         # Not if every waiter expects that nothing is stored yet.
         return topic.looks == _LOOKS and not all(

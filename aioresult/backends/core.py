@@ -181,7 +181,6 @@ class BackendCore(BackendContract):
             _HubSource(self),
             chunk=self.fetch_chunk,
             recheck=self.recheck,
-            where=self.as_uri(),
             health=self._health,
         )
         batcher = partial(Batcher[Any, Any], max_bytes=self.chunk_bytes)
