@@ -129,7 +129,7 @@ class Lookouts:
 class _Lookout:
     """One chord, for all of its waiters."""
 
-    #: The callback stores nothing before all parts have come: no warning is due for that (`aioresult.hub`).
+    #: The callback stores nothing before all parts have come: no warning is due for that (`aioresult.unheard`).
     expects_nothing: Final = True
 
     def __init__(self, store: LookoutStore, group_id: str, prefix: str, find_failure: FindFailure) -> None:
