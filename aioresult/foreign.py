@@ -18,10 +18,13 @@ from .tree import check_nesting, parents_of
 __all__ = ["from_celery", "group_of", "is_celerys", "not_a_handle", "single"]
 
 
-def is_celerys(value: object, kind: str = "ResultBase") -> bool:
-    """Whether ``value`` is an instance of Celery's class of that name. If it is, Celery has been imported."""
-    found = getattr(sys.modules.get("celery.result"), kind, None)
-    return found is not None and isinstance(value, found)
+def is_celerys(value: object, *names: str, module: str = "celery.result") -> bool:
+    """Whether ``value`` is an instance of one of these classes of Celery's, of any result if none is named.
+
+    It can be one only if Celery has been imported.
+    """
+    classes = sys.modules.get(module)
+    return classes is not None and isinstance(value, tuple(getattr(classes, name) for name in names or ("ResultBase",)))
 
 
 def not_a_handle(value: object) -> str:

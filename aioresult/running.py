@@ -15,7 +15,6 @@ import asyncio
 import logging
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -37,6 +36,7 @@ from .exceptions import (
     UsageError,
 )
 from .failure import traceback_of
+from .foreign import is_celerys
 from .interruption import Interruption
 from .liveness import Liveness
 from .log import Place
@@ -426,9 +426,9 @@ class Running:
         elif isinstance(exc, asyncio.CancelledError) and self.revoked:
             revoked = await self._revoked()
             return revoked if ours else None
-        elif not isinstance(exc, Exception) or _is_celerys(exc, "Ignore", "Reject"):
+        elif not isinstance(exc, Exception) or is_celerys(exc, "Ignore", "Reject", module="celery.exceptions"):
             return await self._given_up(self._release())
-        elif isinstance(exc, Retry) or _is_celerys(exc, "Retry"):
+        elif isinstance(exc, Retry) or is_celerys(exc, "Retry", module="celery.exceptions"):
             # As in Celery, the record holds the reason for the retry.
             why = getattr(exc, "exc", None)
             return await self._given_up(self._end(RETRY, why if isinstance(why, BaseException) else exc, exc))
@@ -496,9 +496,3 @@ class Running:
 def _seen(step: asyncio.Future[RunState]) -> None:
     """Mark the error of a step as seen. The step is repeated later, or is not essential."""
     step.exception()
-
-
-def _is_celerys(exc: BaseException, *names: str) -> bool:
-    """Whether ``exc`` is one of these exceptions of Celery's. Does not import Celery."""
-    module = sys.modules.get("celery.exceptions")
-    return module is not None and isinstance(exc, tuple(getattr(module, name) for name in names))
