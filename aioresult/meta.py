@@ -140,11 +140,12 @@ class TaskMeta:
 class TaskRequest:
     """What a worker knows of the task that it is running.
 
-    Only `id` is needed; a `UUID` serves as an id, too. Wherever a request is taken, an object of Celery's
-    (``task.request``) serves as well: the attributes are looked up by name, and a missing one counts as unknown.
+    Every field is optional; the id is known from the call that the request is given to. An id may be a `UUID`.
+    Wherever a request is taken, an object of Celery's (``task.request``) serves as well: the attributes are looked up
+    by name, and a missing one counts as unknown.
     """
 
-    id: str
+    id: str = ""
     task: str | None = None
     args: Sequence[Any] | None = None
     kwargs: Mapping[str, Any] | None = None

@@ -57,7 +57,7 @@ async def test_a_waiter_is_told_of_it_and_a_success_keeps_it(harness: Harness) -
 
 async def test_it_stands_beside_what_else_is_known_and_an_expiry(harness: Harness) -> None:
     web, worker = await harness.connect(), await harness.connect(extended=True)
-    request = TaskRequest(id="t", task="add", args=(1, 2), kwargs={}, group="g", group_index=0)
+    request = TaskRequest(task="add", args=(1, 2), kwargs={}, group="g", group_index=0)
     await worker.mark_as_done("t", 3, request=request, expires=60, meta=META)
     meta = await web.get_task_meta("t")
     assert (meta.meta, meta.name, meta.result) == (META, "add", 3)
