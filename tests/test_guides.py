@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -23,13 +25,15 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 @asynccontextmanager
-async def tutorial_worker(folder: Path, environ: dict[str, str]) -> AsyncIterator[None]:
-    worker = subprocess.Popen([sys.executable, "worker.py"], cwd=folder, env=environ)  # noqa: ASYNC220 - returns at once
+async def running(folder: Path, settings: Mapping[str, str], *words: str) -> AsyncIterator[None]:
+    """A worker: ``python`` with these words."""
+    environ = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join([str(folder), str(DOCS.parent)])}
+    worker = subprocess.Popen([sys.executable, *words], cwd=folder, env=environ)  # noqa: ASYNC220 - returns at once
     try:
         yield
     finally:
         worker.terminate()
-        await asyncio.to_thread(worker.wait, 20)
+        await asyncio.to_thread(worker.wait, 60)
 
 
 async def test_the_tutorial_from_the_first_result_to_the_errors(
@@ -50,8 +54,7 @@ async def test_the_tutorial_from_the_first_result_to_the_errors(
             response = await client.get(f"/charges/{uuid4()}")
             assert response.status_code == 404
 
-            everything = {**os.environ, **environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(DOCS.parent)])}
-            async with tutorial_worker(tmp_path, everything):
+            async with running(tmp_path, environ, "worker.py"):
                 assert (await client.get(f"/charges/{early}")).json() == {"receipt": "receipt for 1"}
                 paid, declined = await charge(42), await charge(4200)
                 assert (await client.get(f"/charges/{paid}")).json() == {"receipt": "receipt for 42"}
@@ -93,6 +96,53 @@ async def test_the_service_of_the_fastapi_guide(redis_url: str, tmp_path: Path) 
 
 class NotImported(Exception):
     """The service does not know this module."""
+
+
+async def test_the_service_of_the_guide_for_fastapi_with_celery(redis_url: str, tmp_path: Path) -> None:
+    lay_out(DOCS / "fastapi_celery.md", tmp_path)
+    environ = {"REDIS_URL": redis_url}
+    words = ("-m", "celery", "-A", "tasks", "worker", "-c", "2", "-l", "error", "--without-gossip", "--without-mingle")
+    async with (
+        running(tmp_path, environ, *words),
+        served(tmp_path, environ, "-m", "uvicorn", "service:web", "--port", "{port}") as site,
+        httpx.AsyncClient(base_url=site, timeout=60) as client,
+    ):
+
+        async def sent(path: str, **arguments: Any) -> str:
+            return str((await client.post(path, **arguments)).json()["id"])
+
+        async def answer(task_id: str, wait: float = 30) -> tuple[int, Any]:
+            response = await client.get(f"/tasks/{task_id}", params={"wait": wait})
+            return response.status_code, response.json()
+
+        assert await answer(await sent("/add", params={"x": 1, "y": 2})) == (200, {"value": 3})
+        assert await answer(str(uuid4())) == (404, {"error": "no such task"})
+        declined = {"error": "declined", "amount": 500, "limit": 100}
+        assert await answer(await sent("/charge", params={"amount": 500})) == (402, declined)
+        assert await answer(await sent("/sum", json=[1, 2, 3])) == (200, {"value": 14})
+        many = (await client.get("/add-many", params={"to": 3})).text
+        assert all(f"data: {place} {2 * place}\n\n" in many for place in range(3))
+        assert many.endswith("event: end\ndata: [0, 2, 4]\n\n")
+
+        counted = await sent("/count", params={"to": 3})
+        states = (await client.get(f"/tasks/{counted}/states")).text
+        assert '{"state": "PROGRESS", "result": {"current": 3, "total": 3}}' in states
+        assert "SUCCESS" in states
+        written = (await client.get(f"/tasks/{counted}/output")).text
+        assert re.findall(r"^data: (\d)$", written, re.M) == ["1", "2", "3"]
+        (cursor, *_) = re.findall(r"^id: (.+)$", written, re.M)
+        rest = (await client.get(f"/tasks/{counted}/output", headers={"last-event-id": cursor})).text
+        assert re.findall(r"^data: (\d)$", rest, re.M) == ["2", "3"]
+
+        tried = (await client.get(f"/tasks/{await sent('/flaky')}/states")).text
+        assert '"type": "ConnectionError"' in tried
+
+        long = await sent("/count", params={"to": 10_000})
+        async with client.stream("GET", f"/tasks/{long}/output") as stream:
+            await anext(stream.aiter_bytes())  # it runs
+        waiting = asyncio.create_task(answer(long))
+        assert (await client.post(f"/tasks/{long}/revoke")).json() == {"stopped": True}
+        assert await waiting == (410, {"error": "stopped: no longer needed"})
 
 
 def test_the_tests_of_the_testing_guide(tmp_path: Path) -> None:
