@@ -1,7 +1,8 @@
 """`KeyValueStoreBackend`: results, groups and notifications on a store that has keys, values and channels.
 
-The keys are Celery's (``celery/backends/base.py``: ``BaseKeyValueStoreBackend``); a key is also the name of the channel
-on which each value stored under it is published. An author implements six methods; see `Write` for what they carry.
+The keys are Celery's (``celery/backends/base.py``: ``BaseKeyValueStoreBackend``). Each key is also the name of a
+channel: every result that is stored under the key is published there. An author implements six methods; `Write`
+describes the changes that they make.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ __all__ = ["KeyValueStoreBackend", "Op", "Write", "output_message", "sibling"]
 
 
 class Op(enum.Enum):
-    """What a `Write` does. Each is atomic, and bears being done twice."""
+    """What a `Write` does. Each operation is atomic and idempotent."""
 
-    #: Store and publish, unless what is stored is a task that went well (`Codec.is_success`).
+    #: Store and publish, unless the stored value is a success (`Codec.is_success`).
     PUT_UNLESS_SUCCESS = enum.auto()
-    #: Store and publish, unless what is stored is a task that is over (`Codec.is_final`).
+    #: Store and publish, unless the stored value is a final state (`Codec.is_final`).
     PUT_UNLESS_FINAL = enum.auto()
     #: Store and publish, unless anything is stored.
     PUT_IF_ABSENT = enum.auto()
-    #: Store; nothing is published.
+    #: Store, and publish nothing.
     PUT = enum.auto()
-    #: Let what is stored live for at least ``expires`` more seconds. A store that counts the members of groups notes
-    #: that the one at the index ``member`` is over.
+    #: Keep the stored value for at least ``expires`` more seconds. A store that counts the members of groups also notes
+    #: that the member at the index ``member`` is over.
     EXTEND = enum.auto()
-    #: Remove; if there is a ``value``, only what is of that version still (`Backend._versions`).
+    #: Remove. With a ``value``, remove only if the stored value still has that version (`Backend._versions`).
     DELETE = enum.auto()
 
 
@@ -50,22 +51,28 @@ class Write(NamedTuple):
     value: bytes = b""
     #: Seconds to live from now; 0 for ever.
     expires: float = 0.0
-    #: Of `Op.EXTEND`; see there.
+    #: `Op.EXTEND`: the index of the group's member that is over, ``None`` to count nothing.
     member: int | None = None
+    #: `Op.EXTEND`: whether that member has failed.
     failed: bool = False
 
 
 class KeyValueStoreBackend(Backend):
-    """Further option: ``global_keyprefix``, put before every key and channel, for stores that are shared.
+    """The base of backends on a key-value store. Further option: ``global_keyprefix``, put before every key and
+    channel; for a store that several applications share.
 
-    For authors: six methods, `_open`, `_close`, `_get`, `_write`, `_listen` and `_unlisten`, under the rules of
-    `Backend`. Call `_published` with each message that arrives. A store that can take a `ChordStep` atomically counts
-    chords, too: implement `_chord_steps` and `_active_chords`, publish on the channel of the group's key whenever a
-    chord completes or fails, and its id on ``_ready_channel`` whenever there may be a callback to dispatch. For running
-    tasks implement `_append`, `_pages`, `_run_steps`, `_beat` and `_alive`, and publish
+    For authors: implement six methods, `_open`, `_close`, `_get`, `_write`, `_listen` and `_unlisten`, under the rules
+    of `Backend`. Call `_published` with each message that arrives.
 
-    - with each flush, what `output_message` makes of it, on the channel ``sibling(key, ".out")``;
-    - the run that is to stop, on the channel of its worker; the id of a worker that has gone, on ``_workers_channel``.
+    A store that can do a `ChordStep` atomically can count chords. Implement `_chord_steps` and `_active_chords`.
+    Publish on the channel of the group's key whenever a chord completes or fails. Publish the id of the chord on
+    ``_ready_channel`` whenever there may be a callback to dispatch.
+
+    For running tasks implement `_append`, `_pages`, `_run_steps`, `_beat` and `_alive`, and publish
+
+    - with each flush, the bytes of `output_message`, on the channel ``sibling(key, ".out")``;
+    - when a run must stop, the id of the run, on the channel of its worker;
+    - when a worker has died or shut down, its id, on ``_workers_channel``.
     """
 
     def __init__(self, url: str = "", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
@@ -77,42 +84,43 @@ class KeyValueStoreBackend(Backend):
         self._group_prefix = f"{global_keyprefix}celery-taskset-meta-"
         self._task_channel = self._task_prefix.encode()
         self._group_channel = self._group_prefix.encode()
-        #: Where completed chords are announced, and the key of the set of those that may be.
+        #: The channel that announces completed chords, and the key of the set of chords that may be complete.
         self._ready_channel = f"{global_keyprefix}aioresult-chords"
         self._announcements = self._ready_channel.encode()
-        #: The key of the leases of the workers, and where those are announced that have gone.
+        #: The key of the workers' leases, and the channel that announces workers that have died or shut down.
         self._workers_channel = f"{global_keyprefix}aioresult-workers"
         self._worker_prefix = f"{global_keyprefix}aioresult-worker-"
-        #: The subscribed channels of running tasks, and what the hub knows them by. No prefix tells them from results:
-        #: with an id such as "{a}" the output's channel "celery-task-meta-{a}.out" begins like that of a result.
+        #: The subscribed channels that are not those of results or chords → the topic of each. A topic is the hub's
+        #: name for what its waiters wait for: the id of a task, or a prefix that begins with NUL and an id. The name of
+        #: such a channel may look like that of a result: the output of task "{a}" has "celery-task-meta-{a}.out".
         self._routes: dict[bytes, str] = {}
 
     @property
     def store_id(self) -> Hashable:
-        """The class, the URL and the prefix."""
+        """What identifies the store: the class, the URL and the prefix."""
         return type(self), self.as_uri(), self._task_prefix
 
     @abstractmethod
     async def _get(self, keys: Sequence[str]) -> Sequence[bytes | BaseException | None]:
-        """The value of each key, or the error that concerns it alone."""
+        """The value of each key, ``None`` if there is none, or the error that concerns this key alone."""
 
     @abstractmethod
     async def _write(self, writes: Sequence[Write]) -> Sequence[bool | BaseException]:
-        """Do each write, in order; publishing is part of the same atomic step as storing.
+        """Do the writes in order. Storing a value and publishing it is one atomic step.
 
-        For each: whether it changed anything, or the error that concerns it alone.
+        For each write, returns whether it changed anything, or the error that concerns this write alone.
         """
 
     @abstractmethod
     async def _listen(self, channels: Sequence[str]) -> Mapping[str, Exception] | None:
-        """As `Backend._subscribe`, of channels."""
+        """Subscribe to channels; otherwise as `Backend._subscribe`."""
 
     @abstractmethod
     async def _unlisten(self, channels: Sequence[str]) -> None:
-        """As `Backend._unsubscribe`, of channels."""
+        """Unsubscribe from channels; otherwise as `Backend._unsubscribe`."""
 
     def _published(self, channel: bytes, value: bytes) -> None:
-        """A backend calls this with each message that arrives."""
+        """Pass a message on to its waiters. A backend calls this with each message that arrives."""
         if self._routes and (topic := self._routes.get(channel)) is not None and self._routed(topic, value):
             return
         if channel.startswith(self._task_channel):
@@ -123,9 +131,10 @@ class KeyValueStoreBackend(Backend):
             self._chord_news(_text(value), ready=True)
 
     def _routed(self, topic: str, value: bytes) -> bool:
-        """Pass on a message about a running task or a group; false if it is none.
+        """Pass on a message about a running task or a group. False if it is not one.
 
-        Anybody may publish there; and the output of the task "{a}" has the channel of the result of "{a}.out".
+        Any client may publish on the channel. And the output of task "{a}" has the same channel as the result of task
+        "{a}.out".
         """
         if topic.startswith(OUTPUT_TOPIC):
             cursor, _, data = value.partition(b" ")
@@ -166,7 +175,7 @@ class KeyValueStoreBackend(Backend):
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
         writes = list(map(self._put, records))
-        # A group lives at least as long as its members. A write of its own: the two keys need not share a slot.
+        # A group lives at least as long as its members. This is a separate write: the two keys may be in two slots.
         groups = [
             Write(self._group_key(record.group_id), Op.EXTEND, b"", record.expires, record.group_index, record.failed)
             for record in records
@@ -223,28 +232,32 @@ class KeyValueStoreBackend(Backend):
     def _decode_group(self, group_id: str, payload: bytes) -> Any:
         value = super()._decode_group(group_id, payload)
         if not isinstance(value, dict) or "result" not in value:
-            raise DecodeError(f"what is stored as group {group_id} is no group")
+            raise DecodeError(
+                f"the value stored as group {group_id} is not a group; another program may have stored it"
+            )
         return value["result"]
 
 
-#: The topics of which the hub does not know the channels; a worker's begins like that of all workers.
+#: How the topics in `KeyValueStoreBackend._routes` begin. Without its last space, the prefix of one worker's topic is
+#: also that of the topic of all workers.
 _ROUTED = (OUTPUT_TOPIC, WORKER_TOPIC.rstrip(), GROUP_TOPIC)
 
 
 def output_message(epoch: int, last: int, data: bytes) -> bytes:
-    """The message about a flush. A long one does not carry the chunks: readers read them, each in its own time."""
+    """The message about a flush: its place, and the chunks if they are short. Readers fetch long chunks themselves."""
     return b"%d-%d %s" % (epoch, last, data if len(data) <= _MESSAGE_BYTES else b"")
 
 
-#: A message has at most so many bytes of chunks.
+#: The most bytes of chunks that a message carries.
 _MESSAGE_BYTES = 16 * 2**10
 
 
 def sibling(key: str, suffix: str) -> str:
-    """The key beside ``key`` in the same hash slot, whatever a Redis Cluster makes of braces in the id or the prefix.
+    """The name of a further key that belongs to ``key``. Both keys are in the same hash slot of a Redis Cluster.
 
-    The slot is that of the text between the first "{" and the next "}", unless it is empty, or else of the whole key
-    (Redis Cluster specification, "Hash tags"). For a key such as "a}b" no name is in its slot; there the rule is void.
+    Redis Cluster takes the slot from the text between the first "{" and the next "}". If there is no such text, or it
+    is empty, it takes the whole key (Redis Cluster specification, "Hash tags"). Braces in the id or the prefix are
+    allowed for. Only for a key such as "a}b" no other name is in its slot; there the two keys may be in two slots.
     """
     start = key.find("{")
     end = key.find("}", start + 1) if start >= 0 else -1

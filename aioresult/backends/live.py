@@ -1,4 +1,4 @@
-"""Running tasks: the coroutines of a backend for their output, their states, their workers, and how to stop them."""
+"""The methods of a backend for running tasks: run them, send and read their output, follow and revoke them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 
 class LiveSide(ReaderSide):
-    """What is called about running tasks; see `aioresult.backends.base.Backend`."""
+    """The methods for running tasks, a part of `aioresult.backends.base.Backend`."""
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         super()._start(loop)
-        #: Of this process while the backend is open: its lease, and the tasks whose workers are watched.
+        #: Keeps the lease of this process as a worker, and watches the workers of the tasks that are waited for.
         self.liveness: Liveness = Liveness(self)
         self._streams = Streams(self)
         self._running = Runs(self)
@@ -57,25 +57,26 @@ class LiveSide(ReaderSide):
         expires: Seconds | None = None,
         output_expires: Seconds | None = None,
     ) -> Running:
-        """Run a task in this process: ``async with backend.running(task_id) as task``. No I/O before it is entered.
+        """Run a task in this process: ``async with backend.running(task_id) as task``. The call itself does no I/O.
 
-        Entering stores STARTED. Inside, ``task.progress(…)`` and ``task.output.send(…)`` tell of the task, and
-        ``task.value = …`` is its result. Leaving stores how the body ended, in one step with the end of the output:
+        Entering stores STARTED. Inside, ``task.progress(…)`` and ``task.output.send(…)`` publish news of the task, and
+        ``task.value = …`` sets its result. Leaving stores how the body ended, in one step with the end of the output:
 
-        - it returned: SUCCESS, also if it was cancelled by a revoke and went on.
-        - it raised: FAILURE; with `aioresult.Retry`, or Celery's: RETRY, and the next attempt has the output.
-        - it was cancelled by `revoke`: REVOKED, and `TaskRevokedError` is raised in the place of the cancellation.
-        - it was cancelled by anything else, such as a shutdown, or raised Celery's Ignore or Reject: nothing is stored,
-          and the next attempt begins anew.
+        - the body ended: SUCCESS, also if a revoke cancelled the body and the body went on to its end.
+        - it raised: FAILURE. With `aioresult.Retry`, or Celery's: RETRY, and the next attempt writes the output.
+        - `revoke` cancelled it: REVOKED. `TaskRevokedError` is raised in place of the cancellation.
+        - anything else cancelled it, such as a shutdown, or it raised Celery's Ignore or Reject: nothing is stored, and
+          the next attempt starts from the beginning.
 
-        Each attempt is a run of its own. When a queue delivers a task twice, the run that started last decides; of an
-        older one only a success counts.
+        Each attempt is a run of its own. If a queue delivers a task twice, the run that started last decides the
+        outcome. Of an older run only a success counts.
 
-        :param request: what is known of the task; see `store_result`. Its chord and its chain are taken care of.
+        :param request: what is known of the task; see `store_result`. Its chord and its chain are served.
         :param track: store STARTED, with the process id and the host name, as Celery's ``task_track_started``.
         :param expires: seconds to keep the result, instead of the backend's default; 0 for ever.
-        :param output_expires: the same for the output; by default as long as results are kept.
-        :raises TaskRevokedError: on entering: the task was revoked before; on leaving: while it ran. It is stored.
+        :param output_expires: seconds to keep the output; by default as long as results are kept.
+        :raises TaskRevokedError: on entering, the task was revoked before; on leaving, it was revoked while it ran.
+            REVOKED is stored.
         :raises BackendError: nothing could be stored; see `store_result`.
         """
         return self._run(task_id, request, track, expires, output_expires)
@@ -113,16 +114,16 @@ class LiveSide(ReaderSide):
         if_done: Literal["run", "skip"] = "run",
         **kwargs: Any,
     ) -> Any:
-        """``await function(*args, **kwargs)`` inside `running`, and return what it returns.
+        """Call ``function(*args, **kwargs)`` inside `running`, and return its value.
 
-        ``function`` is a coroutine function; a plain function is called in the event loop. Inside,
-        `aioresult.current_task` is the task.
+        ``function`` is a coroutine function. A plain function works, too: it runs in the event loop and blocks it.
+        Inside the function `aioresult.current_task` is the task.
 
         :param if_done: with ``"skip"`` a task that has succeeded before is not run again: its stored value is returned.
-        :raises Exception: what the function raises. For the rest see `running`.
+        :raises Exception: what the function raises. For the other errors see `running`.
         """
         if if_done not in ("run", "skip"):
-            raise UsageError(f"if_done is 'run' or 'skip', not {if_done!r}")
+            raise UsageError(f"if_done must be 'run' or 'skip', not {if_done!r}")
         try:
             async with self._run(task_id, request, skip_done=if_done == "skip") as task:
                 value = function(*args, **kwargs)
@@ -131,7 +132,7 @@ class LiveSide(ReaderSide):
         except AlreadyDone:
             pass
         meta = await self.wait_for(task_id, inf)
-        if meta.status == SUCCESS:  # the worker that ran it may have died before it counted the part of a chord
+        if meta.status == SUCCESS:  # the worker may have died after it stored the success, before it counted the part
             await self.follow_up(str(task_id), SUCCESS, meta.result, request, None)
         return raise_or_return(meta)
 
@@ -143,13 +144,15 @@ class LiveSide(ReaderSide):
         on_full: Overflow = "trim",
         expires: Seconds | None = None,
     ) -> Output:
-        """The output of a task that another framework runs: ``async with backend.output(task_id) as out``.
+        """Write the output of a task that another framework runs: ``async with backend.output(task_id) as out``.
 
-        Inside `running` use ``task.output`` instead. If two producers open the output of one task, the last one has it.
+        Inside `running` use ``task.output`` instead. If two producers open the output of one task, the producer that
+        opened it last writes it. The other producer gets `OutputSuperseded`.
 
-        :param keep: how much of it the log keeps: ``Keep(chunks=10_000, bytes=4 * 2**20)`` by default.
-        :param on_full: what then becomes of it: ``"trim"``: the oldest chunks are dropped; ``"fail"``: `OutputFull`.
-        :param expires: seconds that it is kept after the last chunk; by default as long as results are.
+        :param keep: how much of the output the log keeps; ``Keep(chunks=10_000, bytes=4 * 2**20)`` by default.
+        :param on_full: what happens when the log is full. ``"trim"`` drops the oldest chunks; ``"fail"`` raises
+            `OutputFull`.
+        :param expires: seconds to keep the output after its last chunk; by default as long as results are kept.
         """
         self.check()
         return Output(self, self._valid_id(task_id), expires=self._lifetime(expires), keep=keep, on_full=on_full)
@@ -173,7 +176,7 @@ class LiveSide(ReaderSide):
     ) -> OutputPage:
         """See `aioresult.AsyncResult.read_output`."""
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise UsageError(f"limit is a number of chunks, at least 1, not {limit!r}")
+            raise UsageError(f"limit must be a number of chunks, at least 1, not {limit!r}")
         async with self.stream(task_id, after, on_lost="wait") as stream:
             return await stream.page(limit, checked_seconds("wait", wait))
 
@@ -191,12 +194,12 @@ class LiveSide(ReaderSide):
         found = await self.submit_run_step(step)
         if found.verdict is Verdict.ASKED:
             (lives,) = await self.alive([found.worker])
-            if not lives:  # it would never hear of it
+            if not lives:  # a dead worker never hears of the request
                 found = await self.submit_run_step(step._replace(gone=found.worker))
         return found.verdict is not Verdict.DONE
 
     async def unless_lost(self, task_id: str, waiting: Coroutine[Any, Any, T]) -> T:
-        """What ``waiting`` returns. Raises `WorkerLostError` when the worker of the task is lost; for handles."""
+        """Await ``waiting``. Raises `WorkerLostError` as soon as the worker of the task is lost. Used by handles."""
         interruption, liveness = Interruption(), self.liveness
         interruption.enter()
         try:
@@ -213,52 +216,52 @@ class LiveSide(ReaderSide):
         return result
 
     async def group_size(self, group_id: str) -> int | None:
-        """How many members a saved group has, where the store counts them; for handles."""
+        """The number of members of a saved group; ``None`` if the store does not count them. Used by handles."""
         return await self._call(partial(self._group_size, self._valid_id(group_id)))
 
     async def group_counts(self, group_id: str) -> GroupCounts:
-        """How many members of such a group are over; for handles."""
+        """How many members of such a group are over. Used by handles."""
         return await self._call(partial(self._group_counts, self._valid_id(group_id)))
 
     # -- for `aioresult.output`, `stream`, `running` and `liveness` -------------------------------------------------
 
     def dumps_chunk(self, task_id: str, chunk: Any) -> bytes:
-        """A chunk of the task's output as it is stored."""
+        """Encode a chunk of the task's output for the store."""
         return self.codec.dumps_chunk(chunk, f"a chunk of the output of task {task_id}")
 
     def dumps_text(self, task_id: str, value: Any) -> bytes:
-        """A chunk of the task's output, or its progress, as JSON for a browser."""
-        return self.codec.dumps_text(value, f"what task {task_id} tells")
+        """Encode a chunk of the task's output, or its progress, as JSON for a browser."""
+        return self.codec.dumps_text(value, f"the output or progress of task {task_id} for a browser")
 
     def loads_chunks(self, task_id: str, data: bytes) -> list[Any]:
-        """The chunks of an entry of the task's output."""
+        """Decode the chunks in one entry of the task's output."""
         return self.codec.loads_chunks(data, f"the output of task {task_id}")
 
     def append(self, flush: Flush) -> asyncio.Future[int]:
-        """Put a flush into the log; the epoch that it has there."""
+        """Append a flush to the log. The future brings its epoch there."""
         self.check()
         return self._appends.submit(flush, flush.task_id, len(flush.data))
 
     async def page(self, request: PageRequest) -> Page:
-        """A look into the log."""
+        """Read a page of the log."""
         return await self._page_reads.submit(request)
 
     def submit_run_step(self, step: RunStep) -> asyncio.Future[RunState]:
-        """Take a step; steps of one task are taken in the order in which they were submitted."""
+        """Do a step. The steps of one task are done in the order in which they were submitted."""
         self.check()
         size = 0 if step.record is None else self._payload_size(step.record.payload)
         return self._runs.submit(step, step.task_id, size)
 
     async def run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
-        """Many steps, with errors in their places."""
+        """Do many steps. The error of a step is returned in its place."""
         return await asyncio.gather(*map(self.submit_run_step, steps), return_exceptions=True)
 
     async def beat(self, worker: str, lease: float, last: float | None = None, persist: bool = False) -> float:
-        """A sign of life. Only with ``persist`` it is tried again: a beat that is late is of no use."""
+        """Give a sign of life. It is retried only with ``persist``, because a late beat is of no use."""
         if persist:
             return await self._call(partial(self._beat, worker, lease, last))
         return await self._beat(worker, lease, last)
 
     async def alive(self, workers: Sequence[str]) -> Sequence[bool]:
-        """Whether the lease of each worker stands."""
+        """Whether each worker's lease is still valid."""
         return await self._call(partial(self._alive, workers))

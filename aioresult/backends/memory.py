@@ -1,6 +1,7 @@
-"""The memory backend: results in this process. The embedded default, and the reference for authors; read it first.
+"""The memory backend keeps results in this process. It is the reference for authors of backends: read it first.
 
-Everything is kept as bytes, through the same codec as on a server, so that what works here works there.
+It encodes everything to bytes with the same codec as the other backends. So a value that can be stored here can be
+stored on a server, too.
 """
 
 from __future__ import annotations
@@ -31,25 +32,26 @@ __all__ = ["MemoryBackend", "MemoryStore"]
 
 
 class _Chord:
-    """One chord: the reference of what a `ChordStep` does."""
+    """One chord: the reference implementation of what a `ChordStep` does."""
 
     def __init__(self) -> None:
         self.run = ""
         self.size: int | None = None
-        self.parts: dict[tuple[str, int | None], bytes] = {}  # in order of arrival
+        #: The outcomes of the header's tasks, in order of arrival; by the id of the task and its index in the header.
+        self.parts: dict[tuple[str, int | None], bytes] = {}
         self.body: bytes | None = None
         self.failure: bytes | None = None
         self.done = False
-        self.token = ""  # of the last claim
+        self.token = ""  # names the holder of the last claim
         self.claimed_until = 0.0
         self.expires_at = -math.inf
 
     def take(self, step: ChordStep) -> tuple[ChordState, bool]:
-        """The state after the step, and whether there is news for those who wait."""
+        """Do the step. Returns the state after it, and whether the waiters must be notified."""
         op, now, news, claimed = step.op, monotonic(), False, False
         mine = self.token == step.token != ""
         if self.done:
-            claimed = mine and op is ChordOp.FINISH  # this very step, repeated after its reply was lost
+            claimed = mine and op is ChordOp.FINISH  # the caller repeats this step because its reply was lost
         else:
             adding = op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART)
             if adding:
@@ -68,14 +70,14 @@ class _Chord:
                     if claimed:
                         self.token, self.claimed_until = step.token, now + step.lease
                 elif mine and op in (ChordOp.RELEASE, ChordOp.FINISH):
-                    # Also when the lease has run out, for nobody has claimed since.
+                    # The lease may have run out: no other process has claimed the chord since.
                     self.claimed_until, news = 0.0, True
                     if op is ChordOp.FINISH:
                         self.done, self.body, self.size, claimed = True, None, len(self.parts), True
                     else:
                         self.token = ""
             if adding or claimed:
-                # Only ever later: another backend may keep its chords for longer.
+                # Never shorten the life: another backend may keep its chords for longer.
                 self.expires_at = max(self.expires_at, now + step.expires if step.expires else math.inf)
         looking = op in (ChordOp.READ, ChordOp.PARTS)
         state = ChordState(
@@ -98,19 +100,20 @@ class _Chord:
 
 
 class MemoryStore:
-    """What a server would hold: values, when each expires, and who listens.
+    """Holds what a server would hold: the values, their expiry, and the backends that listen to each channel.
 
-    Give one store to several backends of the same event loop, and they share their results.
+    To share results between several backends of one event loop, pass the same store to each of them.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.listeners: dict[str, set[MemoryBackend]] = {}
         self.chords: dict[str, _Chord] = {}
-        #: Of running tasks, by the key of the result.
+        #: The output of each running task, by the key of its result.
         self.logs: dict[str, Log] = {}
+        #: The note of the last run of each running task, by the key of its result.
         self.notes: dict[str, Note] = {}
-        #: Until when the lease of each worker stands.
+        #: When the lease of each worker ends. A worker without a valid lease counts as dead.
         self.workers: dict[str, float] = {}
         self._kept_left = 100
         self._expiry: dict[str, float] = {}
@@ -121,14 +124,14 @@ class MemoryStore:
         return self.values.get(key) if self._expiry.get(key, monotonic() + 1) > monotonic() else None
 
     def put(self, key: str, value: bytes, expires: float) -> None:
-        """Store, in place of what was there and of its expiry."""
+        """Store the value. It replaces the old value and the old expiry."""
         self.values[key] = value
         self._expiry.pop(key, None)
         if expires:
             self._expire(key, expires)
 
     def extend(self, key: str, expires: float) -> bool:
-        """Let the value live for at least that many seconds, 0 for ever; whether there is one."""
+        """Keep the value for at least ``expires`` seconds from now, 0 for ever. False if there is no value."""
         if self.get(key) is None:
             return False
         if not expires:
@@ -143,18 +146,18 @@ class MemoryStore:
         self._compact()
 
     def _compact(self) -> None:
-        """Drop the entries of values that were stored anew, or are gone, once they are most of the queue."""
+        """Rebuild the queue once most of its entries are stale: their values were replaced, extended or removed."""
         if len(self._queue) > 2 * len(self._expiry) + 100:
             self._queue = [(until, key) for key, until in self._expiry.items()]
             heapq.heapify(self._queue)
 
     def seconds_left(self, key: str) -> float | None:
-        """Until the value expires; ``None`` for never."""
+        """The seconds until the value expires; ``None`` if it never does."""
         until = self._expiry.get(key)
         return None if until is None else until - monotonic()
 
     def delete(self, key: str) -> bool:
-        """Remove, with what belongs to a running task; whether there was a value."""
+        """Remove the value, and the output and the note of its task. False if there was no value."""
         self.logs.pop(key, None)
         self.notes.pop(key, None)
         self._expiry.pop(key, None)
@@ -162,11 +165,15 @@ class MemoryStore:
         return self.values.pop(key, None) is not None
 
     def purge(self, thoroughly: bool = False) -> int:
-        """Remove what has expired; how many. What is no value only when it has become much, or ``thoroughly``."""
+        """Remove what has expired, and return how many entries that was.
+
+        Chords, logs and notes are looked through only when many of them have come since the last time, or with
+        ``thoroughly``.
+        """
         removed, now = 0, monotonic()
         while self._queue and self._queue[0][0] <= now:
             until, key = heapq.heappop(self._queue)
-            if self._expiry.get(key) == until:  # not stored anew, or extended, since
+            if self._expiry.get(key) == until:  # otherwise the value was replaced or extended since
                 del self._expiry[key]
                 removed += self.values.pop(key, None) is not None
         if thoroughly or len(self.chords) + len(self.logs) + len(self.notes) > 2 * self._kept_left:
@@ -180,7 +187,7 @@ class _Expiring(Protocol):
 
 
 def _drop(kept: dict[str, _Kept], now: float) -> int:
-    """Remove what has expired; how many."""
+    """Remove the entries that have expired, and return their number."""
     expired = [key for key, value in kept.items() if value.expires_at <= now]
     for key in expired:
         del kept[key]
@@ -188,9 +195,9 @@ def _drop(kept: dict[str, _Kept], now: float) -> int:
 
 
 class MemoryBackend(KeyValueStoreBackend):
-    """``memory://``. Further option: ``store``, a `MemoryStore` to share; without it the backend has its own.
+    """``memory://``. Further option: ``store``, a `MemoryStore` to share; without it the backend makes its own.
 
-    What is stored survives `aclose` for as long as the backend or the store does.
+    Results survive `aclose`: they live as long as the backend object or the store.
     """
 
     def __init__(
@@ -205,7 +212,7 @@ class MemoryBackend(KeyValueStoreBackend):
         checked_option("store", store, (MemoryStore, NoneType), "a MemoryStore or None")
         self.store: MemoryStore = MemoryStore() if store is None else store
         self._channels: set[str] = set()
-        #: Published, and not delivered yet.
+        #: Messages that were published and are not delivered yet.
         self._messages: deque[tuple[str, bytes]] = deque()
 
     @property
@@ -255,13 +262,13 @@ class MemoryBackend(KeyValueStoreBackend):
 
     def _publish(self, channel: str, value: bytes) -> None:
         for backend in self.store.listeners.get(channel, ()):
-            # Soon, not now: a waiter must never run inside the store's step.
+            # Deliver in a later turn of the event loop: a waiter must never run inside the store's atomic step.
             if not backend._messages:
                 asyncio.get_running_loop().call_soon(backend._deliver_some)
             backend._messages.append((channel, value))
 
     def _deliver_some(self) -> None:
-        """For a few milliseconds; the rest when the event loop has had its turn."""
+        """Deliver messages for a few milliseconds. The event loop has its turn before the rest is delivered."""
         pause_at = monotonic() + TURN
         while self._messages:
             self._deliver(*self._messages[0])
@@ -303,7 +310,8 @@ class MemoryBackend(KeyValueStoreBackend):
         was_done = chord.done
         state, news = chord.take(step)
         if not was_done and (adding or state.claimed):
-            self.store.extend(key, step.group_expires)  # the saved group: nested groups keep their shape
+            # Keep the saved group as long as the chord: it says how the groups in the header are nested.
+            self.store.extend(key, step.group_expires)
         if news:
             self._publish(key, b"")
             if state.complete and not state.done:
@@ -345,7 +353,7 @@ class MemoryBackend(KeyValueStoreBackend):
         return Page(self._is_final(key), *log.page(request))
 
     def _is_final(self, key: str) -> bool:
-        """Whether the task is over: also if that cannot be read, for then its readers are to learn why."""
+        """Whether the task is over. A result that cannot be decoded counts as final, so that its readers learn why."""
         current = self.store.get(key)
         try:
             return current is not None and self.codec.is_final(current)
@@ -408,6 +416,6 @@ class MemoryBackend(KeyValueStoreBackend):
 
 
 def _current(kept: dict[str, _Kept], key: str, now: float) -> _Kept | None:
-    """What is kept under ``key``, unless it has expired."""
+    """The entry under ``key``, or ``None`` if there is none or it has expired."""
     found = kept.get(key)
     return found if found is not None and found.expires_at > now else None

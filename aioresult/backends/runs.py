@@ -1,7 +1,7 @@
 """What a store keeps of a running task: the log of its output and the note of its run.
 
-The memory backend uses these classes; for the authors of other backends they are the reference of what a `Flush` and a
-`RunStep` do. No I/O, no clock but the one that is passed in.
+The memory backend uses these classes. For authors of other backends they are the reference of what a `Flush`
+(`aioresult.log`) and a `RunStep` (`aioresult.run`) do. They do no I/O, and take the time from the caller.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ __all__ = ["Log", "Note", "superseded"]
 
 
 class Log:
-    """The output of one task. Entries are in order of ``(epoch, last)``; all of them are of one epoch."""
+    """The output of one task. The entries are in order of ``last``; all of them have the same epoch."""
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque()
-        #: Which producer opened it.
+        #: The id of the producer that opened the output.
         self.writer: str = ""
         self.expires_at: float = math.inf
 
     @property
     def top(self) -> Place:
-        """The end of it; `START` if nothing was written."""
+        """The end of the log; `START` if nothing was written."""
         return Place(self.entries[-1].epoch, self.entries[-1].last) if self.entries else START
 
     def take(self, flush: Flush, now: float) -> tuple[int, bool]:
-        """The epoch of the log after the flush, and whether its message is to be sent. ``now``: seconds.
+        """Write the flush. Returns the epoch of the log, and whether the message about the flush must be published.
 
-        Raises `OutputSuperseded` if a newer epoch has the log.
+        ``now`` is the time of day, in seconds. Raises `OutputSuperseded` if the log has a newer epoch.
         """
         top, epoch, news = self.top, flush.epoch, bool(flush.data or flush.state)
         if not epoch:
             if self.entries and self.writer == flush.writer:
-                return top.epoch, False  # this very flush, repeated after its reply was lost
+                return top.epoch, False  # the producer repeats this flush because its reply was lost
             if flush.run and self.entries and self.entries[-1].state == SUCCESS:
                 raise superseded(flush.task_id)
-            epoch = max(int(now * 1000), top.epoch + 1)  # also where the clock was set back
+            epoch = max(int(now * 1000), top.epoch + 1)  # above the last epoch even if the clock was set back
             self.entries.clear()
             self.writer = flush.writer
         elif top.epoch > epoch:
@@ -61,8 +61,11 @@ class Log:
         return epoch, news
 
     def end(self, own: Place | None, void: bool) -> Place | None:
-        """Behind which place an end mark goes: ``own``, unless the output that is there is ``void``, for an older run
-        has succeeded. Then it goes into an epoch of its own: the readers of the void output are told, and its writer.
+        """The place after which an end mark goes; ``None`` if no mark is needed. An end mark says how the output ended.
+
+        This is ``own``, the end of the run's output, unless the log holds the output of a newer run and that output is
+        ``void``, because the older run has succeeded. Then the mark gets a new epoch. From the new epoch the readers
+        and the producer of the void output learn that it is void.
         """
         top = self.top
         if not void or (own is not None and top.epoch <= own.epoch):
@@ -70,7 +73,7 @@ class Log:
         return None if self.entries and self.entries[-1].state else Place(top.epoch + 1, 0)
 
     def page(self, request: PageRequest) -> tuple[tuple[Entry, ...], bool, Place]:
-        """The entries behind a place, whether there are more, and the end of the log."""
+        """The entries after a place, whether there are more, and the end of the log."""
         after = request.after
         if after is None:
             return tuple(self.entries)[-1:], False, self.top
@@ -79,34 +82,35 @@ class Log:
 
 
 class Taken(NamedTuple):
-    """What a `RunStep` comes to, beside the change of the note."""
+    """What a `RunStep` results in, apart from the change of the note."""
 
     verdict: Verdict
-    #: To be stored and published.
+    #: The record to store and publish.
     store: Record | None = None
-    #: The state of the end mark that the output gets at the step's place; empty for none.
+    #: The state of the end mark to write after the output of the step; empty for none.
     mark: str = ""
-    #: Whether the output of another run is void, for this one has succeeded; see `Log.end`.
+    #: Whether the output of a newer run is void, because this run has succeeded; see `Log.end`.
     void: bool = False
-    #: Whether the worker of the run is to be told that the run is to stop.
+    #: Whether to tell the worker of the run that the run must stop.
     tell: bool = False
 
 
 class Note:
-    """What is known of the last run of a task that started."""
+    """What the store knows of the last run of a task that started."""
 
     def __init__(self) -> None:
         self.run: str = ""
         self.worker: str = ""
         #: Whether that run has ended.
         self.over: bool = True
-        #: What is stored if the task is to be stopped, and why; ``None`` if nobody asked for that.
+        #: The request to stop the task: the record of REVOKED to store, or ``None`` if there is no request.
         self.wish: Record | None = None
+        #: Why the task must stop.
         self.reason: str = ""
         self.expires_at: float = math.inf
 
     def take(self, step: RunStep, status: str | None, same: bool) -> Taken:
-        """Do the step. ``status`` is the state that is stored, ``same`` whether that is the step's own record."""
+        """Do the step. ``status`` is the stored state; ``same`` says whether it is the step's own record."""
         others = self.run not in ("", step.run)
         match step.op:
             case RunOp.START:
@@ -138,7 +142,7 @@ class Note:
         if step.state != SUCCESS:
             if others:
                 return Taken(Verdict.SUPERSEDED)
-            if self.run and self.over:  # this very step, repeated; or the task was revoked, as of a dead worker
+            if self.run and self.over:  # a repetition of this step; or a revoke has ended the run of a dead worker
                 if status == REVOKED != step.state:
                     return Taken(Verdict.REVOKED)
                 return Taken(Verdict.STORED if same else Verdict.KEPT)
@@ -171,13 +175,13 @@ class Note:
         return Taken(Verdict.REVOKED, None if status in (SUCCESS, REVOKED) else self.wish, mark=REVOKED)
 
     def state(self, verdict: Verdict) -> RunState:
-        """What the step that had this verdict has found."""
+        """The state of the note after a step with this verdict."""
         under_way = (self.run, self.worker) if not self.over else ("", "")
         return RunState(verdict, *under_way, None if self.wish is None else self.reason)
 
 
 def _put(record: Record | None, status: str | None, same: bool) -> Taken:
-    """As `Backend._store` decides."""
+    """Decide whether to store ``record``, by the rules of `Backend._store`."""
     if record is None:
         return Taken(Verdict.NOTED)
     if status == SUCCESS or (record.custom and status in READY_STATES):
@@ -186,5 +190,5 @@ def _put(record: Record | None, status: str | None, same: bool) -> Taken:
 
 
 def superseded(task_id: str) -> OutputSuperseded:
-    """The error for a producer whose output another one has."""
-    return OutputSuperseded(f"another attempt of task {task_id} writes its output now: stop this one")
+    """The error for a producer whose output another producer has taken over."""
+    return OutputSuperseded(f"another attempt of task {task_id} now writes its output; stop this attempt")
