@@ -1,4 +1,4 @@
-"""The Redis backend. `backend` has the whole, `connection` one connection, `scripts` what the server decides."""
+"""The Redis backend: `backend` has the class, `connection` a single connection, `scripts` the Lua scripts."""
 
 from .backend import RedisBackend
 

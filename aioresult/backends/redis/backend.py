@@ -1,8 +1,8 @@
-"""The Redis backend: Celery's keys, Celery's messages, two connections whatever the number of waiters.
+"""The Redis backend: it uses Celery's keys and Celery's messages, and two connections for any number of waiters.
 
-One connection carries commands, the other subscriptions: a subscriber that falls behind is disconnected by the server
-(``client-output-buffer-limit pubsub``), and must not take the commands with it. The second is opened by the first wait,
-so a worker that only stores has one.
+One connection carries commands, the other one subscriptions. They are separate because the server disconnects a
+subscriber that falls behind (``client-output-buffer-limit pubsub``), and the commands must not suffer from that. The
+first wait opens the connection for subscriptions, so a worker that only stores has one connection.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ T = TypeVar("T")
 class RedisBackend(RunningTasks):
     """``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://`` or ``redis+socket://``.
 
-    Redis 6.2 or later, or Valkey, for which ``valkey://`` and ``valkeys://`` mean the same. What redis-py takes as a
-    connection option may stand in the query: ``?protocol=2``, ``?client_name=web``, ``?socket_connect_timeout=3``,
-    ``?ssl_ca_certs=/etc/ca.pem``. Certificates are verified unless ``?ssl_cert_reqs=none`` says otherwise.
-    ``?credential_provider=package.module.Class`` names a `redis.CredentialProvider` to ask for the user name and the
-    password.
+    The server must be Redis 6.2 or later, or Valkey. ``valkey://`` and ``valkeys://`` mean the same as ``redis://`` and
+    ``rediss://``. The query of the URL takes redis-py's connection options: ``?protocol=2``, ``?client_name=web``,
+    ``?socket_connect_timeout=3``, ``?ssl_ca_certs=/etc/ca.pem``. Certificates are verified unless the query has
+    ``?ssl_cert_reqs=none``. ``?credential_provider=package.module.Class`` names a `redis.CredentialProvider`, which
+    provides the user name and the password.
 
     Further options:
 
     - ``connect_options``: arguments for redis-py's asyncio connection, as objects instead of text: ``password``,
       ``credential_provider``, ``ssl_ca_data``, ``socket_connect_timeout`` (seconds), ``host``, ``port``, ``db``, … They
       take precedence over the URL. The scheme of the URL alone decides whether the connection uses TLS.
-    - ``chord_ordered``: Celery's ``result_chord_ordered``. With ``False`` the parts of a chord are kept in the order in
-      which they come. Celery's workers need the same setting.
+    - ``chord_ordered``: Celery's ``result_chord_ordered``. With ``False`` the parts of a chord, which are the outcomes
+      of its header's tasks, are kept in the order in which they arrive. Celery's workers need the same setting.
     """
 
-    # Small batches, many at once: a connection that is pipelined needs not wait for one to send the next, and whoever
-    # is in the first goes on while the server works at the others.
+    # Small batches, many in flight at once. The connection is pipelined: a batch need not wait for the one before it.
+    # The callers in the first batch continue while the server works on the others.
     store_chunk = 50
     store_parallel = 20
     chunk_bytes = 2**20
 
-    # Celery's workers may bring the last part of a chord, and its script publishes nothing on the group's key.
+    # The last part of a chord may come from a Celery worker, and Celery's script publishes nothing on the group's key.
     chords_beside = True
 
     def __init__(
@@ -90,7 +90,10 @@ class RedisBackend(RunningTasks):
 
     @property
     def store_id(self) -> Hashable:
-        """The class, the server and the database, and the prefix: equal for ``redis://`` and ``valkey://``."""
+        """What identifies the store: the class, the server, the database and the prefix.
+
+        It is equal for ``redis://`` and ``valkey://``.
+        """
         place = resolved_url(self._connection_class, self._connection_options)
         return type(self), place, self._task_prefix
 
@@ -112,7 +115,7 @@ class RedisBackend(RunningTasks):
         self._commands = self._listener = None
 
     async def _connect(self) -> RedisConnection:
-        """The connection for commands, made anew if it was lost. One caller connects, the others get what it got."""
+        """The connection for commands; a lost one is replaced. Callers at the same time share one attempt."""
         if self._commands is None or self._commands.closed:
             if self._commands is not None:
                 await self._commands.close()
@@ -136,7 +139,10 @@ class RedisBackend(RunningTasks):
                 raise translate(reply, self.as_uri())
 
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies. Raises if any of them says that the server is not ready, for then all are to be repeated."""
+        """Send the commands, and return the reply to each.
+
+        Raises if any reply says that the server is not ready. Then the caller must repeat all of the commands.
+        """
         connection = self._commands
         if connection is None or connection.closed:
             connection = await self._connected()
@@ -153,9 +159,12 @@ class RedisBackend(RunningTasks):
     async def _retry_refused(
         self, connection: RedisConnection, commands: Sequence[Command], replies: list[Any], refused: Sequence[int]
     ) -> None:
-        """Load missing scripts, and put the new replies in their places; raise if the server is not ready."""
+        """Load missing scripts and repeat their commands, and put the new replies in place of the errors.
+
+        Raises if the server is not ready.
+        """
         missing = [index for index in refused if code_of(replies[index]) == "NOSCRIPT"]
-        if missing:  # SCRIPT FLUSH, or a restart behind a proxy that kept the connection
+        if missing:  # after SCRIPT FLUSH, or after a restart of the server behind a proxy that kept the connection
             await self._load_scripts(connection)
             again = await connection.request([commands[index] for index in missing])
             for index, reply in zip(missing, again, strict=True):
@@ -169,11 +178,11 @@ class RedisBackend(RunningTasks):
         if isinstance(error, BackendConnectionError):
             connection = connection or self._commands
             if code_of(reply) == "READONLY" and connection is not None:
-                await connection.close()  # after a failover: the name may lead to the new master by now
+                await connection.close()  # after a failover the host name may lead to the new master: reconnect
             raise error
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | BaseException | None]:
-        # Not MGET: that would tie the keys to one slot, and the server up for as long as it copies all the values.
+        # Not MGET: it needs all keys in one slot, and would block the server while it copies all the values.
         replies = await self._execute([("GET", key) for key in keys])
         return [
             self._refusal(reply, BackendGetMetaError, f"read {key}") if isinstance(reply, hiredis.ReplyError) else reply
@@ -188,7 +197,7 @@ class RedisBackend(RunningTasks):
             if isinstance(reply, int) and write.key not in judged:
                 outcomes.append(reply == 1)
                 continue
-            if write.key in judged:  # what the script saw has been replaced since, by an earlier write of this batch
+            if write.key in judged:  # an earlier write of this batch has replaced the value that the script saw
                 reply = await self._replace(write, b"")
             judged.add(write.key)
             outcomes.append(await self._judged(write, reply))
@@ -222,7 +231,7 @@ class RedisBackend(RunningTasks):
         return True
 
     async def _judged(self, write: Write, reply: Any) -> bool | BaseException:
-        """What came of ``write``, where the reply is not simply that."""
+        """The outcome of ``write``. The reply may be an error, or a stored value that only the codec can read."""
         try:
             while isinstance(reply, bytes) and write.op in _JUDGED:
                 stays = self.codec.is_final if write.op is Op.PUT_UNLESS_FINAL else self.codec.is_success
@@ -234,8 +243,8 @@ class RedisBackend(RunningTasks):
         return bool(reply)
 
     async def _replace(self, write: Write, current: bytes) -> Any:
-        """Try again to put over a value that the script could not judge: compare and set, still in the server."""
-        digest = hashlib.sha1(current).hexdigest()  # noqa: S324 - what Redis has; it identifies, it guards nothing
+        """Store over ``current``, which the script could not read. The server compares its digest, and then sets."""
+        digest = hashlib.sha1(current).hexdigest()  # noqa: S324 - Redis has only SHA-1; it is not used for security
         (reply,) = await self._execute([_command(write, digest)])
         return reply
 
@@ -243,8 +252,8 @@ class RedisBackend(RunningTasks):
         error = translate(reply, self.as_uri())
         if code_of(reply) == NOT_TOLD:
             return BackendRefusedError(
-                f"cannot {what}: {self.as_uri()} does not let this user publish, and without its message nothing is "
-                f"stored; give it the right with ACL SETUSER <user> '&{self._task_prefix}*' '&{self._group_prefix}*' "
+                f"cannot {what}: {self.as_uri()} does not let this user publish, and nothing is stored without its "
+                f"message; grant the right with ACL SETUSER <user> '&{self._task_prefix}*' '&{self._group_prefix}*' "
                 f"'&{self._ready_channel}' '&{{{self._task_prefix}*' '&{self._worker_prefix.removesuffix('-')}*'"
             )
         if code_of(reply) in ("NOPERM", "NOAUTH", "MOVED", "ASK", "CROSSSLOT"):
@@ -265,7 +274,7 @@ class RedisBackend(RunningTasks):
     async def _count_group(self, group_id: str, size: int, expires: float) -> None:
         *_, total = count_keys(self._group_key(group_id))
         (outcome,) = await self._write([Write(total, Op.PUT, str(size).encode(), expires)])
-        # A user may have rights to results and groups alone; then the progress is counted by the results.
+        # The user may have rights to results and groups alone. Then waiters count the results themselves.
         if isinstance(outcome, BaseException) and not isinstance(outcome, BackendRefusedError):
             raise outcome
 
@@ -296,8 +305,8 @@ class RedisBackend(RunningTasks):
         commands: list[Command] = []
         noted: set[tuple[str, int, str]] = set()
         for step in steps:
-            # The set of chords that may be complete is another key, perhaps on another node, and so no part of the
-            # step. Its entry comes before the step and goes after it: one too many does no harm.
+            # The set of chords that may be complete is another key, perhaps on another node, so it cannot be part of
+            # the atomic step. Its entry is added before the step and removed after it: a spare entry does no harm.
             if step.op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART, ChordOp.CLAIM, ChordOp.RENEW):
                 only_known = "XX" if step.op in (ChordOp.CLAIM, ChordOp.RENEW) else ""
                 entry = (step.group_id, milliseconds(step.expires), only_known)
@@ -336,7 +345,7 @@ class RedisBackend(RunningTasks):
         parts: tuple[bytes, ...] = ()
         if step.op is ChordOp.PARTS and where:
             parts = await self._chord_parts(self._group_key(step.group_id) + where.decode(), bool(is_list))
-            if len(parts) < count:  # it was finished meanwhile, and they are under the other key
+            if len(parts) < count:  # the chord was finished meanwhile, and its parts were moved to the other key
                 return (await self._chord_steps([step]))[0]
         return ChordState(
             count,
@@ -352,7 +361,7 @@ class RedisBackend(RunningTasks):
         )
 
     async def _chord_parts(self, key: str, is_list: bool) -> tuple[bytes, ...]:
-        """In pieces: a header of a hundred thousand parts must not hold the server up in one reply."""
+        """Read the parts of a chord in pieces: one reply with a hundred thousand parts would block the server."""
         parts: list[bytes] = []
         while len(parts) % self.fetch_chunk == 0:
             first, last = len(parts), len(parts) + self.fetch_chunk - 1
@@ -389,7 +398,7 @@ class RedisBackend(RunningTasks):
     async def _confirm(
         self, listener: RedisConnection, command: str, channels: Sequence[str]
     ) -> Mapping[str, Exception] | None:
-        """Have the server do ``command`` for all channels. The error of each that it refuses, if it refuses any."""
+        """Do ``command`` for all channels. Returns the error of each channel that the server refuses, if any."""
         error = _refused(await listener.request_many((command, *channels), len(channels)), self.as_uri())
         if error is None:
             return None
@@ -397,13 +406,13 @@ class RedisBackend(RunningTasks):
             raise error
         if len(channels) == 1:
             return {channels[0]: error}
-        # One command for all is refused for any of them: ask for each by itself, all in one write.
+        # The server refuses the whole command if it refuses one channel. So ask for each channel separately.
         replies = await asyncio.gather(*(listener.request_many((command, channel), 1) for channel in channels))
         errors = {channel: _refused(reply, self.as_uri()) for channel, reply in zip(channels, replies, strict=True)}
         return {channel: refusal for channel, refusal in errors.items() if refusal is not None}
 
 
-#: The writes that the script may hand back, because only the codec can read what is stored.
+#: The writes to which the script may reply with the stored value, because only the codec can read that value.
 _JUDGED = (Op.PUT_UNLESS_SUCCESS, Op.PUT_UNLESS_FINAL)
 
 

@@ -1,19 +1,24 @@
--- One step of a chord (aioresult.chord.ChordStep), on Celery's keys (celery/backends/redis.py, 5.7) and two of ours.
---   KEYS: group key; .j parts; .s size; .t its difference; .d parts seen; .c the claim's token, then "done";
---         .a a hash of ours: run, body, id of the body's result, token of our last claim, the first part of ours that
---         failed, the size when we last saw it, whether we finished the chord;
---         .r the parts of a chord that we finished
---   ARGV: step; group id; channel of the completed ones; token; milliseconds of the lease, to live, and for the group to
---         live; size; body; id of its result; run; task id; index; part; failed; whether the parts are a sorted set
--- Celery's workers run their own script on the same keys: what counts as the same part, and as complete, is as there.
--- First everything is read and decided, then it is published, then written: a user who may not publish changes nothing.
+-- Do one step of a chord (aioresult.chord.ChordStep), on Celery's keys (celery/backends/redis.py, 5.7) and on two keys of
+-- aioresult. A part is the outcome of one task of the chord's header. The body is the chord's callback.
+--   KEYS: the group's key; .j the parts; .s the size; .t a difference to add to the size; .d the parts that were counted;
+--         .c the token of the claim, later "done";
+--         .a aioresult's hash: the run, the body, the id of the body's result, the token of aioresult's last claim, the
+--         first part stored by aioresult that failed, the size when aioresult last saw it, and "finished" if aioresult has
+--         finished the chord;
+--         .r the parts of a chord that aioresult has finished
+--   ARGV: step; group id; channel of the completed chords; token; milliseconds of the lease, for the chord to live, and
+--         for the group to live; size; body; id of its result; run; task id; index; part; failed; whether the parts are
+--         in a sorted set
+-- Celery's workers run their own script on the same keys. So this script uses the same rules for which parts are equal,
+-- and for when a chord is complete.
+-- The script first reads and decides everything, then publishes, then writes: if the user may not publish, nothing changes.
 local gkey, jkey, skey, tkey, dkey, ckey, akey, rkey = unpack(KEYS)
 local op, gid, channel, token, lease, ttl, group_ttl, size, body, body_id, run, tid, index, part, failed, ordered =
     unpack(ARGV)
 local adding = op == 'create' or op == 'size' or op == 'part'
 lease, ttl, group_ttl = tonumber(lease), tonumber(ttl), tonumber(group_ttl)
 
--- What there is.
+-- Read what is stored.
 local claim = redis.call('GET', ckey)
 local ours, our_token, closed, noted = unpack(redis.call('HMGET', akey, 'run', 'token', 'finished', 'size'))
 local anew = op == 'create' and claim == 'done' and ours ~= run
@@ -23,7 +28,7 @@ local store = done and rkey or jkey
 local kind = redis.call('TYPE', store).ok
 local list = kind == 'list' or kind == 'none' and ordered == '0'
 local count = anew and 0 or redis.call(list and 'LLEN' or 'ZCARD', store)
--- Celery begins another run of a chord by removing .c and setting .s: what we kept of the one before is void.
+-- When Celery creates a chord again, it removes .c and sets .s. Then what is kept in .a of the previous chord is void.
 local void = not done and (closed
     or not ours and count == 0 and redis.call('EXISTS', skey) == 1 and redis.call('HEXISTS', akey, 'failure') == 1)
 if void then ours, our_token, closed, noted = false, false, false, false end
@@ -40,8 +45,8 @@ elseif not anew then
     total = redis.call('GET', skey)
     total = total and tonumber(total) + tonumber(redis.call('GET', tkey) or 0)
 end
--- Celery ends a chord with failed parts by removing .s, and any other by removing the parts, too. Its mark in .c stays
--- for some seconds or minutes; that there was a size, we may have noted.
+-- When Celery ends a chord with failed parts, it removes .s; when it ends any other chord, it also removes the parts. Its
+-- mark in .c stays for some seconds or minutes. .a may still have the size.
 noted = tonumber(noted or nil)
 local over = not (done or total or adding or ours)
     and (noted and (count == 0 or count >= noted) or count > 0 and claim and claim ~= our_token)
@@ -52,15 +57,15 @@ if gone then count = total or 0 end
 over = over or done
 local complete = total and count >= total
 
--- What becomes of it.
+-- Decide what changes.
 local news, claimed, released, finished = first_failure, false, false, false
 if over then
-    claimed = mine and op == 'finish' and closed -- this very step, repeated after its reply was lost
+    claimed = mine and op == 'finish' and closed -- the caller repeats this step because its reply was lost
 elseif complete and (adding or op == 'claim' or op == 'renew') then
     news = news or adding
     claimed = token ~= '' and (not claim or claim == token)
 elseif complete and mine and (not claim or claim == token) and (op == 'release' or op == 'finish') then
-    -- Also when the lease has run out, for nobody has claimed since.
+    -- The lease may have run out: no other process has claimed the chord since.
     news = true
     released = op == 'release'
     finished = op == 'finish'
@@ -75,7 +80,7 @@ end
 local keeping = not over and (adding or claimed)
 if anew then redis.call('DEL', jkey, skey, tkey, dkey, ckey, akey, rkey) end
 if void and keeping then redis.call('DEL', akey, rkey) end
--- A key lives at least for as long as we are told, and as long as it would have lived: Celery may be told otherwise.
+-- The life of a key is never shortened: Celery may be configured to keep the same keys for longer.
 local lives = {}
 if keeping then
     for _, key in ipairs({jkey, skey, tkey, dkey, akey}) do lives[key] = redis.call('PTTL', key) end
@@ -99,9 +104,9 @@ if adding and not done then
         if list then -- Celery with result_chord_ordered=False
             redis.call('RPUSH', jkey, part)
         else
-            -- Without an index: after all that have one, in order of arrival.
+            -- A part without an index comes after all parts with an index, in order of arrival.
             local score = index == '+inf' and 1e15 + redis.call('ZCARD', jkey) or index
-            -- A member of a sorted set occurs once; a space more is the same JSON.
+            -- A sorted set has each member only once. Another space makes an equal part distinct; its JSON is the same.
             while redis.call('ZADD', jkey, 'NX', score, part) == 0 do part = part .. ' ' end
         end
         if first_failure then redis.call('HSET', akey, 'failure', part) end
@@ -117,7 +122,7 @@ elseif finished then
     redis.call('HSET', akey, 'finished', '1')
     redis.call('SET', ckey, 'done')
 elseif claimed and not over then
-    -- Not for longer than the rest, or it would hold up another chord of that id.
+    -- Not for longer than the other keys: otherwise it would block the next chord of the same id.
     redis.call('SET', ckey, token, 'PX', ttl ~= 0 and math.min(lease, ttl) or lease)
     redis.call('HSET', akey, 'token', token)
 end
@@ -126,14 +131,14 @@ if keeping then
     if finished then
         keep(rkey, lives[jkey], ttl)
         keep(akey, lives[akey], ttl)
-        -- Without .c, .a would be void.
+        -- .c must live as long as .a: without .c, .a would count as void.
         local left = redis.call('PTTL', akey)
         if left > 0 then redis.call('PEXPIRE', ckey, left) end
     else
         for key, left in pairs(lives) do keep(key, left, ttl) end
     end
 end
--- The body for the claimant, the failure for a reader: not with every part.
+-- Only a claim returns the body, and only a read returns the failure: both may be large.
 return {count, total or -1, claimed and 1 or 0, (over or finished) and 1 or 0,
         claimed and op ~= 'renew' and redis.call('HGET', akey, 'body'),
         not adding and not void and redis.call('HGET', akey, 'failure'),

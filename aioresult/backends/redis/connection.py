@@ -1,9 +1,9 @@
 """One connection to Redis, after its handshake.
 
-redis-py connects: TLS, authentication, unix sockets, the database number and the protocol version stay its work. Then
-the transport is taken over and spoken to directly, with hiredis to parse: commands are written as they come, without
-waiting for the replies to those before, and one callback reads them all. That is several times as fast as any layer of
-redis-py, and leaves no read or write that a cancelled caller could interrupt.
+redis-py connects: it does TLS, authentication, unix sockets, the database number and the protocol version. Then this
+module takes over the transport and uses it directly; hiredis parses the replies. Commands are written immediately,
+without waiting for the replies to earlier ones, and one callback reads all replies. This is several times as fast as
+any layer of redis-py. And a cancelled caller cannot interrupt a read or a write halfway.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ __all__ = ["WAITERS_FIRST", "Command", "RedisConnection", "code_of", "translate"
 
 Command: TypeAlias = tuple[str | bytes | int, ...]
 
-#: Goes before every batch of writes. Redis writes to its clients in reverse order of their first pending reply, and a
-#: script's reply comes after what it published: the storing process would be woken before the waiting ones, and keep
-#: them from the processor. The reply to this wakes the storing process last.
+#: The first command of every batch of writes. Redis writes to its clients in the reverse order of their first pending
+#: replies. A script's reply comes after the message that the script published. So the storing process would wake before
+#: the waiting ones, and keep them from the processor. With this command its first reply is early, and it wakes last.
 WAITERS_FIRST: Final[Command] = ("PING",)
 
 _NOT_ENOUGH: Final = object()
-#: hiredis' own annotation allows for tuples of one element only.
+#: The annotation in hiredis allows only tuples of one element.
 _pack = cast("Callable[[Command], bytes]", pack_command)
 
-#: Replies that mean "not now": the server is starting, busy, on the wrong side of a failover, or has lost a script that
-#: was loaded a moment ago.
+#: Replies that mean "not now": the server is starting or busy, has lost its master role, or has lost a script that was
+#: loaded a moment ago.
 _TRANSIENT = ("LOADING", "BUSY", "TRYAGAIN", "MASTERDOWN", "CLUSTERDOWN", "READONLY", "NOREPLICAS", "NOSCRIPT")
 _REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
 
@@ -45,19 +45,19 @@ _REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
 _OF_A_LONE_USER = "; for a password without a user name write redis://:password@host, with a colon before the password"
 
 
-#: Before 7, what arises in a script has the place before it: "@user_script: 12: -READONLY You can't write …".
+#: Before Redis 7, the text of an error in a script begins with its line: "@user_script: 12: -READONLY You can't …".
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
 
 
 def code_of(error: BaseException) -> str:
-    """The word that says of what kind an error reply is."""
+    """The first word of an error reply, which tells its kind, such as ``"NOAUTH"``."""
     text = str(error)
     found = _IN_SCRIPT.search(text)
     return found[1] if found else text.partition(" ")[0].rstrip(":")
 
 
 def translate(error: BaseException, where: str) -> BackendError:
-    """The one place where a reply or an error of redis-py becomes an error of ours."""
+    """Turn an error reply, or an error of redis-py, into an error of this library. This happens nowhere else."""
     text = str(error)
     code = code_of(error)
     if isinstance(error, redis_errors.AuthenticationError) or code in _REFUSED:
@@ -75,18 +75,18 @@ def translate(error: BaseException, where: str) -> BackendError:
 
 
 def _tls_hint(link: AbstractConnection, error: BaseException) -> str:
-    """What to change if one side speaks TLS and the other does not, for an ``error`` that this may bring about."""
+    """A hint for the message of ``error``, if its cause may be that only one side uses TLS; otherwise empty."""
     kinds = {type(error), type(error.__context__)}
     cut = ConnectionResetError in kinds or "closed by server" in str(error)
     if not isinstance(link, SSLConnection):
         return "; if the server uses TLS, write rediss://" if cut else ""
     if cut or isinstance(error, (redis_errors.TimeoutError, TimeoutError)) or ssl.SSLError in kinds:
-        return "; if the server has no TLS, and so does not answer the TLS handshake, write redis://"
+        return "; if the server has no TLS, it does not answer the TLS handshake: then write redis://"
     return ""
 
 
 class _Request:
-    """Commands on their way: how many replies are missing, and those that have come."""
+    """Commands in flight: how many replies they need, and the replies that have arrived."""
 
     __slots__ = ("future", "one_command", "replies", "want")
 
@@ -98,11 +98,12 @@ class _Request:
 
 
 class RedisConnection(asyncio.Protocol):
-    """Commands go out in order and replies come back in order; published messages go to ``on_message``.
+    """A connection to Redis. Commands go out in order, and their replies come back in order.
 
-    ``heartbeat`` is in seconds: after that much silence the server is pinged, and a server that leaves anything
-    unanswered for twice as long is taken for dead. ``on_lost`` is called with the reason, once,
-    unless `close` was.
+    ``where`` names the server in errors. ``heartbeat`` is in seconds: after that much silence the connection pings the
+    server, and a server that leaves anything unanswered for twice as long counts as dead. ``on_message`` is called with
+    the channel and the value of each published message. ``on_lost`` is called once with the reason when the connection
+    is lost, but not after `close`.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class RedisConnection(asyncio.Protocol):
         on_message: Callable[[bytes, bytes], None] | None = None,
         on_lost: Callable[[BackendError], None] | None = None,
     ) -> None:
-        #: Until it is connected, and from when it was lost.
+        #: True before the connection is made, and after it was lost or closed.
         self.closed: bool = True
         self._where = where
         self._heartbeat = heartbeat
@@ -126,13 +127,14 @@ class RedisConnection(asyncio.Protocol):
         self._heard_at = self._asked_at = self._loop.time()
         self._unsent = 0
         self._timer: asyncio.TimerHandle | None = None
-        #: Whether more has arrived than was looked at in one step: the rest is, in the next.
+        #: Whether replies are left that arrived, and that the last turn of the event loop had no time for.
         self._behind = False
 
     async def connect(self, link: AbstractConnection) -> None:
-        """Have redis-py's ``link`` connect, and take its transport over.
+        """Connect with redis-py's ``link``, and take over its transport.
 
-        Raises `BackendConnectionError` or `BackendRefusedError`.
+        Raises `BackendConnectionError` if the server cannot be reached or is not ready, and `BackendRefusedError` if it
+        refuses.
         """
         self._link = link
         task = asyncio.current_task()
@@ -145,8 +147,8 @@ class RedisConnection(asyncio.Protocol):
         except BaseException:
             await self.close()
             raise
-        # redis-py awaits in `asyncio.wait_for`, which up to Python 3.11 may swallow a cancellation and give the outcome
-        # instead; a caller that repeats what failed would go on for ever.
+        # redis-py awaits in `asyncio.wait_for`. Up to Python 3.11 that may swallow a cancellation and return or raise
+        # the outcome instead. A caller that retries failed attempts would then never end.
         swallowed = task is not None and task.cancelling() > cancelled
         if swallowed:
             await self.close()
@@ -172,7 +174,10 @@ class RedisConnection(asyncio.Protocol):
             self._look_through()
 
     def _look_through(self) -> None:
-        """What has arrived, for a few milliseconds; until the rest has had its turn, nothing more is read."""
+        """Handle the replies that have arrived, for a few milliseconds.
+
+        If more are left, they wait for the next turn of the event loop, and nothing more is read until then.
+        """
         gets, on_message, time = self._reader.gets, self._on_message, self._loop.time
         pause_at = time() + TURN
         try:
@@ -186,7 +191,7 @@ class RedisConnection(asyncio.Protocol):
                     if on_message is None and isinstance(reply, PushNotification):
                         continue
                 if not self._requests:
-                    raise ValueError("a reply that nobody asked for")
+                    raise ValueError("a reply without a request")
                 request = self._requests[0]
                 request.replies.append(reply)
                 refused = request.one_command and isinstance(reply, ReplyError)
@@ -205,7 +210,7 @@ class RedisConnection(asyncio.Protocol):
                 self._behind = True
                 self._transport.pause_reading()
             self._loop.call_soon(self._look_through)
-        except Exception as exc:  # a reply of a form that Redis never sends may break anything that looks into it
+        except Exception as exc:  # a reply in a form that Redis never sends may raise anything in the code above
             self._fail(self._nonsense(exc))
 
     def _nonsense(self, exc: Exception) -> BackendConnectionError:
@@ -223,33 +228,33 @@ class RedisConnection(asyncio.Protocol):
     # -- requests ---------------------------------------------------------------------------------------------------
 
     async def request(self, commands: Sequence[Command]) -> list[Any]:
-        """The reply to each command; an error reply is a `hiredis.ReplyError` in its place.
+        """Send the commands, and return the reply to each. An error reply is a `hiredis.ReplyError` in its place.
 
-        All commands go out at once, whatever is in flight. Raises `BackendConnectionError` if the connection breaks
-        before the last reply; the commands may have been executed then.
+        All commands are sent at once; they do not wait for the replies to earlier ones. Raises `BackendConnectionError`
+        if the connection breaks before the last reply. Then the server may or may not have executed the commands.
         """
         await self._writing()
         return await self.begin(commands)
 
     async def request_many(self, command: Command, replies: int) -> list[Any]:
-        """As `request`, of one command that is answered by several replies (SUBSCRIBE), or by one error."""
+        """Send one command that gets several replies (SUBSCRIBE), or one error. Otherwise as `request`."""
         await self._writing()
         return await self._post(_pack(command), replies, one_command=True)
 
     async def _writing(self) -> None:
-        """Return once the transport takes more: nothing is even packed before that."""
-        while not self._writable.is_set():  # another caller may have filled it again
+        """Wait until the transport takes more data. Commands are not even packed before that, to save memory."""
+        while not self._writable.is_set():  # a loop, because another caller may have filled the buffer again
             await self._writable.wait()
         if self.closed:
             raise BackendConnectionError(f"the connection to {self._where} is closed")
 
     @property
     def ready(self) -> bool:
-        """Whether `begin` may be called: it is connected, and not held back by a server that reads too slowly."""
+        """Whether `begin` may be called: the connection is open, and its write buffer is not full."""
         return not self.closed and self._writable.is_set()
 
     def begin(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
-        """As `request`, but what is sent is sent when this returns. Not to be cancelled."""
+        """Send the commands before this returns; otherwise as `request`. The future must not be cancelled."""
         return self._post(b"".join(map(_pack, commands)), len(commands))
 
     def _post(self, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
@@ -263,13 +268,14 @@ class RedisConnection(asyncio.Protocol):
     # -- life -------------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """A dead peer is noticed within three heartbeats: one of silence, and two without an answer to the ping.
+        """Ping a silent server, and give up one that does not answer.
 
-        So the next beat is set for the moment at which either is due; a beat at fixed intervals would be late for both.
+        A dead server is noticed within three heartbeats: one of silence, and two without an answer to the ping. So each
+        call schedules the next one for the moment when either is due. Calls at fixed intervals would be late for both.
         """
         now, unsent = self._loop.time(), self._transport.get_write_buffer_size()
         if unsent < self._unsent:
-            self._asked_at = now  # a large value on a slow line is a sign of life
+            self._asked_at = now  # progress in sending a large value over a slow line is a sign of life
         self._unsent = unsent
         due = self._heard_at + self._heartbeat
         if not self._requests and now >= due:
@@ -289,7 +295,7 @@ class RedisConnection(asyncio.Protocol):
         self.closed = True
         self._stop_timer()
         self._transport.abort()
-        self._writable.set()  # whoever waits to write finds it closed
+        self._writable.set()  # callers that wait in `_writing` wake up and find the connection closed
         requests, self._requests = self._requests, deque()
         for request in requests:
             if not request.future.done():
@@ -305,14 +311,14 @@ class RedisConnection(asyncio.Protocol):
             self._timer.cancel()
 
     def abandon(self) -> None:
-        """Forget the socket: it belongs to an event loop that has ended, or to the parent process."""
+        """Drop the socket without the event loop: that loop has ended, or belongs to the parent process."""
         self._on_lost = None
         self._stop_timer()
         self.closed = True
         silence(self._transport)
 
     async def close(self) -> None:
-        """Close the socket; what is in flight fails."""
+        """Close the socket. Requests in flight raise `BackendConnectionError`."""
         self._on_lost = None
         self._stop_timer()
         if not self.closed:
@@ -323,9 +329,10 @@ class RedisConnection(asyncio.Protocol):
 def take_over(link: AbstractConnection, protocol: asyncio.Protocol) -> asyncio.Transport:
     """The transport of a connected redis-py connection, with ``protocol`` in place of redis-py's reader.
 
-    The one place that needs something private of redis-py: the stream writer, for its transport (5.0.1 to 8.1; the
-    attribute has had this name since the asyncio client came in 4.2). The handshake has been answered in full, so
-    nothing is buffered. ``link`` must be kept: it owns the writer, which closes the transport when it is collected.
+    This is the only use of a private attribute of redis-py: the stream writer, which has the transport (5.0.1 to 8.1;
+    the attribute has had this name since the asyncio client came in 4.2). All replies of the handshake have arrived, so
+    nothing is left in a buffer. The caller must keep ``link``: it owns the writer, which closes the transport when it
+    is garbage-collected.
     """
     writer = getattr(link, "_writer", None)
     if not isinstance(writer, asyncio.StreamWriter):

@@ -1,13 +1,14 @@
--- Without ARGV[3]: what tells the value of KEYS[1] from any later one, or false if there is none. With it: remove the
--- value if it still is of that version, so that one that was stored after the first attempt stays when this is repeated.
--- Of a long value only the length and both ends are looked at, to keep the server from hashing megabytes: towards its end
--- stands the moment at which it was stored.
---   ARGV[1], ARGV[2]: what belongs to a run of the task and goes with the value: .run and .out. They are in the same slot,
---         and not among the keys, because a user without rights to them may forget results all the same.
+-- Remove a result in two steps. Without ARGV[3], return the version of the value of KEYS[1], or false if there is no value.
+-- With a version in ARGV[3], remove the value if it still has that version. So a repetition never removes a result that
+-- was stored after the first attempt.
+-- The version of a long value is made of its length and both ends, so that the server need not hash megabytes. The end
+-- has the moment at which the value was stored.
+--   ARGV[1], ARGV[2]: the keys of the task's run, .run and .out, which are removed with the value. They are in the same
+--         slot, but not among the KEYS, because a user without rights to them may still remove results.
 local key, note, out = KEYS[1], ARGV[1], ARGV[2]
 local length = redis.pcall('STRLEN', key)
 local version
-if length == 0 then -- a task that runs may have stored nothing yet
+if length == 0 then -- a running task may have a note and an output, but no result yet
     local kept = redis.pcall('EXISTS', note, out)
     if kept == 0 or type(kept) == 'table' then return false end
     local run, log = redis.pcall('HGET', note, 'run'), redis.pcall('XREVRANGE', out, '+', '-', 'COUNT', 1)

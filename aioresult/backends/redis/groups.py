@@ -1,4 +1,4 @@
-"""Groups on Redis: how long one lives, and how many of its members are over, a bit for each."""
+"""Groups on Redis: their life time, and the counts of their members that are over. Each member has a bit."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["count_keys", "extend_command", "milliseconds"]
 
 
 def count_keys(group: str) -> tuple[str, str, str]:
-    """The keys beside that of a group: which members have succeeded, which have failed, and how many there are."""
+    """The keys that belong to a group: the bits of succeeded members, the bits of failed ones, and the size."""
     return sibling(group, ".ok"), sibling(group, ".bad"), sibling(group, ".n")
 
 
 def extend_command(group: str, expires: float, index: int | None = None, failed: bool = False) -> Command:
-    """Let a group live for at least so many seconds, and note that a member is over."""
+    """The command that keeps a group for at least ``expires`` seconds, and notes that a member is over."""
     member = ("", 0) if index is None else (index, int(failed))
     return ("EVALSHA", EXTEND, 1, group, milliseconds(expires), *member, *count_keys(group))
 
 
-@lru_cache(maxsize=64)  # nearly always the same
+@lru_cache(maxsize=64)  # the argument is nearly always the same
 def milliseconds(seconds: float) -> int:
-    """As Redis takes them; 0 stays 0, which is "for ever"."""
+    """``seconds`` in milliseconds, for Redis; at least 1. 0 stays 0, which means "for ever"."""
     return max(1, round(seconds * 1000)) if seconds else 0

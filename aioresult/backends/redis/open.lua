@@ -1,9 +1,10 @@
--- Open the output of a task: its log gets a new epoch, above every one that it had, and loses what is older.
+-- Open the output of a task: its log gets a new epoch, above all earlier ones, and loses its older entries. An epoch is one
+-- attempt of the task, or one writer.
 --   KEYS: result; .run, the hash of run.lua; .out, the log, a stream whose ids are <epoch>-<last>, with the fields "d"
---         (chunks, a JSON list), "e" (how it ended) and "o" (the writer that opened it); also the channel
+--         (chunks, a JSON list), "e" (how the output ended) and "o" (the writer that opened it); also the channel
 --   ARGV: writer; number of the last chunk; chunks; state of an end mark; whether the message carries the chunks;
---         milliseconds to live, 0 for ever, "" to leave that as it is; run that the writer belongs to, "" for none
--- Returns the epoch, or 0 if another run has the output, the writer's has ended, or one has succeeded.
+--         milliseconds to live, 0 for ever, "" to leave the expiry unchanged; run that the writer belongs to, "" for none
+-- Returns the epoch, or 0 if another run has the output, if the writer's run has ended, or if a run has succeeded.
 local key, note, out = unpack(KEYS)
 local writer, last, data, state, carried, ttl, run = unpack(ARGV)
 if run ~= '' and redis.call('EXISTS', note) == 1 then
@@ -11,7 +12,7 @@ if run ~= '' and redis.call('EXISTS', note) == 1 then
     if ours ~= run or over == '1' then return 0 end
 end
 
--- Milliseconds by the server's clock; one more than the last where that was set back.
+-- The epoch is the server's clock in milliseconds, or one more than the last epoch if the clock was set back.
 local time = redis.call('TIME')
 local epoch = time[1] * 1000 + math.floor(time[2] / 1000)
 local top = redis.call('XREVRANGE', out, '+', '-', 'COUNT', 1)[1]
@@ -19,15 +20,15 @@ if top then
     local fields = top[2]
     local newest = string.match(top[1], '^%d+')
     local first = redis.call('XRANGE', out, newest, '+', 'COUNT', 1)[1][2]
-    for at = 1, #first, 2 do -- this very flush, repeated after its reply was lost
+    for at = 1, #first, 2 do -- the writer repeats this flush because its reply was lost
         if first[at] == 'o' and first[at + 1] == writer then return tonumber(newest) end
     end
-    -- What has succeeded stays.
+    -- The output of a run that has succeeded stays.
     if run ~= '' and fields[#fields - 1] == 'e' and fields[#fields] == 'SUCCESS' then return 0 end
     epoch = math.max(epoch, newest + 1)
 end
 
--- A write that changes nothing: where this one is refused, as by a full server, nothing may be published either.
+-- A write that changes nothing. If the server refuses it, for instance because it is full, nothing must be published.
 local room = redis.pcall('SETRANGE', key, 0, '')
 if type(room) == 'table' then return room end
 if data == '' and state == '' then

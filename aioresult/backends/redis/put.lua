@@ -1,11 +1,11 @@
--- Store and publish in one step, unless what is stored is to stay. Returns 1 (stored), 0 (left alone), or the stored
--- value itself where the script cannot tell: compressed, or of another serializer. The caller then decodes it and, if it
--- may be replaced, tries again with the digest of what it saw.
+-- Store a value and publish it in one step, unless the stored value must stay. Returns 1 (the value was stored), 0 (the
+-- stored value stays), or the stored value itself if the script cannot read its state, because it is compressed or of
+-- another serializer. Then the caller decodes it and, if it may be replaced, tries again with its digest.
 --   KEYS[1]: the key, which is also the channel
---   ARGV: value; milliseconds to live, 0 for ever; what may be replaced: "absent" for nothing, "unfinished" for what is
---         not final, otherwise all but a success; digest of a replaceable value
--- A value equal to the new one counts as stored: it is this very store, repeated after its reply was lost.
--- Nothing is stored that may not be published: the store and its message are one step, also where a right is missing.
+--   ARGV: value; milliseconds to live, 0 for ever; which stored value may be replaced: "absent" for none, "unfinished" for
+--         one that is not final, otherwise any but a success; digest of a stored value that may be replaced
+-- A stored value that is equal to the new one counts as stored: the caller repeats the store because its reply was lost.
+-- If the user has no right to publish, nothing is stored: a store never happens without its message.
 local key, value, ttl, guard, digest = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local new
 if ttl == '0' then new = redis.pcall('SET', key, value, 'NX')
@@ -18,7 +18,7 @@ if new and not new.err then
     end
     return 1
 end
--- Something is stored, or nothing can be, which matters only if something is to be.
+-- Either there is a stored value, or SET has failed. The error matters only if the new value must be stored.
 local head = redis.call('GETRANGE', key, 0, 19)
 if head ~= '' then
     if guard == 'absent' then return 0 end

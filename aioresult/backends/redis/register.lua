@@ -1,5 +1,6 @@
--- Note a chord that may become complete, for those who dispatch: in a set scored by when it expires.
---   KEYS[1]: the set; ARGV: group id; milliseconds until then, 0 for never; "XX" to do so only if it is noted already
+-- Add a chord that may become complete to the set from which dispatchers learn of chords. Its score is when it expires.
+--   KEYS[1]: the set; ARGV: group id; milliseconds until the chord expires, 0 for never; "XX" to change only an entry
+--         that is in the set already
 local set, gid, ttl, only_known = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

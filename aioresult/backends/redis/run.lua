@@ -1,20 +1,22 @@
--- One step of a run (aioresult.run.RunStep), decided as by `aioresult.backends.runs.Note`.
+-- Do one step of a run (aioresult.run.RunStep), by the rules of `aioresult.backends.runs.Note`. A run is one attempt of a
+-- task in one process; a note is what the store knows of the last run.
 --   KEYS: result, also a channel;
---         .run, a hash: run, worker, over ("1" once the run has ended); and if the task is to be stopped: wish (what is to
---         be stored then), its ttl and its group, reason;
+--         .run, the note, a hash: run, worker, over ("1" once the run has ended); if the task must stop, also wish (the
+--         record of REVOKED to store then), its ttl and its group, reason;
 --         .out, the log of the output (open.lua), also a channel
---   ARGV: step; run; worker; milliseconds for the note to live, 0 for ever, "" to leave that as it is; record, "" for none,
---         its milliseconds to live, whether its state is of the task's own making, its group; state; reason; whether to
---         skip what has succeeded; epoch of the output, "" for none, and number of its end mark; a worker that is dead;
---         prefix of the workers' channels; digest of the stored value, if the caller has decoded it, and its state if final
--- Returns {verdict, run, worker, reason or false, group of a wish that was stored, its milliseconds to live}; or the
--- stored value itself where the script cannot tell its state (see put.lua): then the caller decodes it and tries again.
--- First everything is read and decided, then it is published, then written: a user who may not publish changes nothing.
+--   ARGV: step; run; worker; milliseconds for the note to live, 0 for ever, "" to leave its expiry unchanged; record, "" for
+--         none, its milliseconds to live, whether its state is of the task's own making, its group; state; reason; whether
+--         to skip a task that has succeeded; epoch of the output, "" for none, and number of its end mark; a worker that is
+--         dead; prefix of the workers' channels; digest of the stored value, if the caller has decoded it, and its state,
+--         "" if it is not final
+-- Returns {verdict, run, worker, reason or false, group of a wish that was stored, its milliseconds to live}. If the script
+-- cannot read the state of the stored value (see put.lua), it returns that value; the caller decodes it and tries again.
+-- The script first reads and decides everything, then publishes, then writes: if the user may not publish, nothing changes.
 local key, note, out = unpack(KEYS)
 local op, run, worker, lives, record, ttl, custom, group, state, reason, skip_done, epoch, last, gone, prefix, digest,
     known = unpack(ARGV)
 
--- What there is.
+-- Read what is stored. "ours" is the run in the note.
 local ours, runs_at, over, wish, wish_ttl, wish_group, why =
     unpack(redis.call('HMGET', note, 'run', 'worker', 'over', 'wish', 'ttl', 'group', 'reason'))
 ours, runs_at, over, wish_ttl, why = ours or '', runs_at or '', over ~= '0', wish_ttl or '0', why or ''
@@ -22,7 +24,7 @@ local before = {ours, runs_at, over, wish, wish_ttl, wish_group, why}
 local finals = {
     ['{"status": "SUCCESS"'] = 'SUCCESS', ['{"status": "FAILURE"'] = 'FAILURE', ['{"status": "REVOKED"'] = 'REVOKED'
 }
-local status = '' -- what is not final is all the same
+local status = '' -- '' stands for all states that are not final
 if op ~= 'renew' and op ~= 'read' then
     local head = redis.call('GETRANGE', key, 0, 19)
     if string.sub(head, 1, 12) == '{"status": "' then
@@ -36,7 +38,7 @@ end
 local others = ours ~= '' and ours ~= run
 local ended = ours ~= '' and over
 
--- What becomes of it.
+-- Decide what changes.
 local verdict, store, store_ttl, stored_group, mark, void, tell = 'noted', false, ttl, '', false, false, false
 local function finish(which) ours, runs_at, over = which, '', true end
 local function same() return redis.call('GET', key) == record and 'stored' or 'kept' end
@@ -65,7 +67,7 @@ elseif op == 'store' then
     if others then verdict = 'superseded' elseif ended then verdict = 'kept' else put() end
 elseif op == 'finish' then
     if others and state ~= 'SUCCESS' then verdict = 'superseded'
-    elseif ended and state ~= 'SUCCESS' then -- this very step, repeated; or the task was revoked, as of a dead worker
+    elseif ended and state ~= 'SUCCESS' then -- a repetition of this step, or a revoke has ended the run of a dead worker
         verdict = status == 'REVOKED' and state ~= 'REVOKED' and 'revoked' or same()
     else
         if not others then finish(run) end
@@ -100,10 +102,10 @@ end
 local marks, keeps = false, false
 if mark and (epoch ~= '' or void) then
     local entries = redis.pcall('XREVRANGE', out, '+', '-', 'COUNT', 1)
-    if not entries.err then -- a key of another kind is no log, and no reason to store nothing
+    if not entries.err then -- if the key is not a stream, there is no log; the result is stored all the same
         local top_epoch, top = string.match(entries[1] and entries[1][1] or '0-0', '^(%d+)-(%d+)$')
         if void and (epoch == '' or top_epoch - epoch > 0) then
-            -- An epoch of its own: the readers of what is void are told, and its writer.
+            -- The mark gets a new epoch. From it the readers and the writer of the void output learn that it is void.
             local fields = entries[1] and entries[1][2] or {}
             keeps, marks = true, fields[#fields - 1] ~= 'e'
             epoch, last = string.format('%.0f', top_epoch + 1), '1'
@@ -120,12 +122,12 @@ for at, value in ipairs({ours, runs_at, over, wish, wish_ttl, wish_group, why}) 
 end
 changed = changed and (ours ~= '' or wish)
 
--- A write that changes nothing: where this one is refused, as by a full server, nothing may be published either.
+-- A write that changes nothing. If the server refuses it, for instance because it is full, nothing must be published.
 if changed or store or marks then
     local room = redis.pcall('SETRANGE', key, 0, '')
     if type(room) == 'table' then return room end
 end
--- The state comes last: it alone says something by itself.
+-- The state is published last: it alone has a meaning without the other messages.
 local messages = {}
 if marks then table.insert(messages, {out, epoch .. '-' .. last .. ' '}) end
 if tell then table.insert(messages, {prefix .. tell, ours}) end

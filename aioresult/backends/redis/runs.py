@@ -1,7 +1,7 @@
 """Running tasks on Redis: the log of a task's output is a stream, the note of its run a hash, the leases a sorted set.
 
-What belongs to one task has keys in one slot (`sibling`). A flush is a transaction and no script: a stream refuses an
-entry whose id is not greater than its last, so it needs no decision, and costs the server a third less.
+All keys of one task are in one slot (`sibling`). A flush is a transaction instead of a script, which costs the server a
+third less. It needs no script because a stream itself refuses an entry whose id is not greater than its last id.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["NOT_TOLD", "RunningTasks", "flush_commands", "last_of", "top_of"]
 
 T = TypeVar("T")
 
-#: The code of an error of our scripts: the user has no right to publish.
+#: The code of the error with which our scripts say that the user has no right to publish.
 NOT_TOLD = "AIORESULT"
 
-#: The halves of an id have 64 bits; behind the greatest id there is nothing to ask for.
+#: The greatest value of each half of a stream id: a half has 64 bits.
 _GREATEST = 2**64 - 1
-#: How the JSON of every meta begins, and how much of it tells a state that is final.
+#: How the JSON of every meta begins, and how many of its first bytes suffice to tell a final state.
 _HEAD = b'{"status": "'
 _HEAD_BYTES = len(FINAL_HEADS[0])
 _BEGIN: Command = ("MULTI",)
@@ -45,22 +45,26 @@ class RunningTasks(KeyValueStoreBackend):
 
     @abstractmethod
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies. Raises if any of them says that the server is not ready, for then all are to be repeated."""
+        """Send the commands, and return the reply to each.
+
+        Raises if any reply says that the server is not ready. Then the caller must repeat all of the commands.
+        """
 
     @abstractmethod
     async def _raise_if_not_ready(self, reply: hiredis.ReplyError) -> None:
-        """The same of an error that was inside another reply."""
+        """Raise if ``reply``, which was inside another reply, says that the server is not ready."""
 
     @abstractmethod
     def _refusal(self, reply: hiredis.ReplyError, kind: type[BackendError], what: str) -> BackendError:
-        """The error for what the server refuses alone."""
+        """The error for one operation that the server refuses. ``what`` names the operation."""
 
     @abstractmethod
     def _at_once(
         self, commands: Sequence[Command], outcome: Callable[[list[Any]], T | None], done: Callable[[T | None], None]
     ) -> bool:
-        """Send in this very call, and later call ``done`` with the outcome of the replies, or after any trouble with
-        ``None``. False, and nothing is sent, without a connection that takes it now.
+        """Send the commands before this returns. False if no connection can take them now; then nothing was sent.
+
+        Later ``done`` is called with the outcome of the replies, or with ``None`` if there was any trouble.
         """
 
     # -- the log ----------------------------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ class RunningTasks(KeyValueStoreBackend):
                 reply = await self._why_aborted(part, queued, reply)
             outcomes.append(self._appended(flush, reply))
         if doubtful:
-            # It may have been refused as a repetition, or for a newer epoch: the log itself says which.
+            # Redis refused the entry as a repetition, or because of a newer epoch. The end of the log tells which.
             keys = [sibling(self._task_key(flushes[index].task_id), ".out") for index in doubtful]
             ends = await self._execute([last_of(key) for key in keys])
             for index, end in zip(doubtful, ends, strict=True):
@@ -105,7 +109,7 @@ class RunningTasks(KeyValueStoreBackend):
     async def _why_aborted(
         self, part: Sequence[Command], queued: Sequence[Any], reply: hiredis.ReplyError
     ) -> hiredis.ReplyError:
-        """The error that kept a transaction from being executed: it was nothing or all."""
+        """The error because of which the server did not execute a transaction."""
         for command, earlier in zip(part, queued, strict=False):
             if isinstance(earlier, hiredis.ReplyError):
                 told = command[0] != "PUBLISH" or code_of(earlier) != "NOPERM"
@@ -115,7 +119,7 @@ class RunningTasks(KeyValueStoreBackend):
         return reason
 
     def _appended(self, flush: Flush, reply: Any) -> int | BaseException:
-        """What came of a flush. ``reply`` is the epoch, 0 for another run's, or the last entry of the log."""
+        """The outcome of a flush. ``reply`` is the epoch, 0 if another run has the output, or the log's last entry."""
         if isinstance(reply, hiredis.ReplyError):
             return self._refusal(reply, BackendStoreError, f"append to the output of task {flush.task_id}")
         if isinstance(reply, int):
@@ -123,7 +127,7 @@ class RunningTasks(KeyValueStoreBackend):
         return superseded(flush.task_id) if top_of(reply).epoch > flush.epoch else flush.epoch
 
     async def _pages(self, requests: Sequence[PageRequest]) -> list[Page | BaseException]:
-        # Of what this backend writes, the head may not tell the state.
+        # Unless this backend writes plain JSON, the first bytes of a result do not tell its state: read the whole.
         pages = await self._read_pages(requests, whole=not self.codec.plain)
         if doubtful := [index for index, page in enumerate(pages) if page is None]:
             for index, page in zip(
@@ -131,7 +135,7 @@ class RunningTasks(KeyValueStoreBackend):
             ):
                 pages[index] = page
         found = [page for page in pages if page is not None]
-        # Where nothing was found behind a place, the reader wants to know whether that still is in the log.
+        # If there is nothing after a place, the reader needs the end of the log: the place may no longer be in it.
         beyond = [
             (index, request, page)
             for index, (request, page) in enumerate(zip(requests, found, strict=True))
@@ -143,17 +147,21 @@ class RunningTasks(KeyValueStoreBackend):
             for (index, request, page), reply in zip(beyond, ends, strict=True):
                 if isinstance(reply, hiredis.ReplyError):
                     found[index] = self._not_read(request, reply)
-                else:  # more, if it came after the look
+                else:  # there is more if an entry came after the first look
                     top = top_of(reply)
                     found[index] = page._replace(top=top, more=request.after is not None and top > request.after)
         return found
 
     async def _read_pages(self, requests: Sequence[PageRequest], whole: bool) -> list[Page | BaseException | None]:
-        """A page for each, without the end of an empty one; ``None`` where only the whole result tells its state."""
+        """A page for each request. An empty page lacks the end of the log.
+
+        It is ``None`` if only the ``whole`` result tells the task's state, and only its first bytes were read.
+        """
         commands: list[Command] = []
         for request in requests:
             key = self._task_key(request.task_id)
-            # The state first: a last chunk and a final state that come between the two do not end the output too early.
+            # Read the state first. Otherwise a last chunk and a final state that come between the two reads would end
+            # the output without that chunk.
             commands.append(("GET", key) if whole else ("GETRANGE", key, 0, _HEAD_BYTES - 1))
             commands.append(_range(sibling(key, ".out"), request))
         replies = await self._execute(commands)
@@ -182,7 +190,7 @@ class RunningTasks(KeyValueStoreBackend):
         return self._refusal(reply, BackendGetMetaError, f"read the output of task {request.task_id}")
 
     def _is_final(self, stored: Any, whole: bool) -> bool | hiredis.ReplyError | None:
-        """Whether the task is over; ``None`` if ``stored``, which is not the whole value, does not tell."""
+        """Whether the task is over; ``None`` if ``stored`` is not the ``whole`` value and does not tell."""
         if isinstance(stored, hiredis.ReplyError):
             return stored
         if not stored:
@@ -191,7 +199,7 @@ class RunningTasks(KeyValueStoreBackend):
             return stored in FINAL_HEADS if stored.startswith(_HEAD) else None
         try:
             return self.codec.is_final(stored)
-        except SerializationError:  # its readers are to learn why
+        except SerializationError:  # it counts as final, so that its readers learn why it cannot be decoded
             return True
 
     # -- runs -------------------------------------------------------------------------------------------------------
@@ -199,7 +207,7 @@ class RunningTasks(KeyValueStoreBackend):
     async def _run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
         outcomes: dict[int, RunState | BaseException] = {}
         left = list(range(len(steps)))
-        while left:  # in one round, unless a task is among them twice: a step may take more than one
+        while left:  # one round, unless a task has two steps: a step may need several calls, and they keep their order
             first = {steps[index].task_id: index for index in reversed(left)}
             due = sorted(first.values())
             left = [index for index in left if first[steps[index].task_id] != index]
@@ -231,9 +239,9 @@ class RunningTasks(KeyValueStoreBackend):
 
     async def _stepped(self, step: RunStep, reply: Any) -> RunState | BaseException:
         try:
-            while isinstance(reply, bytes):  # what is stored, where only the codec can read its state
+            while isinstance(reply, bytes):  # the stored value, of which only the codec can read the state
                 status = self.codec.status(reply)
-                digest = hashlib.sha1(reply).hexdigest()  # noqa: S324 - it identifies, it guards nothing
+                digest = hashlib.sha1(reply).hexdigest()  # noqa: S324 - Redis has only SHA-1; not used for security
                 known = status if status in READY_STATES else ""
                 (reply,) = await self._execute([self._step_command(step, digest, known or "")])
         except SerializationError as exc:
@@ -241,7 +249,7 @@ class RunningTasks(KeyValueStoreBackend):
         if isinstance(reply, hiredis.ReplyError):
             return self._refusal(reply, BackendStoreError, f"note the run of task {step.task_id}")
         verdict, run, worker, reason, group, expires = reply
-        if group and step.op is not RunOp.REVOKE:  # what an earlier step wished for was stored
+        if group and step.op is not RunOp.REVOKE:  # the step stored the REVOKED of an earlier request to stop
             await self._execute([extend_command(self._group_key(_text(group)), int(expires) / 1000)])
         return RunState(Verdict(_text(verdict)), _text(run), _text(worker), None if reason is None else _text(reason))
 
@@ -253,7 +261,7 @@ class RunningTasks(KeyValueStoreBackend):
             [("EVALSHA", BEAT, 1, self._workers_channel, worker, milliseconds(lease), before)]
         )
         if isinstance(reply, hiredis.ReplyError):
-            raise self._refusal(reply, BackendStoreError, f"note that worker {worker or '(none)'} lives")
+            raise self._refusal(reply, BackendStoreError, f"store that worker {worker or '(none)'} is alive")
         return float(reply) / 1000
 
     async def _alive(self, workers: Sequence[str]) -> list[bool]:
@@ -267,7 +275,10 @@ class RunningTasks(KeyValueStoreBackend):
 
 
 def flush_commands(key: str, flush: Flush) -> list[Command]:
-    """A script, a transaction, or a look at the log where nothing is appended. The last reply says what came of it."""
+    """The commands that write a flush to the log of the result ``key``. The last reply tells the outcome.
+
+    A flush that opens the output is a script, any other a transaction. A flush without data only reads the log's end.
+    """
     out = sibling(key, ".out")
     ttl = None if flush.expires is None else milliseconds(flush.expires)
     if not flush.epoch:
@@ -296,7 +307,7 @@ def _range(out: str, request: PageRequest) -> Command:
 
 
 def top_of(reply: Any) -> Place:
-    """Where a log ends, from the reply to `last_of`."""
+    """The end of a log, from the reply to `last_of`."""
     if not reply:
         return START
     epoch, last = reply[0][0].split(b"-")
@@ -304,7 +315,7 @@ def top_of(reply: Any) -> Place:
 
 
 def _entry(task_id: str, place: bytes, fields: Sequence[bytes]) -> Entry:
-    """An entry of the log. Raises `DecodeError` for what somebody else has put there."""
+    """An entry of the log. Raises `DecodeError` for an entry of another program that is not one of ours."""
     given = dict(zip(fields[::2], fields[1::2], strict=True))
     try:
         epoch, last = map(int, place.split(b"-"))

@@ -1,4 +1,4 @@
-"""A flush of an output over somebody else's redis-py client, which blocks: for the tasks of Celery's workers."""
+"""Write a flush with the caller's blocking redis-py client: for the tasks of Celery's workers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ __all__ = ["flush_now"]
 
 
 def flush_now(client: Any, key: str, flush: Flush) -> int:
-    """Put ``flush`` into the log beside the result ``key``; returns its epoch there. Bears being done twice.
+    """Append ``flush`` to the log of the result ``key``, and return its epoch there. The call is idempotent.
 
-    ``client`` is a `redis.Redis`; what that raises is raised. Raises `OutputSuperseded`.
+    ``client`` is a `redis.Redis`. Raises `OutputSuperseded` if another producer has taken over the output, and the
+    errors of the client.
     """
     commands = flush_commands(key, flush)
     if not flush.epoch:
@@ -33,7 +34,7 @@ def flush_now(client: Any, key: str, flush: Flush) -> int:
     if not refused:
         return flush.epoch
     if refused == replies[:1]:
-        # Refused as a repetition, or for a newer epoch: the log itself says which.
+        # Redis refused the entry as a repetition, or because of a newer epoch. The end of the log tells which.
         top = top_of(client.execute_command(*last_of(sibling(key, ".out"))))
         if top.epoch > flush.epoch:
             raise superseded(flush.task_id)

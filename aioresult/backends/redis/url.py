@@ -1,6 +1,6 @@
-"""From a URL, and options beside it, to the arguments of redis-py's connection; Celery's spellings included.
+"""Turns a URL and ``connect_options`` into the arguments of redis-py's connection. Celery's spellings are known, too.
 
-Celery's reading of the same URLs is in ``celery/backends/redis.py`` (5.7): ``RedisBackend._params_from_url``.
+Celery reads the same URLs in ``celery/backends/redis.py`` (5.7): ``RedisBackend._params_from_url``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...urls import ENCODE, authority_fault, show_malformed
 
 __all__ = ["connection_options", "leads_elsewhere", "resolved_url", "url_options"]
 
-#: Arguments that only redis-py's blocking TLS connection has. Switched off, they say nothing.
+#: Arguments that only redis-py's blocking TLS connection has. They are ignored if they are switched off.
 _OCSP: Final = ("ssl_validate_ocsp", "ssl_validate_ocsp_stapled", "ssl_ocsp_context", "ssl_ocsp_expected_cert")
 #: Scheme → redis-py's name for it.
 _SCHEMES: Final = {"socket": "unix", "valkey": "redis", "valkeys": "rediss"}
@@ -38,13 +38,13 @@ _PLACE: Final = frozenset({"host", "port", "path", "db"})
 
 
 class _MalformedUrl(ValueError):
-    """Its message quotes nothing of the URL."""
+    """The URL is malformed. The message quotes no part of it."""
 
 
 def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[AbstractConnection], dict[str, Any]]:
-    """The class and the arguments of redis-py's connection for ``url``; those ``given`` take precedence.
+    """The class and the arguments of redis-py's connection for ``url``. The ``given`` arguments take precedence.
 
-    :raises ImproperlyConfigured: redis-py would not take them; says which.
+    :raises ImproperlyConfigured: redis-py does not take an argument; the message names it.
     """
     try:
         options = {**url_options(url), **given}
@@ -52,10 +52,10 @@ def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[Abstrac
         if provider := options.get("credential_provider"):
             options["credential_provider"] = _provider(provider)
             if options.get("username") or options.get("password"):
-                raise ValueError("a credential provider takes the place of the user name and the password; drop either")
+                raise ValueError("a credential provider replaces the user name and the password; pass only one of them")
         _checked_tls(options)
         if issubclass(connection_class, SSLConnection) and options.get("ssl_cert_reqs", "required") != "none":
-            options.setdefault("ssl_check_hostname", True)  # redis-py before 6 takes any host's certificate
+            options.setdefault("ssl_check_hostname", True)  # redis-py before 6 accepts the certificate of any host
         for name in ("protocol", "db"):
             if name in options:
                 options[name] = int(options[name])
@@ -72,9 +72,9 @@ def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[Abstrac
 
 
 def url_options(url: str) -> dict[str, Any]:
-    """The arguments that ``url`` itself gives, ``connection_class`` among them where it is not the plain one.
+    """The arguments that ``url`` itself gives. ``connection_class`` is among them unless it is the plain class.
 
-    :raises ValueError: it is malformed; quotes nothing that may be a password.
+    :raises ValueError: the URL is malformed. The message quotes nothing that may be a password.
     """
     if fault := ENCODE if _cut_password(url) else authority_fault(url):
         raise _MalformedUrl(fault)
@@ -86,12 +86,12 @@ def url_options(url: str) -> dict[str, Any]:
     scheme = parts.scheme.rpartition("+")[2]
     scheme = _SCHEMES.get(scheme, scheme)
     virtual_host = query.pop("virtual_host", None)
-    if virtual_host is not None and scheme == "unix":  # over TCP Celery takes the number from the path alone
+    if virtual_host is not None and scheme == "unix":  # over TCP Celery takes the database from the path alone
         query["db"] = virtual_host.strip("/")
-    query.pop("max_connections", None)  # of a pool
+    query.pop("max_connections", None)  # an option of a pool
     options: dict[str, Any] = dict(parse_url(parts._replace(scheme=scheme, query=urlencode(query)).geturl()))
     if scheme in ("redis", "rediss") and "db" not in query and (database := unquote(parts.path).strip("/")):
-        if not database.isdecimal():  # redis-py passes over what is no number
+        if not database.isdecimal():  # redis-py would ignore such a path
             raise _MalformedUrl(f"the database must be a number, as in redis://localhost:6379/0; {ENCODE}")
         options["db"] = int(database)
     if "credential_provider" in options:
@@ -101,9 +101,9 @@ def url_options(url: str) -> dict[str, Any]:
 
 
 def _cut_password(url: str) -> bool:
-    """Whether an unescaped character has cut a name or a password in two.
+    """Whether an unescaped character has cut the user name or the password in two.
 
-    An ``@`` may stand in the value of an option, and in the path of a unix socket.
+    An ``@`` is allowed in the value of an option, and in the path of a unix socket.
     """
     authority, beyond = _halves(url)
     path, _, more = beyond.partition("?")
@@ -113,14 +113,14 @@ def _cut_password(url: str) -> bool:
 
 
 def _halves(url: str) -> tuple[str, str]:
-    """What stands before the path, with the name and the password; and the rest."""
+    """The part of the URL before the path, which has the user name and the password; and the rest."""
     rest = url.partition("://")[2]
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     return authority, rest[len(authority) :]
 
 
 def _reason(exc: Exception, url: str, given: Mapping[str, Any]) -> str:
-    """What is wrong, in words that quote no part of a password."""
+    """What is wrong, in a text that quotes no part of a password."""
     if isinstance(exc, _MalformedUrl):
         return str(exc)
     if "@" in _halves(url)[1]:
@@ -137,7 +137,7 @@ def _reason(exc: Exception, url: str, given: Mapping[str, Any]) -> str:
 
 
 def resolved_url(connection_class: type[AbstractConnection], options: Mapping[str, Any]) -> str:
-    """A URL for the server and the database that ``options`` lead to, without credentials: for errors and equality."""
+    """The URL of the server and the database that ``options`` lead to, without credentials; for errors and equality."""
     database = options.get("db", 0)
     if issubclass(connection_class, UnixDomainSocketConnection):
         return f"unix://{options.get('path', '')}?db={database}"
@@ -147,12 +147,12 @@ def resolved_url(connection_class: type[AbstractConnection], options: Mapping[st
 
 
 def leads_elsewhere(given: Mapping[str, Any]) -> bool:
-    """Whether options beside a URL change the server or the database that it names."""
+    """Whether ``connect_options`` name another server or database than the URL."""
     return not _PLACE.isdisjoint(given)
 
 
 def _provider(given: Any) -> CredentialProvider:
-    """A credential provider from an instance, a class, or the path of one: ``package.module.Class``."""
+    """A credential provider from an instance, from a class, or from the path of a class: ``package.module.Class``."""
     if isinstance(given, str):
         try:
             given = pkgutil.resolve_name(given)
@@ -172,9 +172,9 @@ def _checked_tls(options: dict[str, Any]) -> None:
         requirement = options["ssl_cert_reqs"]
         if isinstance(requirement, int):
             requirement = ssl.VerifyMode(requirement).name
-        # Before 6, redis-py's asyncio connection takes nothing but these words.
+        # Before 6, redis-py's asyncio connection takes only these words.
         options["ssl_cert_reqs"] = str(requirement).lower().removeprefix("cert_")
     for name in _OCSP:
         value = options.pop(name, None)
         if value.lower() not in _FALSE if isinstance(value, str) else value:
-            raise ValueError(f"{name} is of redis-py's blocking connection; its asyncio connection has no OCSP")
+            raise ValueError(f"{name} needs redis-py's blocking connection; remove it: asyncio connections lack OCSP")
