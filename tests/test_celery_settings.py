@@ -332,10 +332,10 @@ def test_connect_options_say_where_a_backend_is(url: str, given: dict[str, Any],
         (
             "redis://bob:s3cr3t@h",
             {"credential_provider": Provider},
-            "takes the place of the user name and the password",
+            "replaces the user name and the password",
         ),
-        ("rediss://h", {"ssl_validate_ocsp": True}, "ssl_validate_ocsp .* has no OCSP"),
-        ("rediss://h?ssl_validate_ocsp=true", {}, "ssl_validate_ocsp .* has no OCSP"),
+        ("rediss://h", {"ssl_validate_ocsp": True}, "ssl_validate_ocsp .* lack OCSP"),
+        ("rediss://h?ssl_validate_ocsp=true", {}, "ssl_validate_ocsp .* lack OCSP"),
         ("rediss://h", {"ssl_cert_reqs": 7}, "7 is not a valid VerifyMode"),
         ("rediss://h", {"ssl_cert_reqs": "often"}, "[Ii]nvalid SSL Certificate Requirements"),
         # a password that is not percent-encoded, a part of which would be taken for a port

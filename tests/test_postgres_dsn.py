@@ -105,7 +105,7 @@ def test_several_hosts_stay_as_they_are() -> None:
         ("replication=database", "asyncpg cannot do replication=database"),
         ("require_auth=scram-sha-256", "asyncpg has no require_auth"),
         ("scram_client_key=s3cr3t", "asyncpg has no scram_client_key"),
-        ("hostaddr=127.0.0.1", "hostaddr is libpq's alone; write the address in place of the host"),
+        ("hostaddr=127.0.0.1", "only libpq has hostaddr; write the address in place of the host"),
         ("sslmode=no", "sslmode must be one of allow, disable"),
         ("sslmode=disable&channel_binding=require", "channel_binding=require needs TLS"),
         ("sslrootcert=system&sslcert=c", "sslcert needs an sslrootcert that is a file"),

@@ -1,4 +1,7 @@
-"""The PostgreSQL backend. The head of `backend` says how it pushes; `schema` has the tables, `statements` the SQL."""
+"""The PostgreSQL backend. The docstring of `backend` explains how results are pushed to waiters.
+
+`schema` has the tables, and `statements` has the SQL.
+"""
 
 from .backend import PostgresBackend
 from .schema import schema_sql

@@ -1,6 +1,7 @@
--- Flushes (aioresult.log.Flush) that open an output, or whose log is not what their producer believes, in order of their
--- ids. For each, the epoch of the log, or null if another producer has it. News goes to the channels that begin with
--- prefix. The flushes of open outputs, which are nearly all, need no function.
+-- Write flushes (aioresult.log.Flush) that open an output, and flushes whose epoch is not that of the log. An epoch is
+-- one attempt of the task, or one producer. The flushes are in order of their ids. Returns for each the epoch of the
+-- log, or null if another producer has the log. News goes to the channels that begin with prefix. Nearly all flushes
+-- belong to an open output, and need no function.
 CREATE OR REPLACE FUNCTION {append}(
     prefix text, ids text[], epochs bigint[], lasts bigint[], datas bytea[], states text[], keeps bigint[],
     lifetimes float8[], writers text[], runs text[]
@@ -20,7 +21,8 @@ BEGIN
             WITH ORDINALITY AS f(id, epoch, last, data, state, keep, lives, writer, run, place) ORDER BY place
     LOOP
         IF flush.epoch = 0 AND flush.run <> '' THEN
-            -- Held until the end, so that no run starts, and opens the output, before this has.
+            -- Lock the note until the end of the transaction, so that no other run starts and opens the output
+            -- meanwhile.
             SELECT r.run, r.over INTO note FROM {runs} r
             WHERE r.task_id = flush.id AND r.expires_at > clock_timestamp() FOR SHARE;
             IF FOUND AND (note.run <> flush.run OR note.over) THEN
@@ -31,7 +33,7 @@ BEGIN
         FOR attempt IN 1..100 LOOP
             SELECT l.epoch, l.writer, l.expires_at INTO log FROM {logs} l WHERE l.task_id = flush.id FOR UPDATE;
             EXIT WHEN FOUND;
-            -- There may be a row all the same, as in the function that takes steps of chords.
+            -- There may be a row all the same; see the same loop in chord_steps.sql.
             INSERT INTO {logs} (task_id) VALUES (flush.id) ON CONFLICT DO NOTHING;
         END LOOP;
         IF log IS NULL THEN
@@ -47,15 +49,15 @@ BEGIN
         news := flush.data <> '' OR flush.state <> '';
         given := flush.epoch;
         IF given = 0 AND log.epoch <> 0 AND log.writer = flush.writer THEN
-            given := log.epoch; -- this very flush, repeated after its reply was lost
+            given := log.epoch; -- the producer repeats this flush because its reply was lost
             news := false;
         ELSIF given = 0 AND flush.run <> '' AND EXISTS (
             SELECT FROM {output} o WHERE o.task_id = flush.id AND o.epoch = log.epoch AND o.state = 'SUCCESS'
         ) THEN
-            RETURN QUERY SELECT NULL::bigint; -- what has succeeded stays
+            RETURN QUERY SELECT NULL::bigint; -- the output of a run that has succeeded stays
             CONTINUE;
         ELSIF given = 0 THEN
-            -- Above the last one, also where the clock was set back.
+            -- The new epoch is above the last one even if the clock was set back.
             given := greatest((extract(epoch FROM moment) * 1000)::bigint, log.epoch + 1);
             DELETE FROM {output} o WHERE o.task_id = flush.id;
             log.epoch := CASE WHEN news THEN given ELSE 0 END;

@@ -1,8 +1,8 @@
-"""The PostgreSQL backend: Celery's tables, and a trigger that pushes where Celery polls.
+"""The PostgreSQL backend: Celery's tables, and a trigger that pushes results where Celery polls.
 
-Whoever stores, we or a Celery worker, the trigger notifies one of a fixed set of channels of the id and the state. The
-waiting side listens to the channels on which it waits for anything and reads what it hears of. Concurrent stores become
-one statement, and with it one commit: NOTIFY takes a lock of the whole database there.
+On every store, by aioresult or by a Celery worker, the trigger sends the id and the state to one of a fixed set of
+channels. A waiting backend listens to the channels of its ids, and reads each result that it hears of. Concurrent
+stores become one statement and one commit, because at a commit NOTIFY takes a lock of the whole database.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ __all__ = ["PostgresBackend"]
 
 T = TypeVar("T")
 
-#: As Celery's table is made.
+#: The length of an id in Celery's table.
 _MAX_ID_LENGTH = 155
-#: Seconds of silence after which creating the schema is given up: more than it waits for any lock.
+#: Seconds of silence after which `create_schema` gives up. The statements wait for any lock for a shorter time.
 _SCHEMA_BOUND = 15.0
-#: What is waited for and belongs to no id, and the channels of that.
+#: The topics without an id, and their channels. A topic is the hub's name for what its waiters wait for.
 _CHANNELS = {READY_TOPIC: "ready", WORKERS_TOPIC: "workers"}
 #: Celery's names for its tables.
 _USUAL = Tables()
@@ -72,19 +72,20 @@ class PostgresBackend(Backend):
 
     Further options:
 
-    - ``schema``, ``table``, ``group_table``: names of Celery's tables where they are not the usual ones; without
-      ``schema`` the ``search_path`` decides. The tables of django-celery-results are read and awaited, not written:
-      ``table="django_celery_results_taskresult"``; they are found without it where Celery's own are not there.
-    - ``create``: true creates what is missing (`create_schema`) on open, false never does; by default an empty database
-      gets its tables, one that has Celery's is left alone.
+    - ``schema``, ``table``, ``group_table``: names of Celery's tables, if they differ from the usual ones. Without
+      ``schema`` the ``search_path`` decides. The tables of django-celery-results are read and awaited, but not written:
+      ``table="django_celery_results_taskresult"``. Without ``table`` they are found if Celery's own tables are missing.
+    - ``create``: true creates what is missing (`create_schema`) on open; false never does. By default tables are
+      created in an empty database only, and a database that has Celery's tables is not changed.
     - ``listen_dsn``: where to LISTEN, if the URL leads through a pooler in transaction mode.
-    - ``pool``: an `asyncpg.Pool` of yours, instead of the URL. It stays yours to close, after the backend; one of its
-      connections is held for listening, unless ``listen_dsn`` or ``connect`` is given.
+    - ``pool``: an `asyncpg.Pool` of yours, instead of the URL. You close it, after the backend. The backend holds one
+      of its connections for listening, unless ``listen_dsn`` or ``connect`` is given.
     - ``connect``: a coroutine function that returns a new `asyncpg.Connection`, instead of the URL.
     - ``connect_options``: arguments for `asyncpg.connect` (``ssl``, ``statement_cache_size``, ``server_settings``, …).
-    - ``durable_output``: whether what a running task sends is on the server's disk before it counts as sent. Without it
-      a crash of the server loses the last moments of the outputs of tasks that run; never of those that have a result.
-    - ``cleanup_interval``: seconds between background runs of `cleanup`, one process at a time; 0 for none.
+    - ``durable_output``: whether output of a running task is on the server's disk before it counts as sent. Without it
+      a crash of the server loses the last moments of output of tasks that run. It never loses output of tasks that have
+      a result.
+    - ``cleanup_interval``: seconds between background runs of `cleanup`, by one process at a time; 0 for none.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class PostgresBackend(Backend):
             _USUAL.group_table if group_table is None else group_table,
         )
         djangos = Tables(schema, TABLE, GROUP_TABLE if group_table is None else group_table)
-        #: Where the results may be, in the order in which it is looked.
+        #: The tables that may have the results, in the order in which the backend looks for them.
         self._places = [djangos] if table == TABLE else [celerys, djangos] if table is None else [celerys]
         self._tables = self._places[0]
         self._max_id_length = MAX_ID_LENGTH if table == TABLE else _MAX_ID_LENGTH
@@ -122,36 +123,40 @@ class PostgresBackend(Backend):
         self._has_factory = connect is not None
         if pool is not None and listen_dsn is None and connect is None and pool.get_max_size() < 2:
             raise ImproperlyConfigured(
-                f"the pool given for {self.as_uri()} has one connection, and one is held for listening: make it with "
+                f"the pool given for {self.as_uri()} has one connection, and one is needed for listening: make it with "
                 f"max_size=2 or more, or pass listen_dsn="
             )
         self._durable_output = checked_flag("durable_output", durable_output)
         self._cleanup_interval: float = checked_seconds("cleanup_interval", cleanup_interval)
         self._listener: Listener | None = None
         self._has_listened = False
-        self._waiting: dict[str, set[str]] = {}  # channel → the ids waited for on it
+        self._waiting: dict[str, set[str]] = {}  # channel → the topics that are waited for on it
         self._cleaning: StandingTask | None = None
 
     @property
     def store_id(self) -> Hashable:
-        """The URL and the tables; this object where the caller's own connections may lead elsewhere."""
+        """What identifies the store: the URL and the tables.
+
+        It is this object if the caller's own connections may lead to another database than the URL.
+        """
         alone = self._connections.given is not None or self._has_factory
         return self if alone else (self.as_uri(), self._tables)
 
     # -- schema -----------------------------------------------------------------------------------------------------
 
     async def create_schema(self) -> None:
-        """Create what is missing of the tables, the triggers and the indexes; see `schema_sql`.
+        """Create the tables, triggers and indexes that are missing; see `schema_sql`.
 
-        The backend need not be open. It may be called again, and by several processes at once. Tables of Celery's that
-        are there already get two triggers and, where they are small, an index; those of django-celery-results get one
-        trigger.
+        The backend need not be open. It is safe to repeat the call, and to call it in several processes at once.
+        Existing tables of Celery get two triggers and, if they are small, an index. Those of django-celery-results get
+        one trigger.
 
-        :raises BackendConnectionError: a transaction has a table locked for more than two seconds, or the server was
+        :raises BackendConnectionError: a transaction kept a table locked for more than two seconds, or the server was
             away. Nothing was created; try again.
-        :raises BackendRefusedError: a right is missing.
+        :raises BackendRefusedError: the user lacks a right.
         """
-        await spawn(self._on_any_connection(self._run_schema))  # in an empty context, which the connection keeps
+        # In an empty context: a new connection keeps the context in which it was made.
+        await spawn(self._on_any_connection(self._run_schema))
 
     async def _on_any_connection(self, operation: Callable[[Any], Awaitable[T]]) -> T:
         if self._connections.pooled:
@@ -164,7 +169,7 @@ class PostgresBackend(Backend):
             await close_connection(connection)
 
     async def _find_tables(self, connection: Any) -> Found:
-        """What there is: of Celery's tables; or of Django's, if those are not there and these are in use."""
+        """Inspect Celery's tables; or those of django-celery-results, if they are in use and Celery's are missing."""
         found = [await inspect_tables(connection, names, self.as_uri()) for names in self._places]
         return found[-1] if found[0].tasks is None and (found[-1].notifies or found[-1].in_use) else found[0]
 
@@ -185,7 +190,7 @@ class PostgresBackend(Backend):
             connection.remove_log_listener(_warn)
 
     async def _inspect(self) -> None:
-        """Learn which tables and columns there are, create them if that is wanted, and prepare the statements."""
+        """Find out which tables and columns exist, create them if the options say so, and prepare the statements."""
         found = await self._connections.run(self._find_tables)
         nothing = found.tasks is None and found.groups is None
         if (self._create and not found.up_to_date) or (self._create is None and nothing):
@@ -262,8 +267,8 @@ class PostgresBackend(Backend):
         task_id = super()._valid_id(task_id)
         if len(task_id) > self._max_id_length or "\x00" in task_id:
             raise UsageError(
-                f"PostgreSQL keeps ids of at most {self._max_id_length} characters without NUL, as Celery's table is "
-                f"made; this one has {len(task_id)}"
+                f"an id in Celery's table has at most {self._max_id_length} characters and no NUL; choose a shorter "
+                f"one: this one has {len(task_id)}"
             )
         return task_id
 
@@ -271,15 +276,15 @@ class PostgresBackend(Backend):
         async def fetch(connection: Any) -> Any:
             try:
                 return await connection.fetch(self._sql.fetch, task_ids)
-            except ValueError as exc:  # of asyncpg: the text of a database without an encoding (SQL_ASCII)
-                raise DecodeError(f"what is stored cannot be read: {exc}") from exc
+            except ValueError as exc:  # from asyncpg, for text in a database without an encoding (SQL_ASCII)
+                raise DecodeError(f"a stored result cannot be read: {exc}") from exc
 
         rows = await self._connections.run(fetch, BackendGetMetaError)
         found = {row["task_id"]: row for row in rows}
         return [found.get(task_id) for task_id in task_ids]
 
     def _encode(self, meta: TaskMeta) -> tuple[Any, ...]:
-        """The columns of the result, from ``status`` on; no more than `PLAIN_COLUMNS` if the others are null."""
+        """The columns of the result, from ``status`` on. Only `PLAIN_COLUMNS` if all others are null."""
         return self._rows.encode(meta)
 
     def _payload_size(self, payload: tuple[Any, ...]) -> int:
@@ -295,7 +300,7 @@ class PostgresBackend(Backend):
         return await self._connections.run(partial(self._stores().store, records), BackendStoreError)
 
     def _stores(self) -> Storing:
-        """What stores, where the tables can be stored to. Raises `BackendRefusedError` where they cannot."""
+        """The part that stores results. Raises `BackendRefusedError` if aioresult only reads these tables."""
         if isinstance(self._rows, DjangoRows):
             raise self._rows.refusal()
         return self._storing
@@ -394,7 +399,7 @@ class PostgresBackend(Backend):
         silent = [channel for channel in channels if not self._waiting.get(channel)]
         if self._listener is not None and not self._listener.lost:
             await self._connections.translated(self._listener.unlisten(silent))
-        for channel in silent:  # only now: a statement that was refused is repeated
+        for channel in silent:  # only after UNLISTEN: the hub repeats the call if the server has refused it
             self._waiting.pop(channel, None)
 
     async def _open_listener(self) -> Listener:
@@ -410,10 +415,10 @@ class PostgresBackend(Backend):
             heard = await listener.hears(self._notify)
         except asyncpg.ReadOnlySQLTransactionError as exc:
             await listener.close()
-            if self._has_listened:  # there was a failover, and the name may lead to the new primary soon
+            if self._has_listened:  # after a failover the host name may soon lead to the new primary: reconnect
                 raise
             raise BackendRefusedError(
-                f"{self.as_uri()} is a standby, where nothing can be listened to: waiting needs the primary"
+                f"{self.as_uri()} is a standby, and LISTEN does not work there: use the URL of the primary server"
             ) from exc
         except BaseException:
             await listener.close()
@@ -428,7 +433,10 @@ class PostgresBackend(Backend):
         return listener
 
     async def _notify(self, channel: str) -> None:
-        """Send the listener what proves that it hears us; and see which number the table has where we are now."""
+        """Send the listener a notification that proves that it hears us.
+
+        Also read the number of the table on the server: it may be another one after a reconnect.
+        """
         query = "SELECT to_regclass($1)::oid::int8 AS tasks, pg_notify($2, '')"
         row = await self._connections.on_connection(
             lambda connection: connection.fetchrow(query, self._tables.tasks, channel)
@@ -449,8 +457,8 @@ class PostgresBackend(Backend):
                 self._revoke_news(rest[int(length[:4]) :], rest[: int(length[:4])])
         elif kind == "gone":
             self._worker_news(rest)
-        elif kind.isdecimal():  # anybody who may connect can send anything
-            self._hub.mark_stale(rest[int(kind[:4]) :])  # behind the state, whose length it is
+        elif kind.isdecimal():  # any user of the database can send anything, so ignore all else
+            self._hub.mark_stale(rest[int(kind[:4]) :])  # ``kind`` is the length of the state before the id
 
     def _listener_lost(self, reason: BaseException) -> None:
         self._waiting.clear()
@@ -467,7 +475,7 @@ class PostgresBackend(Backend):
         return await self._cleaner.run()
 
     async def _keep_clean(self) -> None:
-        """`cleanup` every now and then, in one process at a time, and not in all at the same moment."""
+        """Run `cleanup` at intervals, in one process at a time. The intervals vary, so that processes spread out."""
         while True:
             await asyncio.sleep(self._cleanup_interval * random.uniform(0.8, 1.2))  # noqa: S311
             try:
@@ -475,11 +483,11 @@ class PostgresBackend(Backend):
             except BackendClosedError:
                 return
             except Exception as exc:
-                logger.warning("background cleanup of %s failed, and is tried again later: %s", self.as_uri(), exc)
+                logger.warning("background cleanup of %s failed, and will be retried: %s", self.as_uri(), exc)
 
 
 def _warn(connection: object, message: Any) -> None:
-    """Pass on what the schema warns of."""
+    """Pass on the warnings of the schema, such as that of a large table without an index."""
     if message.severity_en == "WARNING":
         logger.warning("%s", message.message)
 

@@ -1,6 +1,7 @@
--- One run at a time, and all of it in one transaction: with psql, pass -1.
+-- Only one session runs this at a time. It must be one transaction: with psql, pass -1.
 SET LOCAL lock_timeout = '10s';
 SELECT pg_advisory_xact_lock(hashtext('aioresult schema'));
--- Behind a statement that waits for a lock, every later writer waits too. Better to fail soon, and to be run again.
+-- While a statement waits for the lock of a table, every later writer waits, too. So fail soon; the caller can try
+-- again.
 SET LOCAL lock_timeout = '2s';
 {create_schema}

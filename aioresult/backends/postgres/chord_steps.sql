@@ -1,6 +1,6 @@
--- Steps of chords (aioresult.chord.ChordStep), those of one chord in a row. A chord is locked by the first step that
--- changes it, and written after the last; but its body and failure, which may be large, are written once, and read
--- only for the steps that ask for them. News goes to the channels that begin with prefix.
+-- Do steps of chords (aioresult.chord.ChordStep); the steps of one chord follow each other. The first step that changes
+-- a chord locks its row, and the last step writes the row. The body and the failure may be large: they are written
+-- once, and read only for steps that need them. News goes to the channels that begin with prefix.
 CREATE OR REPLACE FUNCTION {chord_steps}(
     prefix text, ops text[], gids text[], tokens text[], leases float8[], ttls float8[], runs text[], sizes bigint[],
     bodies bytea[], tids text[], indexes bigint[], parts bytea[], failures boolean[]
@@ -11,9 +11,9 @@ CREATE OR REPLACE FUNCTION {chord_steps}(
 DECLARE
     step record;
     chord record;
-    known boolean; -- whether the chord is there, and has not expired
+    known boolean; -- whether the chord exists and has not expired
     locked boolean;
-    fresh boolean; -- whether this call has made its row
+    fresh boolean; -- whether this call has created the row of the chord
     changed boolean;
     adding boolean;
     complete boolean;
@@ -42,8 +42,8 @@ BEGIN
                     locked := FOUND;
                 END IF;
                 EXIT WHEN locked OR NOT adding;
-                -- There may be a row all the same: cleanup had locked it, and has deleted it by the time that the lock
-                -- was to be had. So look again until there is one, and it is ours.
+                -- There may be a row all the same: if cleanup has locked and then deleted it, FOR UPDATE finds nothing.
+                -- So repeat this until the row exists and is locked.
                 INSERT INTO {chords} (group_id, expires_at) VALUES (step.gid, '-infinity') ON CONFLICT DO NOTHING;
                 fresh := FOUND;
             END LOOP;
@@ -56,7 +56,7 @@ BEGIN
             known := FOUND AND (fresh OR chord.expires_at > moment);
         END IF;
         IF adding AND NOT known OR step.op = 'create' AND chord.done AND chord.run <> step.run THEN
-            -- It has expired, or is created again.
+            -- The chord has expired, or is created again.
             DELETE FROM {chord_parts} p WHERE p.group_id = step.gid;
             UPDATE {chords} c SET body = NULL, failure = NULL WHERE c.group_id = step.gid;
             chord.size := NULL;
@@ -79,7 +79,7 @@ BEGIN
         complete := false;
         mine := step.token <> '' AND chord.token = step.token;
         IF chord.done THEN
-            claimed := mine AND step.op = 'finish'; -- this very step, repeated after its reply was lost
+            claimed := mine AND step.op = 'finish'; -- the caller repeats this step because its reply was lost
         ELSE
             IF adding THEN
                 chord.size := coalesce(step.size, chord.size);
@@ -111,7 +111,7 @@ BEGIN
                     chord.claimed_until := moment + step.lease * interval '1 second';
                 END IF;
             ELSIF complete AND mine AND step.op IN ('release', 'finish') THEN
-                -- Also when the lease has run out, for nobody has claimed since.
+                -- The lease may have run out: no other process has claimed the chord since.
                 changed := true;
                 news := true;
                 chord.claimed_until := '-infinity';

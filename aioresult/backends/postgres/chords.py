@@ -1,4 +1,4 @@
-"""Chords in PostgreSQL: the function that takes their steps, called for many at once."""
+"""Chords in PostgreSQL. A function in the database does the steps of chords; one call does many steps."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .statements import CLEANUP_BATCH, Statements
 
 __all__ = ["ChordTable"]
 
-#: The place of parts without an index: after all others, and there in order of arrival.
+#: The index of a part without one: it comes after all other parts. Such parts are in order of arrival.
 _NO_INDEX = 2**62
 
 
-#: The steps with which the saved group of a chord lives on.
+#: The steps that extend the life of the chord's saved group.
 _KEEPING = frozenset({ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART, ChordOp.CLAIM, ChordOp.RENEW, ChordOp.FINISH})
 
 
 class ChordTable:
-    """The chords of one schema, on whatever connection it is given."""
+    """The chords in one set of tables. The caller passes the connection to each method."""
 
     def __init__(self, names: Tables, statements: Statements) -> None:
-        # A saved group lives as long as its chord: it has the shape of what is nested in the header.
+        # A saved group lives as long as its chord: it says how the groups in the header are nested.
         self._steps = f"""
             WITH living_on AS ({statements.living_on})
             SELECT * FROM {names.chord_steps}({prefix_sql(names)}, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"""
@@ -42,8 +42,8 @@ class ChordTable:
             SELECT count(*)::int AS forgotten, count(*)::int AS removed FROM deleted"""
 
     async def take(self, connection: Any, steps: Sequence[ChordStep]) -> list[ChordState]:
-        """Take the steps, all in one transaction."""
-        # By group, as the function wants it, and so that two batches lock their common rows in the same order.
+        """Do the steps, all in one transaction."""
+        # In order of the groups: the function needs that, and two batches must lock common rows in the same order.
         order = sorted(range(len(steps)), key=lambda index: steps[index].group_id)
         columns = zip(*(_row(steps[index]) for index in order), strict=True)
         rows = await connection.fetch(self._steps, *columns)
@@ -57,7 +57,7 @@ class ChordTable:
         return states
 
     async def active(self, connection: Any) -> list[str]:
-        """The chords that are complete and not finished."""
+        """The ids of the chords that are complete, and whose callbacks are not dispatched yet."""
         return [row["group_id"] for row in await connection.fetch(self._active)]
 
 

@@ -8,7 +8,7 @@ BEGIN
             count bigint NOT NULL DEFAULT 0,
             body bytea,
             failure bytea,
-            token text NOT NULL DEFAULT '', -- of the last claim
+            token text NOT NULL DEFAULT '', -- names the holder of the last claim
             claimed_until timestamptz NOT NULL DEFAULT '-infinity',
             done boolean NOT NULL DEFAULT false,
             expires_at timestamptz NOT NULL

@@ -1,4 +1,4 @@
-"""Removing what has expired, in steps of a bounded number of rows."""
+"""Removes expired rows, a bounded number in each transaction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Cleaner", "CleanupStatements"]
 
 
 class CleanupStatements(Protocol):
-    """What is sent; see `aioresult.backends.postgres.statements.Statements`."""
+    """The SQL statements of cleanup; see `aioresult.backends.postgres.statements.Statements`."""
 
     cleanup: list[str]
     by_default: list[str]
@@ -22,9 +22,9 @@ class CleanupStatements(Protocol):
 
 
 class Cleaner:
-    """Cleans up one set of tables, and by the statements ``beside`` what is neither a result nor a group.
+    """Cleans up one set of tables. The statements ``beside`` clean up chords and running tasks.
 
-    ``name`` is the same for every process that cleans up the same tables.
+    ``name`` must be the same in every process that cleans up the same tables.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class Cleaner:
         self._orphans_after: dict[str, str] = {}
 
     async def run(self, alone: bool = False) -> int:
-        """Remove what has expired, and return how many results, groups, chords, outputs and notes of runs that was.
+        """Remove what has expired. Returns the number of removed results, groups, chords, outputs and notes of runs.
 
-        ``alone``: leave it to another process that does the same.
+        With ``alone`` this does nothing while another process cleans up.
         """
         total = 0
         step = partial(self._step, alone)
@@ -62,7 +62,7 @@ class Cleaner:
         return await self._connections.run(partial(self._step_on, alone, statement, args))
 
     async def _step_on(self, alone: bool, statement: str, args: Sequence[Any], connection: Any) -> Any:
-        # The lock is the transaction's, not the session's, which a pooler may take away.
+        # The lock belongs to the transaction, not to the session: a pooler may take the session away.
         async with connection.transaction():
             if alone and not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", self._lock):
                 return {"forgotten": 0, "removed": 0, "looked": 0, "last": "", "date_done": "", "key": ""}

@@ -1,4 +1,4 @@
-"""The connections of one PostgreSQL backend: how they are made, what runs on them, and what their errors mean."""
+"""The connections of one PostgreSQL backend: makes them, runs operations on them, and translates their errors."""
 
 from __future__ import annotations
 
@@ -35,28 +35,29 @@ E = TypeVar("E", bound=BackendError)
 #: a race or its time, a server that is full, starting or stopping, a lock or statement timeout, a standby that may be
 #: promoted.
 _TRANSIENT = ("08", "40", "25P03", "25P04", "53300", "57", "55P03", "25006")
-#: … and after which it will not, for any caller: authentication, permission, no such statement, database, schema, table
-#: or column.
+#: SQLSTATE classes after which the same statement will fail again for every caller: authentication, permission, no such
+#: statement, database, schema, table or column.
 _REFUSED = ("26", "28", "3D", "3F", "42")
-#: … and that may quote the user, whose name is also that of the database unless the URL says otherwise.
+#: SQLSTATE classes whose texts may quote the name of the user, or of a database with the same name. If the URL lacks a
+#: colon, that name may be the password.
 _WHO = ("28", "3D")
-#: … and that say something of the server, not of one record in a batch.
+#: SQLSTATE classes that concern the server, and so the whole batch instead of one record in it.
 _WHOLE_BATCH = ("53", "54", "58")
 
 _OF_A_POOLER = "; behind a pooler in transaction mode, pass connect_options={'statement_cache_size': 0}"
 
 CANNOT_REACH = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
-#: For connections of our own: a plan that was made while a table was empty is used as long as the connection lives, and
-#: must not be one that reads the table from end to end. See `statements`.
+#: Settings of the connections that aioresult makes. The server uses a plan that it made while a table was empty for as
+#: long as the connection lives. Such a plan must not read the table from end to end. See `statements`.
 _PLANNING = {"enable_seqscan": "off", "jit": "off"}
 
 
 class Connections:
-    """Makes connections to ``dsn``, or by the caller's ``connect``, and runs operations on those of a pool.
+    """Makes connections to ``dsn``, or with the caller's ``connect``, and runs operations on a pool of them.
 
-    ``where`` names the server in errors. ``heartbeat`` is in seconds, as is ``patience`` with a pool that is full. A
-    pool of the caller's, ``given``, stays the caller's to close.
+    ``where`` names the server in errors. ``heartbeat`` is in seconds. ``patience`` is in seconds, too: for so long a
+    full pool of the caller counts as a passing trouble. ``given`` is the caller's pool, which the caller closes.
     """
 
     def __init__(
@@ -86,13 +87,13 @@ class Connections:
         self._options = options
         self._connect = connect
         self._pool: asyncpg.Pool[Any] | None = None
-        #: Settled when the attempt to connect that is under way has ended: with an exception if it failed.
+        #: Done when the attempt to connect that is in flight has ended, with an exception if it failed.
         self._attempt: asyncio.Future[None] | None = None
         self._made: WeakSet[asyncpg.Connection[Any]] = WeakSet()
         self._planning: Mapping[str, str] = _PLANNING
-        #: How many operations run.
+        #: The number of operations that run.
         self._in_use = 0
-        #: Since when the caller has had all connections of the pool given.
+        #: The time since which the caller has held all connections of its pool; ``None`` if it does not.
         self._full_since: float | None = None
 
     @property
@@ -105,17 +106,17 @@ class Connections:
         if self.given is not None:
             if getattr(self.given, "_loop", None) not in (None, asyncio.get_running_loop()):
                 raise UsageError(
-                    f"the pool given for {self._where} belongs to another event loop or process; pass one of this one"
+                    f"the pool given for {self._where} belongs to another event loop or process; make one in this loop"
                 )
             self._pool = self.given
         else:
-            # No connection that asyncpg keeps up by itself: its attempts would outlive an outage that we have reported.
+            # min_size=0, so that asyncpg makes no connection by itself: its attempts would outlive the reported outage.
             self._pool = await asyncpg.create_pool(
                 min_size=0, max_size=6, connect=lambda *_, **__: self._in_turn(), reset=_reset
             )
 
     async def close(self) -> None:
-        """Close the pool, unless it is the caller's."""
+        """Close the pool, unless it belongs to the caller."""
         pool, self._pool = self._pool, None
         if pool is not None and pool is not self.given:
             try:
@@ -125,7 +126,7 @@ class Connections:
                 pool.terminate()
 
     def abandon(self) -> None:
-        """Forget every connection, without the event loop: it has ended, or is the parent process's."""
+        """Drop every connection without the event loop: that loop has ended, or belongs to the parent process."""
         self._pool = self._attempt = None
         self._in_use = 0
         for connection in tuple(self._made):
@@ -134,7 +135,7 @@ class Connections:
                 silence(transport)
 
     async def new(self, dsn: Dsn | None = None) -> asyncpg.Connection[Any]:
-        """A connection to ``dsn``, without one to where the caller's factory or the URL leads."""
+        """A new connection to ``dsn``. Without ``dsn`` the caller's ``connect`` makes it, or it leads to the URL."""
         if dsn is None and self._connect is not None:
             made = await self._connect()
             self._made.add(made)
@@ -148,17 +149,17 @@ class Connections:
         except asyncpg.ProtocolViolationError as exc:
             if not self._planning or "parameter" not in str(exc):
                 raise
-            self._planning = {}  # PgBouncer refuses settings that it does not know
+            self._planning = {}  # a PgBouncer refuses settings that it does not know: connect without them
             return await self.new(dsn)
         except ssl.SSLCertVerificationError as exc:
             raise BackendRefusedError(f"{self._where}: {exc}") from exc
-        except (ValueError, TypeError) as exc:  # what asyncpg makes of a malformed DSN or option
+        except (ValueError, TypeError) as exc:  # asyncpg raises these for a malformed DSN or option
             raise ImproperlyConfigured(f"{self._where}: {hide_lone_user(str(exc), text)}") from None
         self._made.add(connection)
         return connection
 
     async def _in_turn(self) -> asyncpg.Connection[Any]:
-        """A connection for the pool. One attempt at a time; when it fails, it has failed for all that wait."""
+        """Make a connection for the pool. Only one attempt runs at a time; if it fails, all waiting calls fail."""
         while self._attempt is not None:
             await asyncio.shield(self._attempt)
         attempt = self._attempt = asyncio.get_running_loop().create_future()
@@ -166,7 +167,7 @@ class Connections:
             return await self.new()
         except Exception as exc:
             attempt.set_exception(exc)
-            attempt.exception()  # there may be nobody to tell
+            attempt.exception()  # mark it as retrieved: perhaps no other call waits for this attempt
             raise
         finally:
             self._attempt = None
@@ -174,11 +175,14 @@ class Connections:
                 attempt.set_result(None)
 
     async def run(self, operation: Callable[[Any], Awaitable[T]], otherwise: type[BackendError] = BackendError) -> T:
-        """``operation`` on a connection of the pool, with its errors translated."""
+        """Run ``operation`` on a connection of the pool, and translate its errors."""
         return await self.translated(self.on_connection(operation), otherwise)
 
     async def on_connection(self, operation: Callable[[Any], Awaitable[T]]) -> T:
-        """The same, with a bound on how long a server may keep silent, and asyncpg's errors."""
+        """Run ``operation`` on a connection of the pool. Errors of statements are those of asyncpg.
+
+        A server that is silent for too long raises `BackendConnectionError`.
+        """
         pool = self._pool or self.given
         if pool is None:
             raise BackendConnectionError(f"the pool of {self._where} is closed")
@@ -204,10 +208,10 @@ class Connections:
             await pool.release(connection)
 
     async def acquire(self, pool: asyncpg.Pool[Any]) -> Any:
-        """A connection of the pool, to be released.
+        """Take a connection from the pool. The caller must release it.
 
-        Raises `BackendRefusedError` if the caller's pool is closed, or if the caller has all of its connections: a
-        handler that waits for a result while it holds one may be what keeps them.
+        Raises `BackendRefusedError` if the caller's pool is closed, or if all of its connections are in use for too
+        long. The latter happens if request handlers hold a connection while they wait for a result.
         """
         try:
             connection = await pool.acquire(timeout=2 * self._heartbeat)
@@ -223,7 +227,7 @@ class Connections:
             now = asyncio.get_running_loop().time()
             if self._in_use or self._full_since is None:
                 self._full_since = now
-            # At first it may be the server that does not answer, to the caller's queries as well.
+            # At first the cause may be a server that does not answer the caller's queries: let the backend retry.
             kind = BackendConnectionError if now - self._full_since < self._patience else BackendRefusedError
             raise kind(
                 f"none of the {pool.get_max_size()} connections of the pool given for {self._where} has become free "
@@ -231,11 +235,14 @@ class Connections:
             ) from exc
 
     async def query(self, sql: str, *args: Any, otherwise: type[BackendError] = BackendError) -> Any:
-        """The first row that ``sql`` brings."""
+        """Run ``sql``, and return its first row."""
         return await self.run(lambda connection: connection.fetchrow(sql, *args), otherwise)
 
     async def translated(self, operation: Awaitable[T], otherwise: type[BackendError] = BackendError) -> T:
-        """The one place where an error of asyncpg becomes an error of ours: ``otherwise`` if nothing more is known."""
+        """Await ``operation``, and turn an error of asyncpg into an error of this library. This happens nowhere else.
+
+        The error is an ``otherwise`` unless its SQLSTATE tells more.
+        """
         try:
             return await operation
         except AioResultError:
@@ -246,7 +253,7 @@ class Connections:
     def _error_of(self, exc: Exception, otherwise: type[E]) -> E | BackendConnectionError | BackendRefusedError:
         if not isinstance(exc, asyncpg.PostgresError):
             return BackendConnectionError(f"cannot reach {self._where}: {str(exc) or type(exc).__name__}")
-        # Not its details, which quote the row.
+        # The text leaves out the details of the server's error, because they quote the row.
         code = exc.sqlstate or ""
         kind: type[E | BackendConnectionError | BackendRefusedError] = otherwise
         if code.startswith(_TRANSIENT):
@@ -254,7 +261,7 @@ class Connections:
         elif code.startswith(_REFUSED):
             kind = BackendRefusedError
         remedy = _OF_A_POOLER if code in ("26000", "42P05") else ""
-        if code.startswith(_WHO):  # in the cause of our error, too
+        if code.startswith(_WHO):  # changes asyncpg's error, too: it is the cause of our error, and is shown with it
             exc.args = (hide_lone_user(str(exc.args[0]), self._dsn.text), *exc.args[1:])
         error = kind(f"{self._where}: {exc.args[0]} [{code}]{remedy}")
         if code.startswith(_WHOLE_BATCH):
@@ -263,6 +270,9 @@ class Connections:
 
 
 async def _reset(connection: Any) -> None:
-    """Instead of asyncpg's reset, which is a round trip after every use: ours leave nothing behind but this."""
+    """Reset a connection of the pool. asyncpg's own reset would cost a round trip after every use.
+
+    An operation of this library leaves nothing behind but, if it was interrupted, an open transaction.
+    """
     if connection.is_in_transaction():
         await connection.execute("ROLLBACK")

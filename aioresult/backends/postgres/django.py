@@ -1,9 +1,9 @@
-"""The tables of django-celery-results: read and awaited, never written.
+"""The tables of django-celery-results. aioresult reads them and waits for their results, but never writes them.
 
-They are those of django-celery-results 2.4 to 2.6 (``django_celery_results/models.py``): what Celery stores with
-``result_backend = "django-db"``. A result is text, in base64 where the serializer makes bytes
-(``backends/database.py``, ``encode_content``). Dates are of the type with a time zone, and nothing expires on reading:
-Django removes what is old.
+Celery stores there with ``result_backend = "django-db"``. The tables are those of django-celery-results 2.4 to 2.6
+(``django_celery_results/models.py``). A result is text, in base64 if the serializer makes bytes
+(``backends/database.py``, ``encode_content``). Dates have a time zone. Reading does not check the expiry of a result:
+Django removes old results.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ TABLE: Final = "django_celery_results_taskresult"
 GROUP_TABLE: Final = "django_celery_results_groupresult"
 MAX_ID_LENGTH: Final = 255
 
-#: The columns that a `TaskMeta` has fields for, by the names of these.
+#: The optional fields of `TaskMeta` → the columns that have them.
 _FIELDS: Final = {"name": "task_name", "args": "task_args", "kwargs": "task_kwargs", "worker": "worker"}
 
 
 class DjangoStatements:
-    """What is sent; see `aioresult.backends.postgres.statements.Statements`. ``columns`` are those of the table."""
+    """The SQL statements for these tables; see `aioresult.backends.postgres.statements.Statements`.
+
+    ``columns`` are the columns of the table of results.
+    """
 
     def __init__(self, names: Tables, columns: Collection[str]) -> None:
         fields = "".join(f", t.{column} AS {name}" for name, column in _FIELDS.items() if column in columns)
@@ -57,7 +60,7 @@ class DjangoRows:
         self._where = where
 
     def refusal(self) -> BackendRefusedError:
-        """Why nothing is stored."""
+        """The error of a store."""
         return BackendRefusedError(
             f"{self._where} holds the tables of django-celery-results, which aioresult only reads: let Celery's "
             f"workers store there, or name a table of Celery's own format with table="
@@ -67,7 +70,7 @@ class DjangoRows:
         raise self.refusal()
 
     def decode(self, task_id: str, row: Mapping[str, Any]) -> TaskMeta:
-        """The meta in a row of `DjangoStatements.fetch`. Raises as `Codec.decode`."""
+        """The meta in a row of `DjangoStatements.fetch`. Raises the errors of `Codec.decode`."""
         fields = dict(row)
         encoding, meta = fields.pop("content_encoding"), fields.pop("meta")
         for name, text in (("result", fields["result"]), ("children", meta)):
@@ -81,14 +84,14 @@ class DjangoRows:
         return self._codec.build(task_id, {"status": None, "result": None, **optional})
 
     def _arguments(self, text: str, encoding: str, task_id: str) -> Any:
-        """The arguments, which are a note beside the result: their text if they cannot be read."""
+        """The arguments of the task, or their text if they cannot be decoded: they must not cost the result."""
         try:
             return self._codec.loads(content(text, encoding, "arguments", task_id), "the arguments")
         except AioResultError:
             return text
 
     def group(self, group_id: str, row: Mapping[str, Any]) -> bytes | None:
-        """What the serializer wrote of a group."""
+        """The stored bytes of a group, as the serializer wrote them."""
         return None if row["result"] is None else content(row["result"], row["content_encoding"], "group", group_id)
 
 

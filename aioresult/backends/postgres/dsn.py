@@ -1,8 +1,8 @@
-"""From a URL as libpq, psycopg and SQLAlchemy read it to a DSN and arguments for asyncpg.
+"""Turns a URL for libpq, psycopg or SQLAlchemy into a DSN and arguments for asyncpg.
 
-What libpq's options mean is said at https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. An
-option in the query takes precedence over the part of the URL before it, as in libpq and SQLAlchemy. Each option is
-translated, left to asyncpg, passed over because it does not change what is read or stored, or refused by name.
+https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS explains libpq's options. An option in
+the query takes precedence over the part of the URL before it, as in libpq and SQLAlchemy. Each option is translated,
+left to asyncpg, ignored because it does not change what is read or stored, or refused by name.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def _words(text: str) -> frozenset[str]:
 
 _SSL_MODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 
-#: Options that become arguments, because asyncpg would prefer the part of the DSN before the query.
+#: Options that become arguments. In the query asyncpg would give precedence to the part of the DSN before it.
 _AS_ARGUMENT: Final[Mapping[str, str]] = {
     "user": "user",
     "password": "password",
     "dbname": "database",
     "database": "database",
 }
-#: What asyncpg reads from a DSN as libpq does.
+#: Options that asyncpg reads from a DSN in the same way as libpq.
 _LEFT_TO_ASYNCPG: Final = _words(
     """passfile service target_session_attrs krbsrvname gsslib sslmode sslnegotiation sslcert sslkey sslpassword
     sslrootcert sslcrl ssl_min_protocol_version ssl_max_protocol_version"""
 )
 
-#: libpq's, psycopg's and SQLAlchemy's options that do not change where results are, and that asyncpg has no use for.
+#: Options of libpq, psycopg and SQLAlchemy that asyncpg does not have, and that do not change where results are.
 _NO_MEANING: Final = _words(
     """keepalives keepalives_idle keepalives_interval keepalives_count tcp_user_timeout sslcompression sslsni
     sslkeylogfile max_protocol_version load_balance_hosts
@@ -51,7 +51,7 @@ _NO_MEANING: Final = _words(
 #: Options that are translated one by one.
 _PARAMETERS: Final = _words("host port connect_timeout options application_name fallback_application_name ssl")
 
-#: Options of which only some values are what asyncpg does anyway. Any other is refused.
+#: Options → their values that describe what asyncpg does anyway. Any other value is refused.
 _ONLY: Final[Mapping[str, frozenset[str]]] = {
     "gssencmode": frozenset({"disable", "prefer"}),
     "channel_binding": frozenset({"disable", "prefer"}),  # "require" is translated
@@ -115,11 +115,11 @@ class Dsn(NamedTuple):
     """Where to connect to, for asyncpg."""
 
     text: str
-    #: For `asyncpg.connect`, beside the text; they take precedence over it.
+    #: Further arguments for `asyncpg.connect`. They take precedence over the text.
     arguments: Mapping[str, Any]
 
     def with_options(self, options: Mapping[str, Any]) -> Dsn:
-        """The same with the caller's ``options``, which take precedence; of ``server_settings`` each by itself."""
+        """This DSN with the caller's ``options``, which take precedence. ``server_settings`` are merged one by one."""
         merged = {**self.arguments, **options}
         if settings := {**self.arguments.get("server_settings", {}), **(options.get("server_settings") or {})}:
             merged["server_settings"] = settings
@@ -127,16 +127,18 @@ class Dsn(NamedTuple):
 
 
 def parse_dsn(url: str) -> Dsn:
-    """``url``, also ``db+postgresql+driver://``, for asyncpg.
+    """The DSN for asyncpg that ``url`` describes. ``url`` may begin with ``db+postgresql+driver://``, too.
 
-    A name in the query that is none of libpq's is sent to the server as a setting if PostgreSQL has one of that name
-    (``search_path``, ``statement_timeout``, ``timezone``, …) or if it has a dot, as those of extensions do.
+    An option in the query that is not libpq's is sent to the server as a setting if PostgreSQL has a setting of that
+    name (``search_path``, ``statement_timeout``, ``timezone``, …). The same holds for a name with a dot, because
+    settings of extensions have one.
 
-    ``channel_binding=require`` is there to shut out a man in the middle. asyncpg has no channel binding, so it is taken
-    as a demand for what shuts him out as well: the server's certificate and host name are verified, against
-    ``sslrootcert`` (or libpq's ``~/.postgresql/root.crt``), otherwise the certificate authorities of the system.
+    ``channel_binding=require`` protects against a man in the middle. asyncpg has no channel binding, so another
+    protection takes its place: the server's certificate and host name are verified. The certificate is verified against
+    ``sslrootcert`` (or libpq's ``~/.postgresql/root.crt``), otherwise against the certificate authorities of the
+    system.
 
-    :raises ImproperlyConfigured: an option is unknown, or asks for what asyncpg cannot do; names the option.
+    :raises ImproperlyConfigured: an option is unknown, or needs what asyncpg cannot do. The message names the option.
     """
     base, _, query = _plain_dsn(url).partition("?")
     try:
@@ -148,9 +150,9 @@ def parse_dsn(url: str) -> Dsn:
 
 
 def with_connect_args(url: str, connect_args: Mapping[str, Any]) -> str:
-    """``url`` with SQLAlchemy's ``connect_args`` for psycopg in its query, where they take precedence as they do there.
+    """``url`` with SQLAlchemy's ``connect_args`` for psycopg in its query. They take precedence, as in SQLAlchemy.
 
-    :raises ImproperlyConfigured: one is unknown, or its value is no text or number.
+    :raises ImproperlyConfigured: the value of an argument is neither text nor a number.
     """
     given = {name: value for name, value in connect_args.items() if value is not None and name not in _NO_MEANING}
     for name, value in given.items():
@@ -168,8 +170,8 @@ def with_connect_args(url: str, connect_args: Mapping[str, Any]) -> str:
 def _plain_dsn(url: str) -> str:
     """``url`` with a scheme that asyncpg knows.
 
-    An ``@``, ``/``, ``?`` or ``#`` of a password that stands for itself would be taken for the end of it, and the rest
-    for a host or database, to be shown in errors.
+    An unescaped ``@``, ``/``, ``?`` or ``#`` in a password is refused. The rest of the password would count as a host
+    or a database, and errors would show it.
     """
     scheme, _, rest = url.partition("://")
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -190,11 +192,11 @@ def _pairs(query: str) -> list[tuple[str, str]]:
     try:
         return parse_qsl(query, strict_parsing=True) if query else []
     except ValueError:
-        raise ValueError("an option needs a name and a value: ?name=value") from None  # not quoting it
+        raise ValueError("an option needs a name and a value: ?name=value") from None  # it may hold a password
 
 
 def _joined(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The last value of each option; of hosts and ports, which SQLAlchemy repeats, all."""
+    """The last value of each option; all values of ``host`` and ``port``, because SQLAlchemy repeats these options."""
     options: dict[str, str] = {}
     for name, value in pairs:
         options[name] = f"{options[name]},{value}" if name in ("host", "port") and name in options else value
@@ -202,7 +204,7 @@ def _joined(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _translated(options: dict[str, str], base: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """What stays in the DSN, and what becomes arguments. Raises `ValueError`, which names the option."""
+    """The options that stay in the DSN, and those that become arguments. A `ValueError` names the option at fault."""
     arguments: dict[str, Any] = _places(options, base)
     settings: dict[str, str] = {}
     _translate_tls(options, arguments)
@@ -214,7 +216,7 @@ def _translated(options: dict[str, str], base: str) -> tuple[dict[str, str], dic
     fallback = options.pop("fallback_application_name", None)
     for name in ("options", "application_name"):
         if name in options:
-            settings[name] = options.pop(name)  # the server itself splits and unescapes the former
+            settings[name] = options.pop(name)  # the server itself splits and unescapes ``options``
     if fallback is not None:
         settings.setdefault("application_name", fallback)
     kept: dict[str, str] = {}
@@ -223,7 +225,7 @@ def _translated(options: dict[str, str], base: str) -> tuple[dict[str, str], dic
             kept[name] = value
         elif name in _ONLY:
             if value.lower() not in _ONLY[name]:
-                raise ValueError(f"asyncpg cannot do {name}={value}; remove it if the connection may do without")
+                raise ValueError(f"asyncpg cannot do {name}={value}; remove it if the connection may work without it")
         elif name.lower() in _SETTINGS or "." in name:
             settings[name] = value
         elif name not in _NO_MEANING:
@@ -235,11 +237,9 @@ def _translated(options: dict[str, str], base: str) -> tuple[dict[str, str], dic
 
 def _unknown(name: str) -> str:
     if name == "hostaddr":
-        return "hostaddr is libpq's alone; write the address in place of the host"
+        return "only libpq has hostaddr; write the address in place of the host"
     if name in ("requirepeer", "require_auth") or name.startswith(("scram_", "oauth_")) or name == "sslcrldir":
-        return (
-            f"asyncpg has no {name}, and the connection would be less safe without; pass connect= for one of your own"
-        )
+        return f"asyncpg has no {name}, and the connection would be less safe without it; pass a function as connect="
     known = _SETTINGS.union(_AS_ARGUMENT, _LEFT_TO_ASYNCPG, _NO_MEANING, _ONLY, _PARAMETERS)
     if meant := did_you_mean(name, known):
         return f"unknown parameter {name!r} in the URL{meant}"
@@ -250,8 +250,8 @@ def _unknown(name: str) -> str:
 
 
 def _translate_tls(options: dict[str, str], arguments: dict[str, Any]) -> None:
-    """Channel binding (see `parse_dsn`), and the certificate authorities of the system."""
-    if "ssl" in options:  # SQLAlchemy's name for it, for asyncpg
+    """Translate channel binding (see `parse_dsn`), and the use of the system's certificate authorities."""
+    if "ssl" in options:  # SQLAlchemy's name of ``sslmode``, for asyncpg
         options["sslmode"] = options.pop("ssl")
     if (mode := options.get("sslmode", "require")) not in _SSL_MODES:
         raise ValueError(f"sslmode must be one of {', '.join(sorted(_SSL_MODES))}")
@@ -259,20 +259,20 @@ def _translate_tls(options: dict[str, str], arguments: dict[str, Any]) -> None:
     if options.get("channel_binding") == "require":
         del options["channel_binding"]
         if mode in ("disable", "allow"):
-            raise ValueError(f"channel_binding=require needs TLS, and sslmode={mode} does without")
+            raise ValueError(f"channel_binding=require needs TLS, and sslmode={mode} allows none; change either")
         options["sslmode"] = "verify-full"
         system = system or not (mode.startswith("verify-") or _has_root(options))
     if system:
         if unused := sorted(options.keys() & {"sslcert", "sslcrl"}):
             raise ValueError(
-                f"{unused[0]} needs an sslrootcert that is a file: asyncpg does not take it with the system's"
+                f"{unused[0]} needs an sslrootcert that is a file: asyncpg cannot combine it with the system's"
             )
         options.pop("sslrootcert", None)
-        arguments["ssl"] = True  # asyncpg's own way to verify all, by the system's authorities
+        arguments["ssl"] = True  # asyncpg then verifies everything against the system's authorities
 
 
 def _has_root(options: Mapping[str, str]) -> bool:
-    """Whether asyncpg would find certificate authorities of the user's own."""
+    """Whether asyncpg would find a file of certificate authorities that the user has configured."""
     given = options.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
     return bool(given) or Path("~/.postgresql/root.crt").expanduser().exists()
 
@@ -285,7 +285,7 @@ def _seconds(text: str) -> float:
 
 
 def _places(options: dict[str, str], base: str) -> dict[str, Any]:
-    """The hosts and ports in ``options``, which are taken from there, as asyncpg's arguments."""
+    """Move the hosts and ports from ``options`` into arguments for asyncpg."""
     hosts, ports = options.pop("host", ""), options.pop("port", "")
     places: dict[str, Any] = {}
     own: list[str] = []

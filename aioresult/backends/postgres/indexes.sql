@@ -1,5 +1,5 @@
--- The indexes that reading and cleanup need. A large table gets none here, because building one keeps every writer
--- waiting: see the end.
+-- The indexes that reading and cleanup need. A large table gets no index here, because building one would block every
+-- writer: see the end of this file.
 DO $aioresult$
 DECLARE
     wanted record;
@@ -25,7 +25,7 @@ BEGIN
     END LOOP;
 END
 $aioresult$;
--- On a table of Celery's that is large and has no index on date_done, run this by itself, outside any transaction.
--- Without it everything works, but cleanup reads the whole table. On a partitioned table, do so for each partition.
+-- If a table of Celery is large and has no index on date_done, run this separately, outside any transaction. Without
+-- the index everything works, but cleanup reads the whole table. On a partitioned table, do this for each partition.
 --   CREATE INDEX CONCURRENTLY ON {tasks} (date_done);
 --   CREATE INDEX CONCURRENTLY ON {groups} (date_done);

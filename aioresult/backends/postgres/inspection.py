@@ -1,4 +1,4 @@
-"""What a database has: whether anything is missing that the backend needs, and what its tables are like."""
+"""Inspects a database: whether it has everything that the backend needs, and how its tables are made."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ _INSPECT: Final = """
            1.5::float8 AS a_float8, true AS a_bool, '\\x61'::bytea AS a_bytea,
            1::int8 AS an_int8, 'a'::text AS a_text"""
 
-#: What a connection makes of the constants in the query above, if it has no codecs of its own for these types.
+#: The values of the constants in the query above, on a connection without custom codecs for these types.
 _AS_USUAL: Final = {"a_float8": 1.5, "a_bool": True, "a_bytea": b"a", "an_int8": 1, "a_text": "a"}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What there is of the tables with these names."""
+    """What the database has of the tables with these names."""
 
     names: Tables
-    #: The number of the table of results in the database, ``None`` if there is no such table.
+    #: The OID of the table of results, ``None`` if there is no such table.
     tasks: int | None
-    #: The same for the table of groups.
+    #: The OID of the table of groups, ``None`` if there is no such table.
     groups: int | None
-    #: The columns of the results.
+    #: The columns of the table of results.
     columns: frozenset[str]
-    #: Whether a trigger tells of every store.
+    #: Whether a trigger notifies waiters of every store.
     notifies: bool
-    #: Whether these are tables that another program keeps, and there is something in them.
+    #: Whether these are the tables of django-celery-results, and hold results.
     in_use: bool
-    #: Whether all tables, functions and triggers are there that storing needs.
+    #: Whether all tables, functions and triggers exist that storing needs.
     complete: bool
-    #: Whether the tables and functions of running tasks are there.
+    #: Whether the tables and functions of running tasks exist.
     runs: bool
-    #: Whether the functions that are there are those of this version.
+    #: Whether the existing functions are those of this version.
     current: bool
     #: The time zones in which the results and the groups keep their dates.
     zones: tuple[str, str]
@@ -64,30 +64,30 @@ class Found:
 
     @property
     def only_read(self) -> bool:
-        """Whether these are tables that aioresult only reads, and so needs nothing but the trigger."""
+        """Whether aioresult only reads these tables. Then it needs nothing but the trigger."""
         return self.names.table == TABLE
 
     @property
     def usable(self) -> bool:
-        """Whether there is all that the backend needs."""
+        """Whether everything exists that the backend needs."""
         tables = self.tasks is not None and self.groups is not None if self.only_read else self.complete
         return tables and self.notifies
 
     @property
     def up_to_date(self) -> bool:
-        """Whether there is all that this version has, as this version has it."""
+        """Whether everything exists that this version creates, in the form of this version."""
         return self.usable and (self.only_read or (self.current and self.runs))
 
     @property
     def outdated(self) -> bool:
-        """Whether it is to be used with functions of another version."""
+        """Whether the backend can be used, but with functions of another version."""
         return self.usable and not self.only_read and not self.current
 
 
 async def inspect_tables(connection: Any, names: Tables, where: str) -> Found:
-    """See what there is. Raises `ImproperlyConfigured` for a connection that makes something else of the basic types.
+    """Inspect the tables with these ``names``. ``where`` names the database in the error.
 
-    ``where`` names the database in the error.
+    Raises `ImproperlyConfigured` if the connection has a custom codec for a basic type.
     """
     needed = (names.tasks, names.groups, names.task_expiry, names.group_expiry, names.chords, names.chord_parts)
     relations = (*needed, names.output, names.logs, names.runs, names.workers)
@@ -97,8 +97,8 @@ async def inspect_tables(connection: Any, names: Tables, where: str) -> Found:
     for name, value in _AS_USUAL.items():
         if row[name] != value or type(row[name]) is not type(value):
             raise ImproperlyConfigured(
-                f"a connection to {where} has a codec of its own for the type {name.partition('_')[2]}, and makes "
-                f"{row[name]!r} of {value!r}; give aioresult connections without it"
+                f"a connection to {where} has a custom codec for the type {name.partition('_')[2]}: it returns "
+                f"{row[name]!r} for {value!r}; give aioresult connections without it"
             )
     tasks, groups, *_ = row["relations"]
     zones = tuple((row[name] or b"UTC\x00").partition(b"\x00")[0].decode() for name in ("zone", "group_zone"))

@@ -1,4 +1,4 @@
-"""The connection that LISTENs. One task asks it for a sign of life; notifications arrive by a plain callback."""
+"""The connection that LISTENs. A task asks the server for signs of life; asyncpg calls back for each notification."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ __all__ = ["Listener", "bounded", "close_connection"]
 
 T = TypeVar("T")
 
-#: So many times within a bound it is seen whether anything has moved.
+#: How many times within a time limit `bounded` checks whether bytes have come or gone.
 _STEPS = 10
 
-#: What a connection in trouble raises. `BackendConnectionError` is an `OSError`, too.
+#: The errors of a broken connection. `BackendConnectionError` is an `OSError`, too.
 _TROUBLE = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
 
 async def bounded(
     connection: Any, operation: Awaitable[T], seconds: float, on_silence: Callable[[BaseException], None] | None = None
 ) -> T:
-    """``operation`` on ``connection``, which is torn down if nothing moves for ``seconds``, or if this is cancelled.
+    """Await ``operation`` on ``connection``. If no byte moves for ``seconds``, raise `BackendConnectionError`.
 
-    A byte that arrives or leaves is a sign of life: an operation may take as long as it has to. ``on_silence`` is told
-    of the silence before the connection ends.
+    Any byte that arrives or leaves is a sign of life, so a long operation is not interrupted. After a silence, and also
+    if this is cancelled, the connection is torn down. ``on_silence`` is called with the error before that.
 
-    Not asyncpg's own timeout: that asks the server over a further connection to cancel the query, and waits; a peer
-    that has vanished answers neither.
+    asyncpg's own timeout would not do: it asks the server over a further connection to cancel the query, and waits for
+    that. A server that has vanished never answers.
     """
     task = asyncio.ensure_future(operation)
     try:
-        # Steps are counted, and not seconds: the answer may be here, if it is this loop that was busy all the time.
+        # Count steps instead of seconds. If this event loop was blocked for a long time, the answer may have arrived.
         await asyncio.wait({task}, timeout=3 * seconds / _STEPS)
         if not task.done():
             with _Traffic(connection) as traffic:
@@ -55,17 +55,17 @@ async def bounded(
         return task.result()
     finally:
         if not task.done():
-            # What it will raise is a consequence, and nobody's news, even if the wait for it is cancelled, too.
+            # The error of the task is only a consequence: retrieve it, even if the wait below is cancelled, too.
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             _tear_down(connection)
             await asyncio.wait({task})
 
 
 class _Traffic(asyncio.Protocol):
-    """Stands between the transport of an asyncpg connection and asyncpg, to see whether bytes come or go.
+    """Stands between the transport of an asyncpg connection and asyncpg, and sees whether bytes come or go.
 
-    Only while an operation is long: it costs a call for each piece of data. It needs asyncpg's private attribute for
-    the transport (0.32); without that there are no signs of life but answers.
+    It is used only while an operation takes long, because it costs a call for each piece of data. It needs asyncpg's
+    private attribute for the transport (0.32). Without that attribute only an answer is a sign of life.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -90,7 +90,7 @@ class _Traffic(asyncio.Protocol):
             self._transport.set_protocol(self._protocol)
 
     def moved(self) -> bool:
-        """Whether anything has since the last call."""
+        """Whether any byte has come or gone since the last call."""
         if self._transport is None:
             return False
         before, self._unsent = self._unsent, self._transport.get_write_buffer_size()
@@ -115,7 +115,7 @@ class _Traffic(asyncio.Protocol):
 
 
 async def close_connection(connection: Any) -> None:
-    """Close it, politely if the server answers within a second."""
+    """Close the connection; abort it if the server does not answer within a second."""
     try:
         await connection.close(timeout=1.0)
     except _TROUBLE:
@@ -123,15 +123,16 @@ async def close_connection(connection: Any) -> None:
 
 
 def _tear_down(connection: Any) -> None:
-    with suppress(asyncpg.InterfaceError):  # a connection of a pool that was torn down before
+    with suppress(asyncpg.InterfaceError):  # the pool has torn down its connection already
         connection.terminate()
 
 
 class Listener:
-    """Channels of one asyncpg connection, which it closes, or hands to ``give_back`` as it was.
+    """Listens to channels on one asyncpg connection.
 
-    ``on_notify(payload)`` is called for each notification, ``on_lost(reason)`` once if the connection breaks; neither
-    after `close`. An answer is waited for twice ``heartbeat`` seconds at most, whatever is asked.
+    ``on_notify(payload)`` is called for each notification, and ``on_lost(reason)`` once if the connection breaks.
+    Neither is called after `close`. Every query fails if the server is silent for twice ``heartbeat`` seconds. `close`
+    closes the connection, or passes it to ``give_back`` without any channel.
     """
 
     def __init__(
@@ -149,16 +150,16 @@ class Listener:
         self._on_lost: Callable[[BaseException], None] | None = on_lost
         self._give_back = give_back
         self._channels: set[str] = set()
-        #: Which of the server's processes listens.
+        #: The id of the server's process that listens.
         self._process: int | None = None
-        # One query at a time on a connection of asyncpg's; LISTEN is a query.
+        # asyncpg allows one query at a time on a connection, and LISTEN is a query.
         self._turn = asyncio.Lock()
         connection.add_termination_listener(self._terminated)
         self._beating = StandingTask(self._beat, "aioresult-heartbeat", lambda: not self.lost)
         self._beating.start()
 
     async def listen(self, channels: Iterable[str]) -> None:
-        """Have the server confirm each channel; those that are listened to already cost nothing."""
+        """Listen to the channels, and return when the server has confirmed that. Known channels cost nothing."""
         new = [channel for channel in dict.fromkeys(channels) if channel not in self._channels]
         await self._all_at_once("LISTEN", new)
         for channel in new:
@@ -166,7 +167,7 @@ class Listener:
             self._channels.add(channel)
 
     async def unlisten(self, channels: Iterable[str]) -> None:
-        """The opposite."""
+        """Stop listening to the channels, and return when the server has confirmed that."""
         old = [channel for channel in dict.fromkeys(channels) if channel in self._channels]
         await self._all_at_once("UNLISTEN", old)
         for channel in old:
@@ -174,10 +175,10 @@ class Listener:
             self._channels.discard(channel)
 
     async def _all_at_once(self, command: str, channels: Sequence[str]) -> None:
-        """One round trip instead of one per channel, after which asyncpg finds nothing left to send.
+        """Send all statements in one round trip, instead of one round trip per channel.
 
-        Its own methods send a statement for each channel that is not in its private table of listeners (0.32). Without
-        that table this does nothing, and all goes on at their pace.
+        asyncpg's own methods send a statement for each channel that is not in its private table of listeners (0.32). So
+        this also updates that table. Without the table this does nothing, and asyncpg's methods send the statements.
         """
         known = getattr(self._connection, "_listeners", None)
         if len(channels) > 1 and isinstance(known, dict):
@@ -190,7 +191,7 @@ class Listener:
                     known.pop(channel, None)
 
     async def hears(self, notify: Callable[[str], Awaitable[object]]) -> bool:
-        """Whether what ``notify(channel)`` sends over another connection arrives here."""
+        """Whether a notification that ``notify(channel)`` sends over another connection arrives here."""
         channel = f"aioresult_test_{uuid4().hex}"
         arrived = asyncio.Event()
 
@@ -200,13 +201,13 @@ class Listener:
         await self._ask(partial(self._connection.add_listener, channel, hear))
         try:
             await notify(channel)
-            await self._ping()  # answered after everything that was there to be sent before
+            await self._ping()  # the server sends its answer after all notifications before it
         finally:
             await self._ask(partial(self._connection.remove_listener, channel, hear))
         return arrived.is_set()
 
     async def close(self) -> None:
-        """No more callbacks, no more heartbeat, no more connection."""
+        """Stop the callbacks and the heartbeat, and close the connection or give it back."""
         self._on_notify = self._on_lost = None
         await self._beating.stop()
         if self._give_back is None:
@@ -225,11 +226,14 @@ class Listener:
             return await bounded(self._connection, query(), 2 * self._heartbeat, self._break)
 
     async def _ping(self) -> None:
-        """Raises `BackendRefusedError` if a pooler has taken the session away: what it listened to is gone with it."""
+        """Ask the server for a sign of life.
+
+        Raises `BackendRefusedError` if a pooler has replaced the session: the new session listens to nothing.
+        """
         process: int = await self._ask(lambda: self._connection.fetchval("SELECT pg_backend_pid()"))
         if self._process not in (None, process):
             raise BackendRefusedError(
-                "a pooler in transaction mode has put another session in the place of the one that listens"
+                "a pooler in transaction mode has replaced the session that listens; pass a direct listen_dsn="
             )
         self._process = process
 
@@ -238,7 +242,7 @@ class Listener:
             await asyncio.sleep(self._heartbeat)
             try:
                 await self._ping()
-            except Exception as exc:  # whatever it is: unwatched, the connection is of no use
+            except Exception as exc:  # any error: a connection that cannot be watched is of no use
                 self._break(exc)
                 _tear_down(self._connection)
 

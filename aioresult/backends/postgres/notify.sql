@@ -1,12 +1,12 @@
--- Every store notifies one of {channels} channels of the id and the state, never of the value. A partition counts as the
--- table that it belongs to.
+-- On every store, send the id and the state to one of {channels} channels, but never the value. The channels of a
+-- partition are those of its partitioned table.
 CREATE OR REPLACE FUNCTION {notify}() RETURNS trigger LANGUAGE plpgsql AS $aioresult$
 DECLARE
-    -- The length of the state goes in front, for either may contain any character.
+    -- The message begins with the length of the state, because the state and the id may contain any character.
     news text := char_length(NEW.status) || ' ' || NEW.status || NEW.task_id;
 BEGIN
-    -- Nothing waits for a row without an id or a state, or for an id longer than a notification may be. The program
-    -- that stores it must not fail for it.
+    -- No waiter waits for a row without an id or a state, or for an id that is too long for a notification. The program
+    -- that stores such a row must not fail because of it.
     IF octet_length(news) < 8000 THEN
         PERFORM pg_notify({task_channel}, news);
     END IF;

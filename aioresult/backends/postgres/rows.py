@@ -1,4 +1,4 @@
-"""Celery's columns ↔ `TaskMeta`."""
+"""Converts between rows of Celery's table and `TaskMeta`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from ...serialization import Codec
 
 __all__ = ["CeleryRows", "moment"]
 
-#: As Celery's tables are made.
+#: The length of the columns for notes, such as the task's name, in Celery's table.
 _MAX_NOTE_LENGTH: Final = 155
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-#: No two time zones are closer to each other than this, and no clock should be wrong by as much: in seconds.
+#: Seconds. Two time zones differ by more than this, and two clocks by less. So a larger difference of two dates means
+#: that a session of another time zone stored one of them.
 _A_ZONE: Final = 14 * 60
 
 
 class CeleryRows:
-    """The rows of Celery's table: ``optional`` names the columns that not every such table has.
+    """Reads and writes rows of Celery's table.
 
-    ``encoding`` is that of the database, as PostgreSQL calls it.
+    ``optional`` names the optional columns that this table has. ``encoding`` is PostgreSQL's name of the database's
+    encoding.
     """
 
     def __init__(self, codec: Codec, optional: Sequence[str], encoding: str) -> None:
@@ -35,7 +37,7 @@ class CeleryRows:
         self._write = _text_writer(encoding)
 
     def encode(self, meta: TaskMeta) -> tuple[Any, ...]:
-        """The columns of the result, from ``status`` on, and metadata; `PLAIN_COLUMNS` if the others are null."""
+        """The columns of the result, from ``status`` on, and the metadata. Only `PLAIN_COLUMNS` if the rest is null."""
         done = None if meta.date_done is None else (meta.date_done - _EPOCH) // _MICROSECOND
         plain = (meta.status, self._codec.dumps_result(meta), done)
         if meta.traceback is None and not meta.children and not meta.extra:
@@ -59,11 +61,11 @@ class CeleryRows:
         return value if column == "retries" else self.text(value, _MAX_NOTE_LENGTH)
 
     def text(self, value: object, limit: int | None = None) -> str | None:
-        """``value``, a note beside the result that must not cost it, as a column of text takes it."""
+        """``value`` as text that the database can hold. It is only a note, so it must never make a store fail."""
         return None if value is None else self._write(str(value)).replace("\x00", "\\x00")[:limit]
 
     def decode(self, task_id: str, row: Mapping[str, Any]) -> TaskMeta:
-        """The meta in a row of `Statements.fetch`. Raises as `Codec.decode`."""
+        """The meta in a row of `Statements.fetch`. Raises the errors of `Codec.decode`."""
         fields = dict(row)
         for name in ("result", "children", "args", "kwargs", META_FIELD):
             if (data := fields.get(name)) is not None:
@@ -71,20 +73,20 @@ class CeleryRows:
         if stamps := fields.pop("stamps", None):
             fields.update(_stamps(self._codec.loads(stamps, f"the stamps of task {task_id}")))
         done, stored_at = fields.pop("date_done"), fields.pop("stored_at")
-        if stored_at is not None and not abs(stored_at - done) < _A_ZONE:  # stored in a session of another time zone
+        if stored_at is not None and not abs(stored_at - done) < _A_ZONE:  # a session of another time zone stored it
             done = stored_at
         fields["date_done"] = moment(task_id, done)
         optional = {name: value for name, value in fields.items() if value is not None}
         return self._codec.build(task_id, {"status": None, "result": None, **optional})
 
     def group(self, group_id: str, row: Mapping[str, Any]) -> bytes | None:
-        """What the serializer wrote of a group."""
+        """The stored bytes of a group, as the serializer wrote them."""
         data: bytes | None = row["result"]
         return data
 
 
 def moment(task_id: str, seconds: float | None) -> datetime | None:
-    """The moment so many seconds after 1970, in UTC. Raises `DecodeError` where Python has no place for it."""
+    """The moment ``seconds`` after the start of 1970, in UTC. Raises `DecodeError` if Python cannot represent it."""
     if seconds is None:
         return None
     try:
@@ -94,7 +96,7 @@ def moment(task_id: str, seconds: float | None) -> datetime | None:
 
 
 def _text_writer(encoding: str) -> Callable[[str], str]:
-    """A function that makes of any text one that a database of this encoding can hold, with escapes in it."""
+    """A function that escapes in a text whatever a database of this encoding cannot hold."""
     try:
         python = codecs.lookup(re.sub("^WIN", "cp", encoding).replace("KOI8", "KOI8_")).name
     except LookupError:

@@ -1,7 +1,8 @@
--- Steps of runs (aioresult.run.RunStep), of one task each, in order of their ids; aioresult.backends.runs.Note is the
--- reference. The statements inserting and updating store a result, for not every table has the same columns. Its dates are
--- in the time zone given, and it expires by default after so many seconds, null for never. News goes to the channels that
--- begin with prefix.
+-- Do steps of runs (aioresult.run.RunStep), each of another task, in order of their ids. A run is one attempt of a task
+-- in one process; a note is what the store knows of the last run. aioresult.backends.runs.Note is the reference. The
+-- arguments inserting and updating are statements that store a result, because not every table has the same columns.
+-- zone is the time zone of the dates. by_default is the reader's default expiry in seconds, null for never. News goes
+-- to the channels that begin with prefix.
 CREATE OR REPLACE FUNCTION {run_steps}(
     prefix text, inserting text, updating text, zone text, by_default float8, ids text[], ops text[], runs text[], workers text[],
     lifetimes float8[], given_states text[], reasons text[], skips boolean[], epochs bigint[], lasts bigint[],
@@ -13,11 +14,11 @@ LANGUAGE plpgsql SET enable_seqscan = off AS $aioresult$
 #variable_conflict use_column
 DECLARE
     step record;
-    own jsonb; -- the step's record; only what is a wish is written as this
-    noted record; -- the note as it was
-    note record;
-    known boolean; -- whether it has a row
-    present boolean; -- whether the result has one, which is locked then
+    own jsonb; -- the record of the step, to be kept in the note as the wish: what to store when the task stops
+    noted record; -- the note before the step
+    note record; -- the note after the step
+    known boolean; -- whether the note has a row
+    present boolean; -- whether the result has a row, which is locked then
     status text;
     same boolean;
     others boolean;
@@ -25,8 +26,8 @@ DECLARE
     outcome text; -- the verdict
     putting text; -- 'own', 'wish', or null if nothing is to be stored
     mark text;
-    told text; -- the worker that is
-    taken record; -- what is to be stored
+    told text; -- the worker to notify that the run must stop
+    taken record; -- what to store
     top record; -- the end of the output
     done timestamp;
     written integer;
@@ -50,7 +51,7 @@ BEGIN
                 SELECT r.* INTO noted FROM {runs} r WHERE r.task_id = step.id FOR UPDATE;
                 known := FOUND;
                 EXIT WHEN known OR step.op IN ('store', 'renew');
-                -- There may be a row all the same, as in the function that takes steps of chords.
+                -- There may be a row all the same; see the same loop in chord_steps.sql.
                 INSERT INTO {runs} (task_id) VALUES (step.id) ON CONFLICT DO NOTHING;
             END LOOP;
         END IF;
@@ -68,7 +69,7 @@ BEGIN
                 PERFORM FROM {tasks} t WHERE t.task_id = step.id FOR UPDATE;
                 present := FOUND;
                 IF present THEN
-                    -- As every other reader finds it (statements.py).
+                    -- The same rule of expiry as in statements.py.
                     SELECT t.status, (t.status, t.result, t.date_done) IS NOT DISTINCT FROM (step.status, step.result,
                         (timestamptz 'epoch' + step.date_done * interval '1 microsecond') AT TIME ZONE zone)
                     INTO status, same FROM {tasks} t LEFT JOIN LATERAL (
@@ -115,7 +116,7 @@ BEGIN
                 IF step.state <> 'SUCCESS' AND others THEN
                     outcome := 'superseded';
                 ELSIF step.state <> 'SUCCESS' AND note.run <> '' AND note.over THEN
-                    -- This very step, repeated; or the task was revoked, as of a dead worker.
+                    -- A repetition of this step; or a revoke has ended the run of a dead worker.
                     outcome := CASE WHEN status = 'REVOKED' AND step.state <> 'REVOKED' THEN 'over'
                         WHEN same THEN 'stored' ELSE 'kept' END;
                 ELSE
@@ -207,7 +208,7 @@ BEGIN
                 ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at, stored_at = NULL,
                     date_done = excluded.date_done, meta = excluded.meta;
             END IF;
-            EXIT WHEN written > 0; -- otherwise somebody has stored meanwhile: decide anew
+            EXIT WHEN written > 0; -- otherwise another program has stored the result meanwhile: decide again
         END LOOP;
 
         IF step.op <> 'read' THEN
@@ -223,7 +224,7 @@ BEGIN
             END IF;
         END IF;
         IF mark <> '' AND others AND outcome = 'stored' THEN
-            -- The output of another run is void: an epoch of its own tells its readers, and its writer.
+            -- The output of another run is void. A new epoch tells that to its readers and its writer.
             SELECT coalesce(max(o.epoch), 0) AS epoch, coalesce(bool_or(o.state <> ''), false) AS ended INTO top
             FROM {output} o JOIN {logs} l USING (task_id, epoch)
             WHERE o.task_id = step.id AND l.expires_at > clock_timestamp();

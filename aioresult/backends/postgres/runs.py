@@ -16,14 +16,17 @@ from .storing import Storing, rounds
 
 __all__ = ["RunTable", "Version"]
 
-#: The largest numbers of the columns; a cursor may have larger ones, which are behind every entry.
+#: The largest number in a column. A cursor may have larger numbers; they are after every entry.
 _MAX_BIGINT = 2**63 - 1
-#: How much of its life an output may lose if that saves writing when it expires with every flush.
+#: The fraction of its life that an output may lose. So the expiry is not written again with every flush.
 _SLACK = 0.01
 
 
 class Version(NamedTuple):
-    """What tells all that belongs to a task from what comes later; ``None`` each for what is not there."""
+    """The version of everything that is stored for a task, so that `forget` removes nothing that came later.
+
+    A field is ``None`` if there is no result, no output or no note of a run.
+    """
 
     result: str | None
     epoch: int | None = None
@@ -31,11 +34,11 @@ class Version(NamedTuple):
 
 
 class RunTable:
-    """The running tasks of one schema, on whatever connection it is given.
+    """The running tasks in one set of tables. The caller passes the connection to each method.
 
-    ``durable``: whether a flush is on the server's disk before it counts as written. ``there``: whether the database
-    has the tables; without them everything raises `BackendRefusedError`, and ``where`` names the database in that.
-    ``text`` makes of a note what the database can hold.
+    ``durable`` says whether a flush is on the server's disk before it counts as written. ``there`` says whether the
+    database has the tables; without them every method raises `BackendRefusedError`. ``where`` names the database in
+    that error. ``text`` escapes in a text what the database cannot hold.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class RunTable:
         self._there = there
         self._where = where
         statements = storing.statements
-        #: The places of the columns that the database has among all that there may be.
+        #: The indexes in `STEP_COLUMNS` of the columns that this database has.
         self._places = [STEP_COLUMNS.index(name) for name in ("task_id", *statements.columns)]
         self._append = _append_sql(names, durable)
         self._open = f"""
@@ -68,7 +71,7 @@ class RunTable:
             SELECT * FROM taken"""
         self._beat = _beat_sql(names)
         self._alive = f"SELECT id FROM {names.workers} WHERE id = ANY($1::text[]) AND expires_at > now()"
-        #: Of each id of ``$1`` a `Version`, unless nothing belongs to it.
+        #: Selects a `Version` for each id of ``$1`` for which anything is stored.
         self.versions: str = versions_sql(names.tasks)
         if there:
             self.versions = f"""
@@ -101,9 +104,9 @@ class RunTable:
             )
 
     async def append(self, flushes: Sequence[Flush], connection: Any) -> list[int | BaseException]:
-        """As `BackendContract._append`. What repeats a flush that was written changes nothing."""
+        """As `BackendContract._append`. Repeating a flush that was written changes nothing."""
         self._check()
-        # By id, so that two batches lock their common rows in the same order.
+        # In order of the ids, so that two batches lock common rows in the same order.
         order = sorted(range(len(flushes)), key=lambda index: flushes[index].task_id)
         outcomes: list[int | BaseException] = [0] * len(flushes)
         known = [index for index in order if flushes[index].epoch]
@@ -125,7 +128,7 @@ class RunTable:
         return outcomes
 
     async def pages(self, requests: Sequence[PageRequest], connection: Any) -> list[Page | BaseException]:
-        """As `BackendContract._pages`: all in one snapshot."""
+        """As `BackendContract._pages`. All pages come from one snapshot."""
         self._check()
         rows = await connection.fetch(self._pages, *zip(*map(_page_arguments, requests), strict=True))
         found: list[list[Any]] = [[] for _ in requests]
@@ -181,12 +184,12 @@ class RunTable:
         return [worker in alive for worker in workers]
 
     async def forget(self, versions: Sequence[tuple[str, Version]], connection: Any) -> None:
-        """Remove logs and notes of these versions; in order of the ids."""
+        """Remove the logs and the notes that still have these versions. ``versions`` is in order of the ids."""
         logs = [(task_id, version.epoch) for task_id, version in versions if version.epoch is not None]
         if logs:
             async with connection.transaction():
-                # Waits for the flushes that are being written. Only what is ours then is removed: nobody else locks
-                # the entries, so there is nothing to wait for.
+                # This waits for the flushes that are being written, and locks the logs. Then their entries are removed.
+                # Other transactions lock entries only after their log, so the second statement does not wait.
                 gone = await connection.fetch(self._forget_logs, *zip(*logs, strict=True))
                 if gone:
                     await connection.execute(self._forget_output, *zip(*gone, strict=True))
@@ -196,18 +199,17 @@ class RunTable:
 
 
 def _unnest(*types: str) -> str:
-    """The rows of the arrays ``$1``, ``$2`` …; written so that the server keeps its plan.
+    """The rows of the arrays ``$1``, ``$2`` …, in a form that hides their lengths, so that the server keeps its plan.
 
-    A plan is made anew for each call where the server sees how short the arrays are and so believes that to be worth
-    it. It takes longer than the work.
+    If the server sees how short the arrays are, it makes a new plan for each call. Planning takes longer than the work.
     """
     return f"unnest({', '.join(f'(SELECT ${number}::{name}[])' for number, name in enumerate(types, 1))})"
 
 
 def _append_sql(names: Tables, durable: bool) -> str:
-    """Writes flushes of outputs that are open, in order of their ids, and returns the ids of those that are.
+    """Writes flushes in order of their ids, and returns the ids of the outputs that are open. It skips other outputs.
 
-    A statement of its own: it costs much less than a function that goes from one flush to the next.
+    This is a statement because it costs much less than a function that handles one flush after the other.
     """
     lazily = "" if durable else "WHERE (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL"
     until = instant_sql("lives")
@@ -217,7 +219,7 @@ def _append_sql(names: Tables, durable: bool) -> str:
             SELECT * FROM {_unnest("text", "int8", "int8", "bytea", "text", "int8", "float8")}
                 AS f(id, epoch, last, data, state, keep, lives) {lazily}
         ), held AS MATERIALIZED (
-            -- Nobody opens the output anew, or removes it, while this is going on.
+            -- Lock the logs, so that no other transaction opens or removes an output meanwhile.
             SELECT flush.*, l.expires_at FROM flush CROSS JOIN LATERAL (
                 SELECT l.expires_at FROM {names.logs} l
                 WHERE l.task_id = flush.id AND l.epoch = flush.epoch AND l.expires_at > clock_timestamp()
@@ -255,7 +257,7 @@ def _append_sql(names: Tables, durable: bool) -> str:
 
 
 def _pages_sql(names: Tables, statements: Statements) -> str:
-    """Finds what is behind the places asked for, and the end of each log, all in one snapshot."""
+    """Finds the entries after the given places, and the end of each log, all in one snapshot."""
     return f"""
         SELECT wanted.place, task.final, top.epoch AS top_epoch, top.seq AS top_seq,
                o.epoch, o.seq, o.data, o.state
@@ -271,7 +273,7 @@ def _pages_sql(names: Tables, statements: Statements) -> str:
         ) top ON true
         LEFT JOIN LATERAL (
             SELECT o.epoch, o.seq, o.data, o.state FROM {names.output} o
-            -- No comparison of rows: beside the equal epoch the index would be read from the start of the log.
+            -- Do not compare rows: with the equality of the epochs, that would read the index from the log's start.
             WHERE o.task_id = wanted.id AND o.epoch = log.epoch AND o.seq > CASE
                 WHEN after_epoch IS NULL THEN top.seq - 1 WHEN after_epoch = log.epoch THEN after_seq
                 WHEN after_epoch < log.epoch THEN -1 ELSE {_MAX_BIGINT} END
@@ -281,7 +283,11 @@ def _pages_sql(names: Tables, statements: Statements) -> str:
 
 
 def _beat_sql(names: Tables) -> str:
-    """``$1`` lives for ``$2`` seconds, or ends; those whose lease is over are removed, unless ``$3`` is long ago."""
+    """Sets the lease of the worker ``$1`` to ``$2`` seconds, 0 if it shuts down, and removes the dead workers.
+
+    A worker is dead if its lease has ended. No worker is removed if the caller's last beat, at ``$3``, was long ago:
+    perhaps the server was away, and no worker could renew its lease.
+    """
     lease = "$2::float8 * interval '1 second'"
     return f"""
         WITH beating AS (
@@ -291,7 +297,7 @@ def _beat_sql(names: Tables) -> str:
         ), ended AS (
             DELETE FROM {names.workers} WHERE id = $1::text AND $2::float8 = 0 RETURNING id
         ), due AS MATERIALIZED (
-            -- With the lock, for a worker may be beating just now.
+            -- Lock the rows, because a worker may be renewing its lease at this moment.
             SELECT w.id, w.expires_at + {lease} <= now() AS long_since FROM {names.workers} w
             WHERE extract(epoch FROM now()) - $3::float8 <= $2::float8 / 2
                 AND w.expires_at <= now() AND w.id <> $1::text FOR UPDATE SKIP LOCKED
@@ -308,7 +314,7 @@ def _beat_sql(names: Tables) -> str:
 
 
 def _forget_sql(table: str, version: str, kind: str) -> str:
-    """Deletes the rows of the ids ``$1`` whose column ``version`` is as in ``$2``, locked in this order."""
+    """Deletes the rows of the ids ``$1`` whose column ``version`` is as in ``$2``. It locks them in this order."""
     return f"""
         WITH found AS MATERIALIZED (
             SELECT t.part, t.place FROM unnest($1::text[], $2::{kind}[]) AS wanted(id, version)
@@ -322,7 +328,7 @@ def _forget_sql(table: str, version: str, kind: str) -> str:
 
 
 def _cleanup_sql(table: str, entries: str | None = None) -> str:
-    """Removes the rows of ``table`` that have expired, and the ``entries`` that belong to them; a batch of them."""
+    """Removes a batch of expired rows of ``table``, and the rows of the table ``entries`` that belong to them."""
     with_entries = (
         ""
         if entries is None
@@ -356,7 +362,7 @@ def _seconds(lives: float | None) -> float | None:
 def _page_arguments(request: PageRequest) -> tuple[str, int | None, int | None, int]:
     if request.after is None:
         return request.task_id, None, None, 1
-    # One more than may be, to see whether there are more.
+    # One entry more than the limit, to see whether there are more.
     return (
         request.task_id,
         min(request.after.epoch, _MAX_BIGINT),

@@ -4,7 +4,7 @@ BEGIN
         CREATE TABLE {output} (
             task_id varchar(155) NOT NULL,
             epoch bigint NOT NULL,
-            seq bigint NOT NULL, -- of its last chunk
+            seq bigint NOT NULL, -- the number of its last chunk
             data bytea NOT NULL,
             state varchar(50) NOT NULL,
             PRIMARY KEY (task_id, epoch, seq)
@@ -13,7 +13,7 @@ BEGIN
     IF to_regclass({logs_literal}) IS NULL THEN
         CREATE TABLE {logs} (
             task_id varchar(155) PRIMARY KEY,
-            epoch bigint NOT NULL DEFAULT 0, -- of its entries; 0 if it has none
+            epoch bigint NOT NULL DEFAULT 0, -- the epoch of its entries; 0 if it has none
             writer text NOT NULL DEFAULT '',
             expires_at timestamptz NOT NULL DEFAULT 'infinity'
         ) WITH (fillfactor = 50);
@@ -24,13 +24,13 @@ BEGIN
             run text NOT NULL DEFAULT '',
             worker text NOT NULL DEFAULT '',
             over boolean NOT NULL DEFAULT true,
-            wish jsonb, -- what is stored if the task is to be stopped
+            wish jsonb, -- if the task must stop: the record to store then
             reason text NOT NULL DEFAULT '',
             expires_at timestamptz NOT NULL DEFAULT 'infinity'
         ) WITH (fillfactor = 50);
     END IF;
     IF to_regclass({workers_literal}) IS NULL THEN
-        -- No further index: a beat then touches none.
+        -- No further index, so that renewing a lease changes no index.
         CREATE TABLE {workers} (id text PRIMARY KEY, expires_at timestamptz NOT NULL) WITH (fillfactor = 50);
     END IF;
 END

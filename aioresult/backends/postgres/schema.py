@@ -1,8 +1,8 @@
-"""The tables of the PostgreSQL backend: Celery's own, two triggers on them, and small tables beside them.
+"""The tables of the PostgreSQL backend: Celery's own, two triggers on them, and small tables of aioresult.
 
-The definitions stand in the files of SQL beside this one. Celery's tables are those of Celery 5.7
-(``celery/backends/database/models.py``), with the columns of ``result_extended``: Celery ignores them when that setting
-is off.
+The SQL files in this directory have the definitions. Celery's tables are those of Celery 5.7
+(``celery/backends/database/models.py``), with the columns of ``result_extended``. Celery ignores these columns when
+that setting is off.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ EXTENDED_COLUMNS: Final = {
     "stamps": "bytea",
 }
 
-#: How many hexadecimal digits of the id's SHA-256 name its channel: 2 make 256 channels. See docs/postgres.md for why.
-#: The trigger in the database has the number, too: to change it, give the trigger a new name, so that it is missed.
+#: How many hexadecimal digits of the id's SHA-256 name its channel. 2 digits make 256 channels; docs/postgres.md says
+#: why. The trigger in the database uses the number, too. So if you change it, give the trigger a new name: then a
+#: database with the old trigger counts as one that lacks the trigger.
 SHARD_DIGITS: Final = 2
 
-#: PostgreSQL cuts longer names short, silently.
+#: The longest name in bytes. PostgreSQL silently cuts longer names.
 _MAX_IDENTIFIER = 63
-#: The quotes around blocks in the files of SQL, and around a function in `_unless_current`; no name may end one.
+#: The quotes around blocks in the SQL files, and around a function in `_unless_current`. No name may contain one.
 _DOLLARS = ("$aioresult$", "$aioresult_unless$", "$aioresult_function$")
-#: A table of Celery's above this many bytes gets no index that keeps its writers waiting.
+#: Above this many bytes an existing table gets no index: building one would keep its writers waiting.
 _LARGE_TABLE = 64 * 2**20
 
 
@@ -63,10 +64,10 @@ def _text(name: str) -> str:
 
 
 def _quoted(name: str) -> str:
-    """``name`` as an identifier in SQL. Raises `ImproperlyConfigured` for what cannot be one."""
+    """``name`` as an identifier in SQL. Raises `ImproperlyConfigured` if PostgreSQL cannot have that name."""
     if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER or any(each in name for each in _DOLLARS):
         raise ImproperlyConfigured(
-            f"{name!r} cannot name a table or schema: 1 to {_MAX_IDENTIFIER} bytes, without NUL and {_DOLLARS[0]}"
+            f"{name!r} cannot name a table or schema: choose 1 to {_MAX_IDENTIFIER} bytes without NUL and {_DOLLARS[0]}"
         )
     return '"' + name.replace('"', '""') + '"'
 
@@ -78,9 +79,11 @@ def literal_sql(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The names in use, quoted for SQL. ``schema`` ``None`` leaves them to the ``search_path``.
+    """The names of the tables and functions, quoted for SQL. Without ``schema`` the ``search_path`` finds them.
 
-    Raises `ImproperlyConfigured` if PostgreSQL cannot have one of them.
+    "Celery's" tables are those that Celery uses, too; "our" tables and functions are those of aioresult alone.
+
+    Raises `ImproperlyConfigured` if PostgreSQL cannot have one of the names.
     """
 
     schema: str | None = None
@@ -108,12 +111,12 @@ class Tables:
 
     @property
     def task_expiry(self) -> str:
-        """Ours: the results that do not expire by ``date_done`` and the default."""
+        """Our table of the results that do not expire by ``date_done`` and the default."""
         return self._qualified(f"{self.table}_expiry")
 
     @property
     def group_expiry(self) -> str:
-        """Ours: the same for groups."""
+        """Our table of the groups that do not expire by ``date_done`` and the default."""
         return self._qualified(f"{self.group_table}_expiry")
 
     @property
@@ -128,37 +131,37 @@ class Tables:
 
     @property
     def chords(self) -> str:
-        """Ours: a row per chord."""
+        """Our table of chords: a row per chord."""
         return self._qualified(f"{self.group_table}_chord")
 
     @property
     def chord_parts(self) -> str:
-        """Ours: a row per part that has come."""
+        """Our table of parts, the outcomes of the tasks in a chord's header: a row per part that has come."""
         return self._qualified(f"{self.group_table}_chord_part")
 
     @property
     def chord_steps(self) -> str:
-        """Our function that takes steps of chords."""
+        """Our function that does steps of chords."""
         return self._qualified(f"{self.group_table}_chord_steps")
 
     @property
     def output(self) -> str:
-        """Ours: a row per entry of the output of a running task."""
+        """Our table of output: a row per entry of the output of a running task."""
         return self._qualified(f"{self.table}_output")
 
     @property
     def logs(self) -> str:
-        """Ours: a row per output."""
+        """Our table of logs: a row per output."""
         return self._qualified(f"{self.table}_log")
 
     @property
     def runs(self) -> str:
-        """Ours: the note of the last run of a task."""
+        """Our table of notes: a row per task, about its last run."""
         return self._qualified(f"{self.table}_run")
 
     @property
     def workers(self) -> str:
-        """Ours: a row per worker that lives."""
+        """Our table of leases: a row per worker that is alive."""
         return self._qualified(f"{self.table}_worker")
 
     @property
@@ -168,32 +171,34 @@ class Tables:
 
     @property
     def run_steps(self) -> str:
-        """Our function that takes steps of runs."""
+        """Our function that does steps of runs."""
         return self._qualified(f"{self.table}_steps")
 
     @property
     def notify(self) -> str:
-        """Our function that tells of every store; a trigger calls it."""
+        """Our function that notifies waiters of every store; a trigger calls it."""
         return self._qualified("aioresult_notify")
 
     @property
     def stored(self) -> str:
-        """Our function that notes when a row was stored, where ``date_done`` is wrong; triggers call it."""
+        """Our function that notes when a row was stored if ``date_done`` is wrong; triggers call it."""
         return self._qualified("aioresult_stored")
 
 
-#: The attributes of `Tables` that the files of SQL name.
+#: The attributes of `Tables` that the SQL files use.
 _NAMES = tuple(name for name, member in vars(Tables).items() if isinstance(member, property))
 
 
 def schema_sql(
     schema: str | None = None, table: str = "celery_taskmeta", group_table: str = "celery_tasksetmeta"
 ) -> str:
-    """The DDL, for people who run migrations: what `PostgresBackend.create_schema` runs.
+    """The SQL that `PostgresBackend.create_schema` runs; for a migration of your own.
 
-    It is one transaction (``psql -1``). It may be run again, and by several processes at once: what is there already is
-    left alone, and takes no lock. Celery's tables are created only where they are missing; an existing one gets two
-    triggers, and the index on ``date_done`` if it has none and is small.
+    Run it in one transaction (``psql -1``). It is safe to run it again, and in several processes at once: it neither
+    changes nor locks what exists already. It creates Celery's tables only if they are missing. An existing table gets
+    two triggers, and the index on ``date_done`` if it has none and is small.
+
+    :raises ImproperlyConfigured: PostgreSQL cannot have one of the names.
     """
     names = Tables(schema, table, group_table)
     words = _words(names)
@@ -214,7 +219,7 @@ def schema_sql(
 
 
 def trigger_sql(names: Tables) -> str:
-    """The part of the DDL that a table needs for its results to be awaited, without being stored to."""
+    """The part of `schema_sql` for tables that aioresult only reads: the trigger that wakes waiters."""
     words = {**_words(names), "create_schema": ""}
     return "\n".join(
         [
@@ -226,22 +231,22 @@ def trigger_sql(names: Tables) -> str:
 
 
 def functions(names: Tables) -> dict[str, str]:
-    """The functions in the database by their names, and the file of SQL that creates each."""
+    """The functions in the database by name, except those of running tasks, and the SQL file that creates each."""
     return {names.notify: "notify.sql", names.stored: "stored.sql", names.chord_steps: "chord_steps.sql"}
 
 
 def run_functions(names: Tables) -> dict[str, str]:
-    """The same for running tasks."""
+    """The functions of running tasks by name, and the SQL file that creates each."""
     return {names.append: "append.sql", names.run_steps: "run_steps.sql"}
 
 
 def digest(file: str) -> str:
-    """What the comment on a function says of the file that created it: the same however its names are written."""
+    """The comment on a function in the database: a hash of the SQL file. It does not depend on names of tables."""
     return f"aioresult {hashlib.sha256(_text(file).encode()).hexdigest()[:16]}"
 
 
 def _unless_current(name: str, file: str, words: Mapping[str, str]) -> str:
-    """The function is created unless it is there already: replacing one is for the role that owns it."""
+    """SQL that creates the function unless this version of it exists: only its owner has the right to replace it."""
     comment = literal_sql(digest(file))
     return f"""DO $aioresult_unless$
 BEGIN
@@ -256,7 +261,7 @@ $aioresult_unless$;"""
 
 
 def _words(names: Tables) -> dict[str, str]:
-    """What stands in braces in the files of SQL."""
+    """The values of the names in braces in the SQL files."""
     words: dict[str, str] = {name: getattr(names, name) for name in _NAMES}
     words.update({f"{name}_literal": literal_sql(words[name]) for name in _NAMES})
     indexes = (
@@ -290,13 +295,13 @@ def _words(names: Tables) -> dict[str, str]:
 
 
 def _of(table: str, key: str, expiry: str) -> Mapping[str, str]:
-    """What stands in braces in the file that is run for each of the two tables."""
+    """The values of the names in braces in expiry.sql, which runs once for each of Celery's two tables."""
     words = {"table": table, "key": key, "expiry": expiry}
     return {**words, **{f"{name}_literal": literal_sql(value) for name, value in words.items()}}
 
 
 def _create_schema(schema: str) -> str:
-    # Not IF NOT EXISTS: that asks for the right to create schemas before it looks.
+    # Not IF NOT EXISTS: that demands the right to create schemas even if the schema exists.
     return f"""DO $aioresult$
 BEGIN
     IF to_regnamespace({literal_sql(_quoted(schema))}) IS NULL THEN
@@ -307,15 +312,15 @@ $aioresult$;"""
 
 
 def instant_sql(seconds: str) -> str:
-    """The moment so many seconds from now, for ``seconds`` in SQL; infinity stays that."""
+    """In SQL, the moment that is ``seconds`` from now; ``seconds`` is an expression in SQL. Infinity stays infinity."""
     return f"CASE WHEN {seconds} = 'infinity' THEN 'infinity' ELSE now() + {seconds} * interval '1 second' END"
 
 
 def prefix_sql(names: Tables) -> str:
-    """In SQL, what the channels begin with; found by the server: it may be another one after a reconnect."""
+    """In SQL, the prefix of all channels. The server computes it, because a reconnect may lead to another server."""
     return f"'aioresult_' || {literal_sql(names.tasks)}::regclass::oid || '_'"
 
 
 def id_channel_sql(prefix: str, id: str) -> str:
-    """In SQL, the channel on which news of an id come: that of `PostgresBackend._channel`."""
+    """In SQL, the channel for news of an id; the same as `PostgresBackend._channel` computes."""
     return f"{prefix} || substr(encode(sha256(convert_to({id}, 'UTF8')), 'hex'), 1, {SHARD_DIGITS})"

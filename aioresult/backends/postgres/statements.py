@@ -1,15 +1,15 @@
-"""The SQL of the PostgreSQL backend. Ids and values are parameters; only quoted names are written into it.
+"""The SQL of the PostgreSQL backend. Ids and values are parameters; the texts contain only quoted names.
 
-When a row expires: by our table of expiry where that has a row for it, otherwise by Celery's rule, ``date_done`` plus
-the reader's default. A row of ours counts only while its ``date_done`` is that of the result: another program that has
-stored since then, such as a Celery worker, has left it behind.
+When does a row expire? If our table of expiry has a row for it, that row says when. Otherwise Celery's rule holds:
+``date_done`` plus the reader's default. A row of ours counts only while its ``date_done`` is that of the result. If the
+two differ, another program, such as a Celery worker, has stored the result again since.
 
 Every look-up is written so that an index is the only way to do it (a LATERAL with a LIMIT, an array, a ctid), and our
-connections have ``enable_seqscan`` off (`connections`). A plan that was made while a table was empty is used for hours;
-it must not read the table from end to end once there are a million rows.
+connections have ``enable_seqscan`` off (`connections`). The server may use a plan for hours that it made while a table
+was empty. Such a plan must not read the table from end to end once there are a million rows.
 
-Dates go in and out as numbers: Python has no place for the year 20000, and a connection of the caller's may have a
-codec of its own for dates.
+Dates go in and out as numbers: Python cannot represent the year 20000, and a connection of the caller's may have a
+custom codec for dates.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ __all__ = [
     "versions_sql",
 ]
 
-#: All that most results have.
+#: The columns that most results need; the others are null.
 PLAIN_COLUMNS = ("status", "result", "date_done")
 
-#: All that there may be of a result: the function that takes steps of runs numbers them alike in every database.
+#: All columns that a result may have. The function that does steps of runs has the same numbers in every database.
 STEP_COLUMNS = (
     *("task_id", *PLAIN_COLUMNS, "traceback", "children", *EXTENDED_COLUMNS),
     *("meta", "seconds", "group_id", "group_seconds"),
 )
 
-#: How many rows one statement of `Statements.cleanup` deletes at most.
+#: The most rows that one statement of `Statements.cleanup` deletes.
 CLEANUP_BATCH = 1000
-#: How many rows of ours one run of cleanup looks through for those that belong to nothing.
+#: How many rows of the table of expiry one run of cleanup checks for orphans, which belong to no result or group.
 ORPHANS = 10_000
 
-#: What a store may take the place of.
+#: The condition under which a store may replace the stored result.
 _REPLACEABLE = f"""
     t.status IS DISTINCT FROM 'SUCCESS'
-        -- a state of the task's own making that comes late changes nothing
+        -- a final state stays if a state of the task's own making comes late
         AND (t.status IS NULL OR t.status NOT IN ('FAILURE', 'REVOKED')
              OR excluded.status IN ({", ".join(map(literal_sql, sorted(ALL_STATES)))}))
-    -- the very same store, repeated because its reply was lost
+    -- or the caller repeats the same store because its reply was lost
     OR (t.status, t.date_done, t.result) IS NOT DISTINCT FROM (excluded.status, excluded.date_done, excluded.result)"""
 
 
 class _Kept:
-    """One of the two tables, ours beside it, and the rule by which its rows expire.
+    """SQL about one of Celery's two tables, its table of expiry, and the rule by which its rows expire.
 
-    ``zone`` is the time zone in which the table keeps its dates (expiry.sql); ``expires`` is the reader's default, in
-    seconds, 0 for never.
+    ``key`` is the column with the id, ``expiry`` the table of expiry. ``zone`` is the time zone in which the table
+    keeps its dates (expiry.sql). ``expires`` is the reader's default, in seconds, 0 for never.
     """
 
     def __init__(self, table: str, key: str, expiry: str, zone: str, expires: float) -> None:
@@ -69,18 +69,21 @@ class _Kept:
         self._default = f"{expires!r} * interval '1 second'" if expires else None
 
     def turned(self, moment: str) -> str:
-        """A moment as the table keeps it; or what the table keeps, as a moment."""
+        """Converts a moment to a date in the table's time zone, or such a date to a moment."""
         return f"(({moment}) AT TIME ZONE {literal_sql(self._zone)})"
 
     def ours(self, row: str) -> str:
-        """Joins ``e``, the row of ours that says when ``row`` expires."""
+        """Joins ``e``, the row of the table of expiry that belongs to ``row``."""
         return f"LEFT JOIN LATERAL (SELECT * FROM {self._expiry} x WHERE {self._belongs('x', row)} LIMIT 1) e ON true"
 
     def _belongs(self, ours: str, row: str) -> str:
         return f"{ours}.id = {row}.{self._key} AND {ours}.date_done IS NOT DISTINCT FROM {row}.date_done"
 
     def expires_at(self, row: str) -> str:
-        """When a row expires, with its row ``e`` of ours; infinity, or null, if neither that nor a default says so."""
+        """When ``row`` expires. ``e`` is its row in the table of expiry.
+
+        It is infinity or null if the row never expires.
+        """
         if self._default is None:
             return "CASE WHEN e.stored_at IS NULL THEN coalesce(e.expires_at, 'infinity') ELSE 'infinity' END"
         by_default = f"coalesce(e.stored_at, {self.turned(f'{row}.date_done')}) + {self._default}"
@@ -90,13 +93,14 @@ class _Kept:
         )
 
     def gone(self, row: str) -> str:
-        """Whether it has expired."""
+        """Whether ``row`` has expired."""
         return f"coalesce({self.expires_at(row)} <= now(), false)"
 
     def cleanup(self) -> list[str]:
-        """Removes what has expired, `CLEANUP_BATCH` rows at most, by each of our rules; see `Statements.cleanup`.
+        """Statements that remove what has expired by the table of expiry. See `Statements.cleanup`.
 
-        Rows that another program is writing are passed over: nothing here waits for a lock.
+        Each removes at most `CLEANUP_BATCH` rows. They skip rows that another program is writing, so they never wait
+        for a lock.
         """
         by_ours = ["e.expires_at <= now() AND e.stored_at IS NULL"]
         if self._default is not None:
@@ -113,7 +117,7 @@ class _Kept:
         ]
 
     def orphans(self) -> str:
-        """Looks through `ORPHANS` rows of ours behind the id ``$1``, and removes those that belong to nothing."""
+        """Checks `ORPHANS` rows of the table of expiry after the id ``$1``, and removes those without a result."""
         return f"""
             WITH seen AS MATERIALIZED (
                 SELECT e.id AS key, e.date_done FROM {self._expiry} e
@@ -134,10 +138,10 @@ class _Kept:
             SELECT count(*)::int AS looked, max(key) AS last FROM seen"""
 
     def by_default(self) -> str | None:
-        """Looks through `CLEANUP_BATCH` rows behind date ``$1`` and id ``$2``, and removes what has expired by default.
+        """Checks `CLEANUP_BATCH` rows after date ``$1`` and id ``$2``, and removes those that have expired by default.
 
-        Written so that the index on ``date_done`` serves: the first comparisons have no arithmetic on the column. The
-        last one decides, for there are hours that a time zone has twice.
+        The first comparisons have no arithmetic on ``date_done``, so that its index can be used. The last comparison
+        decides, because a time zone has some hours twice.
         """
         if self._default is None:
             return None
@@ -171,9 +175,9 @@ class _Kept:
                    (SELECT to_json(date_done) #>> '{{}}' FROM last) AS date_done, (SELECT key FROM last) AS key"""
 
     def _removing(self, due: str) -> str:
-        """The rest of a statement: removes the rows ``due`` of ours, which are locked, and those that they belong to.
+        """The rest of a statement that removes rows of the table of expiry, and the results that they belong to.
 
-        Of a partitioned table, a ctid alone is no row.
+        ``due`` are these rows, which are locked. In a partitioned table a ctid alone does not identify a row.
         """
         belongs = f"t.{self._key} = {due}.key AND t.date_done IS NOT DISTINCT FROM {due}.date_done"
         return f"""held AS MATERIALIZED (
@@ -191,22 +195,23 @@ class _Kept:
             SELECT (SELECT count(*) FROM forgotten)::int AS forgotten, count(*)::int AS removed FROM deleted"""
 
     def forget(self, ids: str) -> str:
-        """Removes the rows of ours of these ids."""
+        """Removes the rows with these ids from the table of expiry."""
         return f"DELETE FROM {self._expiry} e WHERE e.id = ANY(ARRAY({ids})::text[])"
 
 
 class Statements:
-    """What is sent, for one set of tables, their time zones, the ``optional`` columns that there are, and one default.
+    """The statements for one set of tables.
 
-    ``zones`` are those of the results and of the groups, ``optional`` names columns of the results, and ``expires`` is
-    in seconds.
+    ``zones`` are the time zones of the dates of results and of groups. ``optional`` names the optional columns that the
+    table of results has. ``expires`` is the reader's default, in seconds.
     """
 
     def __init__(self, names: Tables, zones: tuple[str, str], optional: Sequence[str], expires: float) -> None:
         tasks, groups = names.tasks, names.groups
         kept = _Kept(tasks, "task_id", names.task_expiry, zones[0], expires)
         kept_groups = _Kept(groups, "taskset_id", names.group_expiry, zones[1], expires)
-        #: Of a result, in the order in which `store` takes them, between the id and what goes into our own table.
+        #: The columns of a result in the order of the arguments of `store`. The id comes before them, and the values
+        #: for the table of expiry come after them.
         self.columns: list[str] = [*PLAIN_COLUMNS, "traceback", *optional]
         columns = self.columns
         listed = ", ".join(columns)
@@ -231,7 +236,10 @@ class Statements:
             WHERE NOT {kept.gone("t")}"""
 
         def living_on(members: str) -> str:
-            """Has the saved group of each member live as long. In order, or two batches could wait for each other."""
+            """Keeps the saved group of each member for as long as the member.
+
+            It locks the groups in order of their ids. Otherwise two batches could wait for each other.
+            """
             return f"""
                 INSERT INTO {names.group_expiry} AS old (id, expires_at, stored_at, date_done)
                 SELECT g.taskset_id, greatest(max({instant_sql("group_seconds")}), e.expires_at),
@@ -251,9 +259,9 @@ class Statements:
                              WHEN old.expires_at IS NULL OR old.stored_at IS NOT NULL
                              THEN coalesce(old.stored_at, excluded.stored_at) END)"""
 
-        #: To be run beside steps of runs: for the groups of what they ``taken`` store.
+        #: Runs beside steps of runs, for the groups of the results that they store; ``taken`` has these.
         self.living_on_of_runs: str = living_on("taken")
-        #: To be run beside steps of chords: for the groups ``$2``, where the seconds to live, ``$13``, are not null.
+        #: Runs beside steps of chords, for each of the groups ``$2`` whose seconds to live in ``$13`` are not null.
         self.living_on: str = living_on("""(
                     SELECT gid, max(ttl) FROM unnest($2::text[], $13::float8[]) AS step(gid, ttl)
                     WHERE ttl IS NOT NULL GROUP BY gid
@@ -293,12 +301,12 @@ class Statements:
                 steps["living_on AS"] = living_on("input JOIN stored USING (task_id)")
             return f"WITH {', '.join(f'{name} ({sql})' for name, sql in steps.items())} SELECT task_id FROM stored"
 
-        #: By whether it stores only what is new.
+        #: Whether to store only new ids → the statement.
         self.store: dict[bool, str] = {only_new: store(only_new, plain=False) for only_new in (False, True)}
-        #: The same, for rows of which no more than the `PLAIN_COLUMNS` are given.
+        #: The same for rows with nothing but the `PLAIN_COLUMNS`.
         self.store_plain: dict[bool, str] = {only_new: store(only_new, plain=True) for only_new in (False, True)}
-        # For the function that takes steps of runs, which decides by itself, and plans these two every time: they are
-        # short for that, and of one row. The columns are numbered as `STEP_COLUMNS`.
+        # The next two are for the function that does steps of runs. It decides by itself what to store. It plans them
+        # on every call, so they are short and store one row. Their columns have the numbers of `STEP_COLUMNS`.
         dated = kept.turned("timestamptz 'epoch' + $4 * interval '1 microsecond'")
         numbers = {name: f"${number}" for number, name in enumerate(STEP_COLUMNS, 1)} | {"date_done": dated}
         listed_numbers = ", ".join(numbers[column] for column in columns)
@@ -310,7 +318,7 @@ class Statements:
             UPDATE {tasks} SET ({listed}) = ROW({listed_numbers}) WHERE task_id = $1 RETURNING date_done"""
         #: Further arguments of that function: the time zone, and the default in seconds, ``None`` for never.
         self.rule: tuple[str, float | None] = (zones[0], expires or None)
-        #: Whether the task ``wanted.id`` is over: an expression.
+        #: An expression: whether the task ``wanted.id`` is over.
         self.is_final: str = f"""coalesce((
                 SELECT t.status IN ({", ".join(map(literal_sql, sorted(READY_STATES)))})
                 FROM (SELECT * FROM {tasks} WHERE task_id = wanted.id LIMIT 1) t {kept.ours("t")}
@@ -338,21 +346,23 @@ class Statements:
             WITH gone AS (DELETE FROM {names.group_expiry} WHERE id = $1::varchar)
             DELETE FROM {groups} WHERE taskset_id = $1::varchar"""
 
-        #: Each is repeated while it has ``forgotten`` rows of ours; ``removed`` of them were results or groups.
+        #: Repeat each while it has ``forgotten`` rows of the table of expiry. ``removed`` counts results or groups.
         self.cleanup: list[str] = [*kept.cleanup(), *kept_groups.cleanup()]
-        #: Each goes on behind ``date_done`` and ``key`` until it has ``looked`` at fewer than `CLEANUP_BATCH` rows.
+        #: Repeat each after the returned ``date_done`` and ``key``, until it ``looked`` at fewer than `CLEANUP_BATCH`
+        #: rows.
         self.by_default: list[str] = [sql for sql in (kept.by_default(), kept_groups.by_default()) if sql is not None]
-        #: Each goes on behind the ``last`` id, and begins anew when it has ``looked`` at fewer than `ORPHANS` rows.
+        #: The next run of each begins after the ``last`` id; or with the first id, if it ``looked`` at fewer than
+        #: `ORPHANS` rows.
         self.orphans: list[str] = [kept.orphans(), kept_groups.orphans()]
 
 
 def epoch_sql(moment: str) -> str:
-    """A moment as seconds since 1970: a number also if it is infinite, or in a year that Python has not."""
+    """A moment as seconds since 1970: a number even for infinity, and for years that Python cannot represent."""
     return f"extract(epoch FROM {moment})::float8"
 
 
 def versions_sql(tasks: str) -> str:
-    """Of each id of ``$1``, what tells its row from any later one: the transaction that wrote it."""
+    """Selects the version of the row of each id of ``$1``: the transaction that wrote it. A later row has another."""
     return f"""
             SELECT t.task_id, t.version FROM unnest($1::varchar[]) AS wanted(id)
             CROSS JOIN LATERAL (
@@ -361,7 +371,7 @@ def versions_sql(tasks: str) -> str:
 
 
 def delete_sql(tasks: str, then: str) -> str:
-    """Deletes the rows of the ids ``$1`` that are of the versions ``$2``, locked in this order, and does ``then``."""
+    """Locks in this order the rows of the ids ``$1`` with the versions ``$2``, deletes them, and does ``then``."""
     return f"""
             WITH found AS MATERIALIZED (
                 SELECT t.part, t.place FROM unnest($1::varchar[], $2::text[]) AS wanted(id, version)

@@ -1,4 +1,4 @@
-"""Storing results in PostgreSQL: the rows of records, in statements that lock them in one order."""
+"""Stores results in PostgreSQL. Statements lock rows in one order, so that two batches never wait for each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Storing", "rounds"]
 
 
 class Storing:
-    """Stores into one set of tables, whose reader's default is ``expires`` seconds."""
+    """Stores results in one set of tables. ``expires`` is the backend's default, in seconds."""
 
     def __init__(self, statements: Statements, expires: float, connections: Connections) -> None:
         self.statements = statements
@@ -26,8 +26,8 @@ class Storing:
     async def store(self, records: Sequence[Record], connection: Any) -> list[bool | BaseException]:
         """As `Backend._store`."""
         outcomes: list[bool | BaseException] = [False] * len(records)
-        # Not in one transaction: each statement takes its rows in order, but holding those of one while the next takes
-        # others, two batches could wait for each other.
+        # Each round is a transaction of its own. One statement locks its rows in order; but if a transaction held the
+        # rows of one round while it locks those of the next, two batches could wait for each other.
         every = list(rounds([(record.task_id, record.only_new) for record in records]))
         if len(every) == 1:
             await self._store_round(connection, records, every[0], outcomes)
@@ -40,7 +40,8 @@ class Storing:
                     self._store_round(connection, records, indexes, outcomes), BackendStoreError
                 )
             except BackendError as exc:
-                # What is committed stays stored and is not to be repeated: a registration would find itself.
+                # The rounds before are committed and must not be repeated: a record with ``only_new`` would find its
+                # own row, and would not count as stored.
                 if isinstance(exc, BackendConnectionError) or concerns_everyone(exc):
                     raise
                 if len(indexes) == 1:
@@ -53,7 +54,7 @@ class Storing:
     async def _store_round(
         self, connection: Any, records: Sequence[Record], indexes: list[int], outcomes: list[bool | BaseException]
     ) -> None:
-        # By id, so that two batches in flight lock their common rows in the same order.
+        # In order of the ids, so that two batches in flight lock common rows in the same order.
         indexes.sort(key=lambda index: records[index].task_id)
         batch = [records[index] for index in indexes]
         plain = all(map(self._is_plain, batch))
@@ -68,15 +69,15 @@ class Storing:
         return len(record.payload) == len(PLAIN_COLUMNS) and not record.group_id and self._expires_by_default(record)
 
     def _expires_by_default(self, record: Record) -> bool:
-        """Celery's rule, date_done plus the reader's default, is enough for most; others get a row in our table.
+        """Whether Celery's rule, ``date_done`` plus the reader's default, is enough. It is for most results.
 
-        A result with metadata has a row there in any case, which keeps the metadata.
+        Any other result gets a row in our table of expiry. A result with metadata always gets one, which keeps it.
         """
         _, _, date_done, *others = record.payload
         return record.expires == self._expires and date_done is not None and not (others and others[-1] is not None)
 
     def row(self, record: Record) -> tuple[Any, ...]:
-        """What `Statements.store` takes of ``record``."""
+        """The arguments of `Statements.store` for ``record``."""
         seconds = record.expires or math.inf
         missing = (None,) * (len(self.statements.columns) + 1 - len(record.payload))
         expiry = None if self._expires_by_default(record) else seconds
@@ -84,9 +85,9 @@ class Storing:
 
 
 def rounds(keys: Sequence[tuple[str, bool]]) -> Iterator[list[int]]:
-    """The indexes of ``keys``, an id and a kind each, split so that no id occurs twice in one list, nor two kinds.
+    """Split the indexes of ``keys`` into lists. Each key is an id and a kind.
 
-    The order of each id is kept.
+    The keys of one list have distinct ids and the same kind. The order of the keys of one id is kept.
     """
     waiting = list(range(len(keys)))
     while waiting:

@@ -1,17 +1,19 @@
--- Do one step of a chord (aioresult.chord.ChordStep), on Celery's keys (celery/backends/redis.py, 5.7) and on two keys of
--- aioresult. A part is the outcome of one task of the chord's header. The body is the chord's callback.
---   KEYS: the group's key; .j the parts; .s the size; .t a difference to add to the size; .d the parts that were counted;
+-- Do one step of a chord (aioresult.chord.ChordStep), on Celery's keys (celery/backends/redis.py, 5.7) and on two keys
+-- of aioresult. A part is the outcome of one task of the chord's header. The body is the chord's callback.
+--   KEYS: the group's key; .j the parts; .s the size; .t a difference to add to the size; .d the parts that were
+--         counted;
 --         .c the token of the claim, later "done";
 --         .a aioresult's hash: the run, the body, the id of the body's result, the token of aioresult's last claim, the
---         first part stored by aioresult that failed, the size when aioresult last saw it, and "finished" if aioresult has
---         finished the chord;
+--         first part stored by aioresult that failed, the size when aioresult last saw it, and "finished" if aioresult
+--         has finished the chord;
 --         .r the parts of a chord that aioresult has finished
 --   ARGV: step; group id; channel of the completed chords; token; milliseconds of the lease, for the chord to live, and
 --         for the group to live; size; body; id of its result; run; task id; index; part; failed; whether the parts are
 --         in a sorted set
 -- Celery's workers run their own script on the same keys. So this script uses the same rules for which parts are equal,
 -- and for when a chord is complete.
--- The script first reads and decides everything, then publishes, then writes: if the user may not publish, nothing changes.
+-- The script first reads and decides everything, then publishes, then writes: if the user may not publish, nothing
+-- changes.
 local gkey, jkey, skey, tkey, dkey, ckey, akey, rkey = unpack(KEYS)
 local op, gid, channel, token, lease, ttl, group_ttl, size, body, body_id, run, tid, index, part, failed, ordered =
     unpack(ARGV)
@@ -45,8 +47,8 @@ elseif not anew then
     total = redis.call('GET', skey)
     total = total and tonumber(total) + tonumber(redis.call('GET', tkey) or 0)
 end
--- When Celery ends a chord with failed parts, it removes .s; when it ends any other chord, it also removes the parts. Its
--- mark in .c stays for some seconds or minutes. .a may still have the size.
+-- When Celery ends a chord with failed parts, it removes .s; when it ends any other chord, it also removes the parts.
+-- Its mark in .c stays for some seconds or minutes. .a may still have the size.
 noted = tonumber(noted or nil)
 local over = not (done or total or adding or ours)
     and (noted and (count == 0 or count >= noted) or count > 0 and claim and claim ~= our_token)

@@ -1,9 +1,10 @@
--- Keep a group for at least ARGV[1] milliseconds, 0 for ever. If the group's members are counted, count one that is over.
+-- Keep a group for at least ARGV[1] milliseconds, 0 for ever. If the group's members are counted, count one that is
+-- over.
 --   KEYS[1]: the group
---   ARGV: milliseconds; index of the member, "" for none; whether it failed; three further keys of the group: .ok and .bad,
---         with a bit for each member that has succeeded or failed; .n, the size, also the channel of the counts
--- Returns whether the group is stored. The further keys are absent if members are not counted. They are not among the KEYS
--- because a user may have rights to results and groups alone: then members are not counted either.
+--   ARGV: milliseconds; index of the member, "" for none; whether it failed; three further keys of the group: .ok and
+--         .bad, with a bit for each member that has succeeded or failed; .n, the size, also the channel of the counts
+-- Returns whether the group is stored. The further keys are absent if members are not counted. They are not among the
+-- KEYS because a user may have rights to results and groups alone: then members are not counted either.
 local ttl = tonumber(ARGV[1])
 local ok, bad, total = ARGV[4], ARGV[5], ARGV[6]
 local function extend(key)
@@ -18,7 +19,8 @@ local size = index and redis.pcall('GET', total)
 size = type(size) == 'string' and tonumber(size)
 if size and index >= 0 and index < size then
     extend(total)
-    -- Set the last bit first, so that the string has its full length at once: a string that grows takes twice the memory.
+    -- Set the last bit first, so that the string has its full length at once: a string that grows takes twice the
+    -- memory.
     local function set(bits, value)
         if redis.call('EXISTS', bits) == 0 then
             if value == 0 then return 0 end

@@ -1,9 +1,10 @@
--- Open the output of a task: its log gets a new epoch, above all earlier ones, and loses its older entries. An epoch is one
--- attempt of the task, or one writer.
+-- Open the output of a task: its log gets a new epoch, above all earlier ones, and loses its older entries. An epoch is
+-- one attempt of the task, or one writer.
 --   KEYS: result; .run, the hash of run.lua; .out, the log, a stream whose ids are <epoch>-<last>, with the fields "d"
 --         (chunks, a JSON list), "e" (how the output ended) and "o" (the writer that opened it); also the channel
 --   ARGV: writer; number of the last chunk; chunks; state of an end mark; whether the message carries the chunks;
---         milliseconds to live, 0 for ever, "" to leave the expiry unchanged; run that the writer belongs to, "" for none
+--         milliseconds to live, 0 for ever, "" to leave the expiry unchanged; run that the writer belongs to, "" for
+--         none
 -- Returns the epoch, or 0 if another run has the output, if the writer's run has ended, or if a run has succeeded.
 local key, note, out = unpack(KEYS)
 local writer, last, data, state, carried, ttl, run = unpack(ARGV)

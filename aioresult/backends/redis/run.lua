@@ -1,17 +1,18 @@
--- Do one step of a run (aioresult.run.RunStep), by the rules of `aioresult.backends.runs.Note`. A run is one attempt of a
--- task in one process; a note is what the store knows of the last run.
+-- Do one step of a run (aioresult.run.RunStep), by the rules of `aioresult.backends.runs.Note`. A run is one attempt of
+-- a task in one process; a note is what the store knows of the last run.
 --   KEYS: result, also a channel;
 --         .run, the note, a hash: run, worker, over ("1" once the run has ended); if the task must stop, also wish (the
 --         record of REVOKED to store then), its ttl and its group, reason;
 --         .out, the log of the output (open.lua), also a channel
---   ARGV: step; run; worker; milliseconds for the note to live, 0 for ever, "" to leave its expiry unchanged; record, "" for
---         none, its milliseconds to live, whether its state is of the task's own making, its group; state; reason; whether
---         to skip a task that has succeeded; epoch of the output, "" for none, and number of its end mark; a worker that is
---         dead; prefix of the workers' channels; digest of the stored value, if the caller has decoded it, and its state,
---         "" if it is not final
--- Returns {verdict, run, worker, reason or false, group of a wish that was stored, its milliseconds to live}. If the script
--- cannot read the state of the stored value (see put.lua), it returns that value; the caller decodes it and tries again.
--- The script first reads and decides everything, then publishes, then writes: if the user may not publish, nothing changes.
+--   ARGV: step; run; worker; milliseconds for the note to live, 0 for ever, "" to leave its expiry unchanged; record,
+--         "" for none, its milliseconds to live, whether its state is of the task's own making, its group; state;
+--         reason; whether to skip a task that has succeeded; epoch of the output, "" for none, and number of its end
+--         mark; a worker that is dead; prefix of the workers' channels; digest of the stored value, if the caller has
+--         decoded it, and its state, "" if it is not final
+-- Returns {verdict, run, worker, reason or false, group of a wish that was stored, its milliseconds to live}. If the
+-- script cannot read the state of the stored value (see put.lua), it returns that value; the caller decodes it and
+-- tries again. The script first reads and decides everything, then publishes, then writes: if the user may not publish,
+-- nothing changes.
 local key, note, out = unpack(KEYS)
 local op, run, worker, lives, record, ttl, custom, group, state, reason, skip_done, epoch, last, gone, prefix, digest,
     known = unpack(ARGV)
