@@ -1,9 +1,9 @@
 """Why a value cannot be stored: the path to the part at fault, and what to do about it.
 
 Nothing here runs before a serializer has failed. Then `explain` walks through the value in the order of the serializer
-and stops at the first part that the serializer cannot write. It asks the same functions for a replacement as the
-serializer does, so a ``__json__`` of the user's own may be called once more. The walk ends after a number of parts and
-after a fraction of a second, for it blocks the event loop.
+and stops at the first part that the serializer cannot write. It calls the same functions as the serializer, so a user's
+``__json__`` may be called a second time. The number of parts and the time of the walk are limited, because it blocks
+the event loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Grammar", "UnknownType", "explain"]
 
 _MAX_PARTS: Final = 50_000
 _MAX_SECONDS: Final = 0.1
-#: So many steps of a path are shown from its beginning, and as many from its end.
+#: How many steps of a path are shown from its beginning, and how many from its end.
 _SHOWN_STEPS: Final = 10
 _SHOWN_KEY: Final = 60
 
@@ -34,7 +34,7 @@ _MARKERS = {"__type__", "__value__"}
 
 
 class UnknownType(TypeError):
-    """Nothing turns ``value`` into what the serializer can write."""
+    """No function turns ``value`` into a value that the serializer can write."""
 
     def __init__(self, value: object) -> None:
         super().__init__(f"it holds {_an_object(value)}")
@@ -42,32 +42,32 @@ class UnknownType(TypeError):
 
 
 class Grammar(NamedTuple):
-    """How a serializer writes, as far as `explain` needs it."""
+    """How a serializer writes, as far as `explain` needs to know."""
 
     serializer: str
-    #: What it writes by itself, apart from containers; subclasses included.
+    #: The classes that it writes by itself, subclasses included, apart from containers.
     scalars: tuple[type, ...]
-    #: What it takes as the key of a dict.
+    #: The classes that it allows for the keys of a dict.
     keys: tuple[type, ...]
     #: Writes a value, or raises.
     write: Callable[[Any], bytes]
     #: Raises if no reader could read what was written.
     check: Callable[[bytes], object] | None = None
-    #: A value that stands for one that the serializer does not know. ``None``: the serializer knows every type.
+    #: Returns the value to write in place of an unknown one. ``None``: the serializer knows every type.
     replace: Callable[[Any], Any] | None = None
-    #: Which function `replace` calls for a value, and how the path shows that.
+    #: Returns the name of the function that `replace` calls for a value, and how the path shows it.
     replaced_by: Callable[[Any], tuple[str, str]] | None = None
     #: Whether the caller may change the serializer.
     fixed: bool = False
 
 
 def explain(roots: Mapping[str, Any], grammar: Grammar, error: BaseException) -> str:
-    """Why ``error`` came up when ``roots`` were written, as the rest of a sentence. ``roots`` are values by name."""
+    """Why writing ``roots`` raised ``error``, as the rest of a sentence. ``roots`` are values by name."""
     try:
         found = _Search(grammar).search(roots)
     except KeyboardInterrupt:
         raise
-    except BaseException:  # a class of the user's own may raise anything anywhere
+    except BaseException:  # a class of the user may raise anything in any method
         found = None
     if found is not None:
         return found
@@ -76,25 +76,25 @@ def explain(roots: Mapping[str, Any], grammar: Grammar, error: BaseException) ->
     return "it nests too deeply" if isinstance(error, RecursionError) else safe_text(error) or type(error).__name__
 
 
-#: What replaced a value, when nothing is known of it.
+#: The name of the function that replaced a value, and how the path shows it, if neither is known.
 _UNKNOWN = ("its class", "{}")
 
 
 class _Gone(Exception):
-    """The walk has taken too long."""
+    """The walk has reached its limit of parts or of time."""
 
 
 class _Step(NamedTuple):
-    """From a value to a part of it."""
+    """A step of the walk, from a value to a part of it, or to the value that replaces it."""
 
-    #: The key or the index. With a `template`: nothing.
+    #: The key or the index of the part. Not used with a `template`.
     key: object = None
-    #: How the path shows a replacement, such as ``{}.__json__()``.
+    #: How the path shows the replacement of a value, such as ``{}.__json__()``.
     template: str | None = None
 
 
 class _Frame(NamedTuple):
-    """A value that the walk is in. It keeps the value alive: `_Search` knows it by its identity."""
+    """A value whose parts the walk goes through. It keeps the value alive, because `_Search` uses the value's id."""
 
     value: Any
     parts: Iterator[tuple[_Step, Any]]
@@ -105,7 +105,7 @@ class _Search:
         self._grammar = grammar
         self._steps: list[_Step] = []
         self._root = ""
-        #: The values around the present one → how many steps lead to each.
+        #: The ids of the values that contain the present one → how many steps lead to each.
         self._around: dict[int, int] = {}
         self._left = _MAX_PARTS
         self._end = monotonic() + _MAX_SECONDS
@@ -151,7 +151,7 @@ class _Search:
         if self._left < 0 or monotonic() > self._end:
             raise _Gone
         grammar = self._grammar
-        cls = type(value)  # not `isinstance`, which would ask the value
+        cls = type(value)  # not `isinstance`, which would read the `__class__` of the value
         if cls in (bool, NoneType, float):
             return None
         if (depth := self._around.get(id(value))) is not None:
@@ -169,7 +169,7 @@ class _Search:
 
     def _items(self, value: dict[Any, Any]) -> str | Iterator[tuple[_Step, Any]]:
         try:
-            # A subclass may have an `items` of its own; the serializer calls it, too.
+            # A subclass may override `items`; the serializer calls that method, too.
             items = value.items() if type(value) is dict else list(value.items())
         except BaseException as exc:
             _go_on(exc)
@@ -241,7 +241,7 @@ class _Search:
         by = self._grammar.replaced_by
         try:
             return _UNKNOWN if by is None else by(value)
-        except BaseException as exc:  # its class answers no question
+        except BaseException as exc:  # the class of the value raises when it is asked for an attribute
             _go_on(exc)
             return _UNKNOWN
 
@@ -259,7 +259,7 @@ class _Search:
             elif step.template is not None:
                 path, template = template.replace("{}", path), step.template
             elif template != "{}" and type(step.key) is str and step.key.isidentifier():
-                # A field of an object, whatever function has made a dict of the object.
+                # Show a key as a field of the object: a function has turned the object into a dict.
                 path, template = f"{path}.{step.key}", "{}"
             else:
                 path, template = f"{template.replace('{}', path)}[{_shown(step.key)}]", "{}"
@@ -272,7 +272,7 @@ def _go_on(exc: BaseException) -> None:
 
 
 def _shown(key: object) -> str:
-    """A key or an index, without calling anything of its class."""
+    """The text of a key or an index, made without calling any method of the key's class."""
     if issubclass(type(key), str):
         text = json.dumps(str.__str__(key), ensure_ascii=False)
         return text if len(text) <= _SHOWN_KEY else f'{text[:_SHOWN_KEY]}…"'
@@ -300,7 +300,7 @@ def _remedy(cls: type, grammar: Grammar) -> str:
 
 
 def _instead(cls: type) -> str | None:
-    """What to store in the place of an instance of ``cls``."""
+    """The expression to store in place of an instance of ``cls``; ``None`` if none is known."""
     names = {name for each in cls.__mro__ for name in vars(each)}
     found = next((text for base, text in _INSTEAD if issubclass(cls, base)), None)
     if found is None:

@@ -1,7 +1,8 @@
-"""Values in kombu's dialect of JSON (``kombu/utils/json.py``, 5.7), and in msgpack in the same manner.
+"""Reads and writes values in kombu's dialect of JSON (``kombu/utils/json.py``, 5.7), and in msgpack in the same way.
 
-What JSON lacks travels as ``{"__type__": name, "__value__": value}``. Three tables say what such a name means: the
-``types`` of the backend take precedence, then kombu's table where the process has imported kombu, then the one below.
+A value of a type that JSON lacks is stored as ``{"__type__": name, "__value__": value}``. Three tables map the names to
+types. The ``types`` of the backend take precedence; next comes kombu's table, if the process has imported kombu; the
+table in this module is last.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ __all__ = ["Dialect", "Reader", "StoredType", "msgspec"]
 T = TypeVar("T")
 
 _MARKERS = frozenset({"__type__", "__value__"})
-#: Not in kombu's table of encoders, either. Its decoder takes what is no base64 at all.
+#: The names for which kombu's decoders are not used: kombu's decoder of base64 accepts text that is not base64. kombu's
+#: table of encoders does not have these names.
 _KEPT = frozenset({"bytes", "base64"})
 _JSON_SCALARS = (str, int, float, NoneType)
 _MSGPACK_SCALARS = (str, int, float, bytes, NoneType)
-#: What a serializer writes by itself, and instances of subclasses with it: their ``encode`` would not be called.
+#: Serializer → the classes that it writes by itself, subclasses included. It would not call ``encode`` for them.
 _NATIVE: Final[Mapping[str, tuple[type, ...]]] = {
     "json": (dict, list, tuple, *_JSON_SCALARS),
     "msgpack": (dict, list, tuple, *_MSGPACK_SCALARS),
@@ -39,27 +41,27 @@ _NATIVE: Final[Mapping[str, tuple[type, ...]]] = {
 
 @dataclass(frozen=True)  # with slots, StoredType[…](…) raises in Python 3.11
 class StoredType(Generic[T]):
-    """A class whose instances a backend stores and reads; for the option ``types``.
+    """Describes a class whose instances a backend stores and reads. For the option ``types``.
 
     >>> from fractions import Fraction
     >>> fraction = StoredType(Fraction, "fraction", str, Fraction)
 
     JSON and msgpack then hold ``{"__type__": "fraction", "__value__": "1/3"}``. kombu's ``register_type`` takes the
-    same arguments in the same order and stores the same, so each side reads what the other wrote. pickle stores
+    same arguments in the same order and stores the same form, so each side reads the values of the other. pickle stores
     instances by itself and ignores the types.
 
     An instance of a subclass is written with the most specific type that fits. Two types may have the same class, for
-    instance after a change of the name: the first in the list writes, and both are read.
+    instance after a change of the name: the first one in the list is written, and both are read.
 
     :param cls: the class. JSON writes `dict`, `list`, `tuple`, `str`, `int`, `float` and their subclasses by itself, so
         those are refused.
     :param name: the name in the store. It may also replace a name that aioresult knows by itself, such as ``datetime``.
-    :param encode: turns an instance into a value that the serializer can hold, or that other types make so. If it
-        raises, storing raises `EncodeError`.
+    :param encode: turns an instance into a value that the serializer, or another type, can write. If it raises, storing
+        raises `EncodeError`.
     :param decode: turns that value, in which tuples have become lists, into an instance. If it raises, reading this one
         result raises `DecodeError`. Other programs may write to the store, so it must be safe for any value. Storing
         does not call it.
-    :raises ImproperlyConfigured: an argument makes no sense; says what to change.
+    :raises ImproperlyConfigured: an argument is wrong. The message says what to change.
     """
 
     cls: type[T]
@@ -76,7 +78,7 @@ class StoredType(Generic[T]):
             issubclass(NoneType, self.cls)
         except TypeError as exc:  # a Protocol
             raise ImproperlyConfigured(
-                f"{self.cls.__qualname__} cannot tell its instances ({exc}); pass a class that implements it"
+                f"{self.cls.__qualname__} does not support isinstance ({exc}); pass a class that implements it"
             ) from exc
         if not isinstance(self.name, str) or not self.name:
             raise ImproperlyConfigured(
@@ -99,22 +101,22 @@ def _checked(types: Iterable[StoredType[Any]], serializer: str) -> tuple[StoredT
         if not isinstance(each, StoredType):
             raise ImproperlyConfigured(f"types must be made with StoredType(cls, name, encode, decode), not {each!r}")
         if each.name in names:
-            raise ImproperlyConfigured(f"types has two of the name {each.name!r}; give each a name of its own")
+            raise ImproperlyConfigured(f"types has two types with the name {each.name!r}; give each its own name")
         names.add(each.name)
         for base in native:
             if issubclass(each.cls, base):
                 raise ImproperlyConfigured(
                     f"the serializer itself writes {each.cls.__qualname__}, as a {base.__name__}, and would not call "
-                    f"encode; wrap the value in a class that is no {base.__name__}, or convert it before storing it"
+                    f"encode; wrap the value in a class that is not a {base.__name__}, or convert it before storing it"
                 )
     return found
 
 
-# -- the types that everyone has ------------------------------------------------------------------------------------
+# -- the types that every backend has -------------------------------------------------------------------------------
 #
-# Where the process has imported kombu, the types that ``kombu.utils.json.register_type`` was told of are written and
-# read as Celery does it there: kombu's table is looked at first, so that it may also override a type of ours. The table
-# has no public name; its shape is the same from kombu 5.3 to 5.7. Plain JSON never comes here.
+# If the process has imported kombu, the types that were registered with ``kombu.utils.json.register_type`` are written
+# and read as Celery does it. kombu's table takes precedence, so it may also override a type of ours. The table has no
+# public name; it has the same form in kombu 5.3 to 5.7. Values that JSON itself can write never get here.
 
 
 def _tag(name: str, value: Any) -> dict[str, Any]:
@@ -122,13 +124,13 @@ def _tag(name: str, value: Any) -> dict[str, Any]:
 
 
 def _lazy_text() -> type | tuple[()]:
-    """Django's texts that are translated when they are shown; kombu stores them as texts where Django is installed."""
+    """The class of Django's lazy translations. kombu stores them as texts if Django is installed."""
     django = sys.modules.get("django.utils.functional")
     return getattr(django, "Promise", ())
 
 
 def _default(value: Any, unknown: Callable[[Any], Any] | None = None) -> Any:
-    """What stands for a value that the serializer does not know. ``unknown`` is called for what is not known here."""
+    """The value to write in place of one that the serializer does not know. ``unknown`` does the rest."""
     reduce = getattr(value, "__json__", None)
     if reduce is not None:
         return reduce()
@@ -183,27 +185,27 @@ def _decoder(kind: str) -> Callable[[Any], Any] | None:
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
-# A hook is a Python call for every object in the document; most documents have nothing for it to do.
+# A hook costs a Python call for every object in the document. Most documents have no tagged value, and need no hook.
 _plain = json.JSONDecoder().raw_decode
 
 
 class Reader:
-    """Reads both serializers. Its ``own`` decoders take precedence over those that everyone has."""
+    """Reads JSON and msgpack. The ``own`` decoders, by name, take precedence over those that every backend has."""
 
     def __init__(self, own: Mapping[str, Callable[[Any], Any]]) -> None:
         self._own = own
         self._tagged = json.JSONDecoder(object_hook=self._hook).raw_decode
 
     def json(self, data: bytes) -> Any:
-        """The value in ``data``; raises whatever a parser or a decoder raises, as `msgpack` does."""
+        """The value in ``data``. Raises any exception of the parser or of a decoder; so does `msgpack`."""
         text = data.decode().strip(" \t\n\r")  # `json.loads` would also take UTF-16 and UTF-32
         value, end = self._tagged(text) if "__type__" in text else _plain(text)
         if end != len(text):
-            raise ValueError(f"there is more after its end, at {end:,}")
+            raise ValueError(f"there is more text after the end of its JSON, at {end:,}")
         return value
 
     def msgpack(self, data: bytes) -> Any:
-        """The same of msgpack."""
+        """The value in ``data``, which is msgpack."""
         return self._untagged(msgspec().msgpack.decode(data))
 
     def _untagged(self, value: Any) -> Any:
@@ -225,9 +227,9 @@ class Reader:
 
 
 class _Checker(Reader):
-    """Finds out whether data can be read. Of the decoders it calls only those of the types that everyone has.
+    """Checks whether data can be read. It calls only the decoders of the types that every backend has.
 
-    The decoder of a registered type is written for readers: it may be slow, or need what the worker lacks.
+    The decoder of a registered type is written for readers: it may be slow, or need something that a worker lacks.
     """
 
     def _decoder(self, kind: str) -> Callable[[Any], Any] | None:
@@ -243,11 +245,11 @@ def _as_it_is(value: Any) -> Any:
 
 
 class Dialect:
-    """Both serializers with the ``types`` of one backend, which writes with ``serializer``.
+    """Writes JSON and msgpack with the ``types`` of one backend. ``serializer`` is the one that the backend uses.
 
-    ``json_default`` turns a value that nothing else knows into one that is known.
+    ``json_default`` is called for a value of an unknown type; it returns a value to write instead.
 
-    Raises `ImproperlyConfigured` for types that make no sense, and for a ``json_default`` that cannot be called.
+    Raises `ImproperlyConfigured` if ``types`` are wrong or ``json_default`` cannot be called.
     """
 
     def __init__(
@@ -265,13 +267,13 @@ class Dialect:
         self._has_default = json_default is not None
         last = _default if json_default is None else partial(_default, unknown=json_default)
         self._default: Callable[[Any], Any] = _default_with(types, last) if types else last
-        #: A value as JSON. A circle is found all the same: nesting without end.
+        #: Writes a value as JSON. The check for circles is not needed: a circle ends in a `RecursionError`.
         self.text: Callable[[Any], str] = json.JSONEncoder(default=self._default, check_circular=False).encode
         self.reader: Reader = Reader({each.name: each.decode for each in types})
         self.checker: Reader = _Checker({each.name: each.decode for each in types})
 
     def grammar(self, serializer: str, fixed: bool) -> Grammar:
-        """How JSON or msgpack writes, for the search for what could not be written."""
+        """Describes how JSON or msgpack writes, for `aioresult.culprit.explain`."""
         scalars = _MSGPACK_SCALARS if serializer == "msgpack" else _JSON_SCALARS
         write, check = (
             (self.msgpack, self.checker.msgpack) if serializer == "msgpack" else (self.json, self.checker.json)
@@ -279,7 +281,7 @@ class Dialect:
         return Grammar(serializer, scalars, scalars, write, check, self._default, self._replaced_by, fixed)
 
     def _replaced_by(self, value: Any) -> tuple[str, str]:
-        """Which function `_default` calls for ``value``, in its order; and an expression with ``{}`` for the value."""
+        """The function that `_default` calls for ``value``, and an expression for it with ``{}`` for the value."""
         fitting = [each for each in self._types if isinstance(value, each.cls)]
         if fitting:
             name = next((each.name for each in fitting if each.cls is type(value)), fitting[0].name)
@@ -292,14 +294,15 @@ class Dialect:
         return "its encoder", "encode({})"
 
     def json(self, value: Any) -> bytes:
-        """``value`` as JSON; raises whatever an encoder raises, as `msgpack` does."""
+        """``value`` as JSON. Raises any exception of an encoder; so does `msgpack`."""
         return self.text(value).encode()
 
     def msgpack(self, value: Any) -> bytes:
         """``value`` as msgpack.
 
-        msgspec would take sets, durations, dataclasses and more, and give lists, texts and mappings back. So that
-        nothing changes its type in silence, it gets msgpack's own types only; all else is tagged or refused as in JSON.
+        msgspec would take sets, durations, dataclasses and more, but return lists, texts and mappings for them. No
+        value must change its type silently. So msgspec gets msgpack's own types only; any other value is tagged or
+        refused, as in JSON.
         """
         return bytes(msgspec().msgpack.encode(self._tagged(value)))
 
@@ -317,7 +320,10 @@ class Dialect:
 
 
 def _default_with(types: Iterable[StoredType[Any]], last: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``last`` for all but these types. The most specific class decides, then the order of the list."""
+    """A function that encodes these types, and calls ``last`` for all others.
+
+    The most specific class decides, then the order of the list.
+    """
     default = singledispatch(last)
     by_class: dict[type, StoredType[Any]] = {}
     for each in types:
@@ -332,7 +338,7 @@ def _encoder(stored: StoredType[Any]) -> Callable[[Any], Any]:
 
 
 def msgspec() -> Any:
-    """The package, or `ImproperlyConfigured` if it is not installed."""
+    """The package msgspec. Raises `ImproperlyConfigured` if it is not installed."""
     try:
         import msgspec
     except ImportError:

@@ -1,4 +1,4 @@
-"""Handles for what is not an id: results of Celery's, and handles of ours. Celery is not imported for it."""
+"""Makes handles from Celery's results, and takes handles of aioresult in place of ids. It does not import Celery."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ __all__ = ["from_celery", "group_of", "is_celerys", "not_a_handle", "single"]
 
 
 def is_celerys(value: object, *names: str, module: str = "celery.result") -> bool:
-    """Whether ``value`` is an instance of one of these classes of Celery's, of any result if none is named.
+    """Whether ``value`` is an instance of one of Celery's classes with these names; without names, of any result.
 
-    It can be one only if Celery has been imported.
+    Such a value can exist only if the process has imported Celery.
     """
     classes = sys.modules.get(module)
     return classes is not None and isinstance(value, tuple(getattr(classes, name) for name in names or ("ResultBase",)))
 
 
 def not_a_handle(value: object) -> str:
-    """What to tell a caller who passes ``value`` where a handle is due."""
+    """The text of the error for a ``value`` that is not a handle."""
     make = "group" if is_celerys(value, "ResultSet") else "result"
     given = "it" if is_celerys(value) else "task_id"
     return f"{kind_of(value)} is not a handle of aioresult; make one with backend.{make}({given})"
 
 
 def single(given: object, backend: ResultStore, parent: ResultBase | None = None) -> AsyncResult[Any]:
-    """The handle for a single result of Celery's, or for a handle of ours, which is returned.
+    """The handle for one result of Celery. A handle of aioresult is returned as it is.
 
-    :raises UsageError: it is neither, or it is kept in another backend, or it is a group.
+    :raises UsageError: ``given`` is neither, or is a group, or is a handle of another backend.
     """
     ours = isinstance(given, ResultBase)
     if not ours and not is_celerys(given):
@@ -58,7 +58,7 @@ def group_of(
     backend: ResultStore,
     id: str | UUID | None = None,
 ) -> GroupResult:
-    """A group of what ``results`` holds, or the one that Celery's group describes."""
+    """A group of the given ``results``, which are handles, Celery's results or ids; or the group for Celery's group."""
     if is_celerys(results):
         group = from_celery(results, backend)
         if isinstance(group, ResultSet):
@@ -69,10 +69,10 @@ def group_of(
 
 
 def from_celery(result: Any, backend: ResultStore, nesting: int = 0) -> ResultBase:
-    """The handle for a result of Celery's, with its parents and members."""
+    """The handle for a result of Celery, with its parents and members."""
     check_nesting(nesting)
     above: ResultBase | None = None
-    for each in reversed(list(parents_of(result))):  # not by recursion: a chain may be longer than the stack
+    for each in reversed(list(parents_of(result))):  # a loop, because a chain may be too long for recursion
         above = _handle(each, above, backend, nesting)
     return _handle(result, above, backend, nesting)
 

@@ -1,4 +1,4 @@
-"""`TaskMeta`: the one record that is stored, sent and awaited; `TaskRequest`: what a worker knows of its task."""
+"""`TaskMeta`, the record that is stored, published and awaited; and `TaskRequest`, what a worker knows of its task."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ class SupportsAsTuple(Protocol):
 
 @dataclass_transform(frozen_default=True)
 def _frozen_to_checkers(cls: type[T]) -> type[T]:
-    """A frozen dataclass to type checkers only: at run time, that would make every store a tenth slower."""
+    """A dataclass that is frozen for type checkers only. A frozen one would make every store a tenth slower."""
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
 @_frozen_to_checkers
 class TaskMeta:
-    """What is known of a task at one moment. Read-only.
+    """The state of a task at one moment, and its result. Read-only.
 
     In the states that carry an exception (`aioresult.states.EXCEPTION_STATES`) ``result`` is the exception. Waiters
-    that `aioresult.Backend.watch` registered share one meta. To raise its exception, take that of `with_new_exception`.
+    that `aioresult.Backend.watch` registered share one meta. To raise its exception, raise that of
+    `with_new_exception`.
     """
 
     task_id: str
     status: str
-    #: The return value; the exception; or whatever a state of your own carries.
+    #: The return value; the exception; or the value of a state of your own.
     result: Any = None
     #: The worker's traceback, as text.
     traceback: str | None = None
@@ -55,34 +56,35 @@ class TaskMeta:
     #: The optional fields, by the names that Celery stores them under. They are read through the properties below
     #: and kept together because most results have none of them: a meta is built for every message that arrives.
     extra: Mapping[str, Any] | None = None
-    #: Decodes the same meta again, where it carries an exception.
+    #: Decodes the same meta again; ``None`` if it carries no stored exception.
     _again: Callable[[], TaskMeta] | None = field(default=None, repr=False, compare=False)
 
     def with_new_exception(self) -> TaskMeta:
-        """The same meta, with an exception of its own where it carries one that was stored.
+        """The same meta with a new exception, if it carries a stored one.
 
-        An exception that two callers raise collects the traceback, the context, the cause and the notes of both.
+        Raise a new exception in each caller. If two callers raise the same one, it collects the traceback, the context,
+        the cause and the notes of both.
         """
         if self._again is None:
             return self
         try:
             return replace(self._again(), _again=self._again)
-        except Exception:  # the class is not ours, and may have worked the first time only
+        except Exception:  # the exception's class is the user's: its constructor may raise the second time
             return self
 
     @classmethod
     def pending(cls, task_id: str) -> TaskMeta:
-        """What is known of an id that nothing is stored under."""
+        """The meta of an id under which nothing is stored: its state is PENDING."""
         return cls(task_id, PENDING)
 
     @property
     def ready(self) -> bool:
-        """Whether the task is over, well or not."""
+        """Whether the task is over: it has succeeded or failed, or was revoked."""
         return self.status in READY_STATES
 
     @property
     def propagates(self) -> bool:
-        """Whether awaiting this raises."""
+        """Whether awaiting the result raises the exception."""
         return self.status in PROPAGATE_STATES
 
     def _optional(self, name: str) -> Any:
@@ -132,17 +134,17 @@ class TaskMeta:
 
     @property
     def queue(self) -> str | None:
-        """The queue it was taken from."""
+        """The queue that the worker took the task from."""
         return cast("str | None", self._optional("queue"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRequest:
-    """What a worker knows of the task that it is running.
+    """What a worker knows of the task that it runs.
 
-    Every field is optional; the id is known from the call that the request is given to. An id may be a `UUID`.
-    Wherever a request is taken, an object of Celery's (``task.request``) serves as well: the attributes are looked up
-    by name, and a missing one counts as unknown.
+    Every field is optional: the caller passes the id with the request. An id may be a `UUID`. Every method that takes a
+    request also takes Celery's ``task.request``: it reads the attributes by name, and treats a missing attribute as
+    unknown.
     """
 
     id: str = ""
@@ -154,7 +156,7 @@ class TaskRequest:
     group: str | None = None
     group_index: int | None = None
     chord: Any = None
-    #: The signatures that come after the task, as in Celery: they fail with it.
+    #: The signatures of the tasks that follow in the chain, as in Celery. If this task fails, they fail with it.
     chain: Sequence[Any] | None = None
     parent_id: str | None = None
     children: Sequence[SupportsAsTuple | ResultTuple] = ()

@@ -1,4 +1,4 @@
-"""What is checked of options, and what an error says about one that is unknown or of the wrong type."""
+"""Checks the options of backends, and makes the errors for options that are unknown or of the wrong type."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 class UnknownOption(ImproperlyConfigured, TypeError):
-    """A backend does not take an option: a `TypeError`, as it is for any other class."""
+    """A backend does not take an option. It is a `TypeError`, too, as for any other class."""
 
 
 def unknown_options(backend_class: type, names: Iterable[str], owners: Mapping[str, str] | None = None) -> str:
-    """What an error says about options that ``backend_class`` does not take.
+    """The text of the error for options that ``backend_class`` does not take.
 
-    ``owners`` has a sentence for each option of another backend.
+    ``owners`` maps each option of another backend to a sentence about it.
     """
     known = option_names(backend_class)
     told = [
@@ -41,7 +41,7 @@ def unknown_options(backend_class: type, names: Iterable[str], owners: Mapping[s
 
 
 def option_names(cls: type) -> set[str]:
-    """The keyword arguments of the constructor of ``cls``, and of those that it passes the rest on to."""
+    """The keyword arguments of the constructor of ``cls``, and of the constructors that get its other arguments."""
     known: set[str] = set()
     for each in cls.__mro__:
         if "__init__" in vars(each) and each is not object:
@@ -53,7 +53,7 @@ def option_names(cls: type) -> set[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'expires'?"``, or nothing if no known name is similar."""
+    """``"; did you mean 'expires'?"``, or an empty text if no known name is similar."""
     from difflib import get_close_matches  # seldom needed
 
     similar = get_close_matches(name.lower(), sorted(known), 1, 0.7)
@@ -61,14 +61,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def checked_option(name: str, value: T, kinds: type | tuple[type, ...], expected: str) -> T:
-    """``value`` if it is of one of ``kinds``. The error does not quote it: it may hold a password."""
+    """``value``, if it is an instance of ``kinds``. The error does not quote the value, which may hold a password."""
     if not isinstance(value, kinds):
         raise ImproperlyConfigured(f"{name} must be {expected}, not {type(value).__qualname__}")
     return value
 
 
 def checked_flag(name: str, value: bool) -> bool:
-    """``value``; 0 and 1 are flags, too."""
+    """``value`` as a `bool`; 0 and 1 are allowed, too."""
     if not isinstance(value, int) or value not in (0, 1):
         raise ImproperlyConfigured(f"{name} must be True or False, not {value!r}")
     return bool(value)

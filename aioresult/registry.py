@@ -1,4 +1,4 @@
-"""Backends by name and by URL. A backend's module, and the driver it needs, is imported when it is named."""
+"""Finds backends by name and by URL. A backend's module and its driver are imported only when the backend is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKEND_ALIASES", "ConnectOptions", "by_name", "by_url", "connect"]
 
-#: The entry-point group in which other distributions announce theirs: ``name = "module:Class"``.
+#: The entry-point group in which other packages announce their backends: ``name = "module:Class"``.
 ENTRY_POINTS: Final = "aioresult.backends"
 
 BACKEND_ALIASES: Final = {
@@ -36,7 +36,7 @@ BACKEND_ALIASES: Final = {
 
 #: Driver → the extra that installs it.
 _EXTRAS: Final = {"redis": "redis", "hiredis": "redis", "asyncpg": "postgres"}
-#: What Celery has and this library has not, so that the error can say so.
+#: The backends that Celery has and this library lacks, so that the error can say so.
 _CELERY_ONLY: Final = frozenset(
     [
         "rpc",
@@ -75,15 +75,15 @@ _CELERY_ONLY: Final = frozenset(
         "oracle",
     ]
 )
-#: … and what to do instead.
+#: What to do instead of using such a backend.
 _INSTEAD: Final = {
     "django-db": "if that database is PostgreSQL, pass its own URL with table='django_celery_results_taskresult'",
     "sentinel": "pass the URL of the master, or of a proxy that follows it",
-    "cluster": "pass the URL of a Redis that is not part of a cluster",  # nor has Celery one for that
+    "cluster": "pass the URL of a Redis that is not part of a cluster",  # Celery has no backend for that either
 }
 _NOT_HERE: Final = _CELERY_ONLY | _INSTEAD.keys()
 
-#: A host and perhaps a port: a URL without its scheme.
+#: A URL without its scheme: a host and perhaps a port.
 _HOST: Final = re.compile(r"(?:localhost|\d[\d.]*|\[[0-9a-fA-F:.]+\]|[\w.-]+(?=:\d))(?::\d+)?(?:/\w*)?")
 
 
@@ -124,7 +124,7 @@ class ConnectOptions(
     """
 
 
-#: The schemes whose backends take them.
+#: A group of options → the schemes whose backends take them.
 _SCHEMES: Final[Mapping[type, str]] = {
     _MemoryOptions: "memory://",
     _KeyValueOptions: "redis:// and memory://",
@@ -137,7 +137,8 @@ _SCHEMES: Final[Mapping[type, str]] = {
 def by_name(name: str) -> type[Backend]:
     """The backend class for an alias (``"redis"``), an entry point, or a path (``"package.module:Class"``).
 
-    :raises ImproperlyConfigured: there is none, or its driver is not installed; says what there is and how to get it.
+    :raises ImproperlyConfigured: there is no such backend, or its driver is not installed. The message lists the
+        backends, or says how to install the driver.
     """
     path = BACKEND_ALIASES.get(name) or _announced().get(name) or name
     module_name, _, class_name = path.partition(":") if ":" in path else path.rpartition(".")[::1]
@@ -157,16 +158,16 @@ def by_name(name: str) -> type[Backend]:
     except AttributeError as exc:
         raise ImproperlyConfigured(f"the backend {name!r} cannot be imported: {exc}") from exc
     if not (isinstance(found, type) and issubclass(found, Backend)):
-        raise ImproperlyConfigured(f"{path} is not a Backend class")
+        raise ImproperlyConfigured(f"{path} is not a subclass of Backend")
     return found
 
 
 def by_url(url: str) -> tuple[type[Backend], str]:
-    """The backend class for ``url``, and the URL that it takes.
+    """The backend class for ``url``, and the URL to pass to it.
 
-    Beside ``scheme://…`` this knows Celery's ``cache+memory://``, ``redis+socket://…`` and ``db+postgresql+driver://…``
-    (``database+…``, too). For any class write ``package.module:Class+scheme://…``. Without ``://`` the whole is a name
-    for `by_name`. The case of a scheme does not matter.
+    Apart from ``scheme://…`` this knows Celery's ``cache+memory://``, ``redis+socket://…``, ``database+…`` and
+    ``db+postgresql+driver://…``. For any class write ``package.module:Class+scheme://…``. A text without ``://`` is a
+    name for `by_name`. The case of a scheme does not matter.
     """
     if not isinstance(url, str):
         raise ImproperlyConfigured(f"the URL of a backend must be a str, not {type(url).__qualname__}")
@@ -190,13 +191,15 @@ def by_url(url: str) -> tuple[type[Backend], str]:
 
 
 def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
-    """The backend for ``url``, not yet open: ``async with aioresult.connect("redis://localhost/0") as backend:``.
+    """Make the backend for ``url``: ``async with aioresult.connect("redis://localhost/0") as backend:``.
 
-    `ConnectOptions` has the options of all backends of this library; `aioresult.backends.base.Backend` describes those
-    that every backend takes, and the class of the backend describes its own. A backend of another package may take
-    options of its own here. A type checker knows them if you call its class instead. No I/O.
+    The backend is not open yet: the call does no I/O, and ``async with`` opens the backend.
 
-    :raises ImproperlyConfigured: the URL, an option or the installation is wrong; says what to change.
+    `ConnectOptions` has the options of all backends of this library. `aioresult.backends.base.Backend` describes the
+    options of every backend, and the class of each backend describes its own. A backend of another package may take
+    further options here. A type checker knows them only if you call the class of that backend instead.
+
+    :raises ImproperlyConfigured: the URL, an option or the installation is wrong. The message says what to change.
     """
     backend_class, backend_url = by_url(url)
     make = cast("Callable[..., Backend]", backend_class)
@@ -212,7 +215,7 @@ def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
 
 
 def _owners(names: Iterable[str], here: str) -> dict[str, str]:
-    """For each option of another backend, a sentence that says which."""
+    """For each option of another backend, a sentence that names that backend."""
     return {
         name: f"the option {name!r} belongs to {schemes}, not to {here}."
         for kind, schemes in _SCHEMES.items()
@@ -221,7 +224,7 @@ def _owners(names: Iterable[str], here: str) -> dict[str, str]:
 
 
 def _announced() -> dict[str, str]:
-    """The backends of other distributions: name → path."""
+    """The backends of other packages: name → path."""
     from importlib.metadata import entry_points  # slow to import, and seldom needed
 
     return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}

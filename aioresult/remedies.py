@@ -1,4 +1,4 @@
-"""What to write instead: for attributes that only Celery's results have, and for a handle passed as an id."""
+"""Remedies for errors: what to write instead of an attribute that only Celery's results have, or of a wrong id."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["INSTEAD", "Missing", "kind_of", "not_an_id"]
 
 _FETCHED = ("args", "date_done", "kwargs", "name", "queue", "retries", "worker")
 
-#: The attributes of Celery's results that a handle lacks, and that of a task which `asyncio.wait` needs; with what to
-#: write instead, for a ``result`` or a ``group``. docs/migrating.md has the same table.
+#: Attributes that a handle lacks → what to write instead, for a ``result`` or a ``group``. They are those of Celery's
+#: results, and the one of an `asyncio.Task` that `asyncio.wait` needs. docs/migrating.md has the same table.
 INSTEAD: Mapping[str, str] = {
     **{name: f"(await result.fetch()).{name}" for name in _FETCHED},
     "TimeoutError": "aioresult.TimeoutError",
@@ -40,7 +40,7 @@ INSTEAD: Mapping[str, str] = {
 
 
 class Missing:
-    """A class attribute that is not there: reading it raises an `AttributeError` that names the remedy.
+    """A descriptor for an attribute that a class lacks. Reading it raises an `AttributeError` that names the remedy.
 
     A ``__getattr__`` could do the same, but would make each attribute of a handle slower to read. An instance or a
     subclass may have an attribute of the same name.
@@ -48,7 +48,7 @@ class Missing:
 
     def __init__(self, name: str, remedy: str) -> None:
         self.__name__ = name
-        self.__doc__ = f"Not here; write ``{remedy}``."
+        self.__doc__ = f"This attribute does not exist; write ``{remedy}``."
         self._remedy = remedy
 
     def __get__(self, instance: object, owner: type) -> NoReturn:
@@ -59,13 +59,13 @@ class Missing:
 
 
 def kind_of(value: object) -> str:
-    """The class of ``value`` with its module, for two may be called ``AsyncResult``."""
+    """The name of the class of ``value`` with its module, because two classes have the name ``AsyncResult``."""
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def not_an_id(value: object) -> str:
-    """What to tell a caller who passes ``value`` for an id."""
+    """The text of the error for a ``value`` that is not an id."""
     told = f"an id must be a str or a UUID, not {kind_of(value)}"
     for attribute in ("id", "task_id"):
         if isinstance(getattr(value, attribute, None), str):

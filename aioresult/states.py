@@ -1,7 +1,7 @@
-"""Task states: their names, and which of them mean what.
+"""Task states: their names, and the sets of states that end a task, carry an exception, and so on.
 
-The names and the sets are Celery's (``celery/states.py``, 5.7), so that a state stored by either side reads the
-same on the other. A task may also be in a state of its own making (``"PROGRESS"``): any other string.
+The names and the sets are Celery's (``celery/states.py``, 5.7), so that a state means the same in Celery and here. Any
+other string, such as ``"PROGRESS"``, is a state of the task's own making.
 """
 
 from __future__ import annotations
@@ -38,24 +38,25 @@ REJECTED: Final = "REJECTED"
 RETRY: Final = "RETRY"
 IGNORED: Final = "IGNORED"
 
-#: The task is over: there is a result, or an exception, and a waiter may go on.
+#: The final states: the task is over, and there is a result or an exception. They end a wait.
 READY_STATES: Final = frozenset({SUCCESS, FAILURE, REVOKED})
-#: The task is known and not over.
+#: The states of a task that is not over.
 UNREADY_STATES: Final = frozenset({PENDING, RECEIVED, STARTED, REJECTED, RETRY})
-#: Every state that has a name here; any other string is a state of the task's own making.
+#: All states with a name here. Any other string is a state of the task's own making.
 ALL_STATES: Final = READY_STATES | UNREADY_STATES | {IGNORED}
-#: What is stored as the result is an exception.
+#: The states in which the stored result is an exception.
 EXCEPTION_STATES: Final = frozenset({RETRY, FAILURE, REVOKED})
-#: Awaiting the result raises that exception.
+#: The states in which awaiting the result raises that exception.
 PROPAGATE_STATES: Final = frozenset({FAILURE, REVOKED})
 
-#: From the strongest claim about a task to the weakest; ``None`` stands for every state not named here.
+#: The states from the one that says the most about a task to the one that says the least. ``None`` stands for every
+#: state without a name here.
 _PRECEDENCE: Final = (SUCCESS, FAILURE, None, REVOKED, STARTED, RECEIVED, REJECTED, RETRY, PENDING)
 _RANK: Final = {state: rank for rank, state in enumerate(_PRECEDENCE)}
 
 
 def precedence(state: str) -> int:
-    """The rank of ``state``: the lower the number, the more it says about the task.
+    """The rank of ``state``. The lower the number, the more the state says about the task.
 
     >>> precedence("SUCCESS") < precedence("PROGRESS") < precedence("STARTED")
     True
@@ -63,13 +64,13 @@ def precedence(state: str) -> int:
     return _RANK.get(state, _RANK[None])
 
 
-@lru_cache(maxsize=64)  # asked again with each store of a state of one's own
+@lru_cache(maxsize=64)  # every store of a state of the task's own making calls this
 def state_meant(state: str) -> str | None:
-    """The state of this module that ``state`` must be a slip for; ``None`` for a state of the task's own making.
+    """The state of this module that a misspelt ``state`` means; ``None`` for a state of the task's own making.
 
-    A slip is a state in other letters, upper or lower. One wrong letter counts for a state that ends a task alone: if
-    that is misspelt, its waiters wait for ever. Beside the others there are names of one's own, such as SENDING beside
-    PENDING, and a slip costs less.
+    A state counts as misspelt if only the case of its letters is wrong. For a state that ends a task, one wrong letter
+    counts, too: if that state is misspelt, its waiters wait for ever. For other states a mistake costs less, and names
+    of your own may be similar: SENDING is not a misspelt PENDING.
 
     >>> [state_meant(state) for state in ("Success", "SUCCES", "FAILED", "SENDING")]
     ['SUCCESS', 'SUCCESS', None, None]
@@ -81,7 +82,7 @@ def state_meant(state: str) -> str | None:
 
 
 def _one_slip(text: str, name: str) -> bool:
-    """Whether one letter of ``name`` is missing in ``text``, wrong, twice, or swapped with the next."""
+    """Whether one letter of ``name`` is missing in ``text``, is wrong, is there twice, or is swapped with the next."""
     same = 0
     while same < len(name) and text[same : same + 1] == name[same]:
         same += 1

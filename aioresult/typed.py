@@ -1,7 +1,7 @@
-"""`TypedResult`: a handle whose value is converted to a type that the caller names; by msgspec or by pydantic.
+"""`TypedResult`: a handle that converts its value to a type that the caller names, with msgspec or pydantic.
 
-What is stored is plain data. msgspec and pydantic turn plain data into Structs, dataclasses and models, and refuse data
-that does not fit. Neither package is imported before a type is named.
+A store holds plain data. msgspec and pydantic turn plain data into Structs, dataclasses and models, and refuse data
+that does not fit. Neither package is imported before a caller names a type.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["TypedResult"]
 
 T = TypeVar("T")
 
-#: So many things that do not fit are named in an error.
+#: How many misfits an error names at most.
 _SHOWN: Final = 3
 #: How msgspec names the place: "Expected `int`, got `str` - at `$.rows[0].price`"; or "at `key` in `$.rows`".
 _PLACE: Final = re.compile(r"(?s)(.*) - at (?:`(key|value)` in )?`\$([^`]*)`")
@@ -35,21 +35,21 @@ Converter = Callable[[Any], Any]
 
 
 class TypedResult(AsyncResult[T]):
-    """An `AsyncResult` whose value is converted to a type. Made by `aioresult.Backend.result` with ``type``.
+    """An `AsyncResult` that converts its value to a type. `aioresult.Backend.result` makes it with ``type``.
 
-    The value is converted once. A value that does not fit raises `DecodeError` wherever the value is asked for; the
-    state of the task stays SUCCESS. Exceptions, and the ``None`` of a task that stores no result, are as they are.
+    The value is converted once. If it does not fit, every method that returns the value raises `DecodeError`; the state
+    of the task stays SUCCESS. Exceptions are not converted, nor is the ``None`` of a task that stores no result.
     """
 
     __slots__ = ("_convert", "_converted", "_wanted")
 
     def __init__(self, handle: AsyncResult[Any], wanted: type[T]) -> None:
         super().__init__(handle.id, handle.store, handle.parent, ignored=handle.ignored)
-        if handle.meta is not None:  # of a task that Celery has run on the spot
+        if handle.meta is not None:  # the handle already has its outcome: Celery has run the task eagerly
             self.set_outcome(handle.meta)
         self._wanted: Any = wanted
         self._convert = _converter(wanted)
-        #: The meta whose value was converted, and what became of the value.
+        #: The meta whose value was converted, and the converted value.
         self._converted: tuple[TaskMeta, T] | None = None
 
     def _value_or_raise(self, outcome: Outcome | None, propagate: bool) -> T:
@@ -74,7 +74,7 @@ class TypedResult(AsyncResult[T]):
                 raise DecodeError(
                     f"the result of task {self.id} does not fit type={_named(self._wanted)}: {exc}"
                 ) from exc.__cause__
-            except BaseException as exc:  # a validator of the user's own may raise anything
+            except BaseException as exc:  # a validator of the user may raise anything
                 error = unreadable(f"the result of task {self.id} as type={_named(self._wanted)}", exc)
                 raise error from exc
         self._converted = meta, converted
@@ -82,7 +82,7 @@ class TypedResult(AsyncResult[T]):
 
 
 class _Unfit(Exception):
-    """The data does not fit; the text says where. Its cause is what the package raised."""
+    """The data does not fit the type; the text says where. Its cause is the error of msgspec or pydantic."""
 
 
 def _named(wanted: Any) -> str:
@@ -90,7 +90,7 @@ def _named(wanted: Any) -> str:
 
 
 def _converter(wanted: Any) -> Converter:
-    """What converts plain data to ``wanted``, or raises `_Unfit`."""
+    """A function that converts plain data to ``wanted``, or raises `_Unfit`."""
     try:
         return _cached(wanted)
     except TypeError as exc:
@@ -109,7 +109,7 @@ def _build(wanted: Any) -> Converter:
     return _by_msgspec(wanted, msgspec)
 
 
-#: To build a validator is slow; a service names few types.
+#: Building a converter is slow, and a service names few types.
 _cached = lru_cache(maxsize=256)(_build)
 
 
@@ -117,11 +117,11 @@ def _by_msgspec(wanted: Any, msgspec: Any) -> Converter:
     try:
         msgspec.json.Decoder(wanted)
     except Exception as exc:
-        raise UsageError(f"type={_named(wanted)} is none that msgspec can convert to: {safe_text(exc)}") from exc
+        raise UsageError(f"msgspec cannot convert to type={_named(wanted)}: {safe_text(exc)}") from exc
 
     def convert(value: Any) -> Any:
         try:
-            # JSON has no keys but texts.
+            # The keys of a JSON object are always texts: let msgspec convert them.
             return msgspec.convert(value, wanted, str_keys=True, dec_hook=_of_text)
         except msgspec.ValidationError as exc:
             found = _PLACE.fullmatch(str(exc))
@@ -133,7 +133,7 @@ def _by_msgspec(wanted: Any, msgspec: Any) -> Converter:
 
 
 def _of_text(wanted: Any, value: Any) -> Any:
-    """For classes that msgspec does not know."""
+    """Converts a value to a class that msgspec does not know; msgspec calls it."""
     if isinstance(wanted, type) and isinstance(value, wanted):
         return value
     if isinstance(wanted, type) and issubclass(wanted, PurePath) and isinstance(value, str):
@@ -152,7 +152,7 @@ def _by_pydantic(wanted: Any) -> Converter:
     try:
         adapter = TypeAdapter(wanted)
     except Exception as exc:
-        raise UsageError(f"type={_named(wanted)} is none that pydantic can convert to: {safe_text(exc)}") from exc
+        raise UsageError(f"pydantic cannot convert to type={_named(wanted)}: {safe_text(exc)}") from exc
 
     def convert(value: Any) -> Any:
         try:
@@ -171,7 +171,7 @@ def _place(steps: tuple[int | str, ...]) -> str:
 
 
 def _is_pydantics(wanted: Any) -> bool:
-    """Whether ``wanted`` is a class of pydantic's or has one in it: msgspec does not know those."""
+    """Whether ``wanted`` is, or contains, a class of pydantic, which msgspec does not know."""
     return any(
         hasattr(each, "__get_pydantic_core_schema__") or hasattr(each, "__pydantic_validator__")
         for each in _types_in(wanted)
@@ -190,5 +190,5 @@ def _types_in(wanted: Any) -> Iterator[Any]:
         yield each
         left += get_args(each)
         if isinstance(each, type) and (dataclasses.is_dataclass(each) or hasattr(each, "__total__")):  # a TypedDict
-            with suppress(Exception):  # a name that cannot be resolved: msgspec or pydantic says so
+            with suppress(Exception):  # a name cannot be resolved: msgspec or pydantic raises an error about it
                 left += get_type_hints(each, include_extras=True).values()

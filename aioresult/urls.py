@@ -1,4 +1,4 @@
-"""URLs as errors and logs may show them: without the password, whatever the mistake in the URL."""
+"""Hides the passwords in URLs for errors and logs, even if the URL is malformed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from urllib.parse import unquote
 
 __all__ = ["ENCODE", "authority_fault", "hide_lone_user", "hide_password", "show_malformed"]
 
-#: What an error says about a password that may have been cut in two.
+#: The remedy if an unescaped character may have cut a password in two.
 ENCODE: Final = "percent-encode the name and the password: urllib.parse.quote(password, safe='')"
 
-#: The scheme, also behind a class as in ``package.module:Class+scheme``. One slash will do: a URL may be mistyped.
+#: The scheme; it may follow a class as in ``package.module:Class+scheme``. One slash suffices: a URL may be mistyped.
 _HEAD = re.compile(r"(?:(?:[\w.]+:\w+\+)?[\w.+-]*:/{1,2})?")
 _QUERY = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|scram)[^=&]*=)[^&]*")
 _HOST = re.compile(r"(?:\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]*))?")
@@ -19,10 +19,10 @@ _MAX_PORT = 65535
 
 
 def hide_password(url: str) -> str:
-    """``url`` fit for logs and errors.
+    """``url`` without its password, for logs and errors.
 
-    The name of a user is shown where a colon and a password follow it. Everything before the last ``@`` is hidden
-    where a colon is missing or an unescaped ``/``, ``?`` or ``#`` comes first: the password may stand there.
+    The name of the user is shown if a colon and a password follow it. If the colon is missing, or an unescaped ``/``,
+    ``?`` or ``#`` comes before it, everything before the last ``@`` is hidden: it may be the password.
 
     >>> hide_password("redis://bob:s3cr3t@host:6379/0")
     'redis://bob:**@host:6379/0'
@@ -35,13 +35,13 @@ def hide_password(url: str) -> str:
         return head + _QUERY.sub(r"\1**", rest)
     user, colon, _ = userinfo.partition(":")
     shown = f"{user}:**" if colon and not re.search("[/?#]", user) else "**"
-    if _QUERY.search(userinfo):  # an unescaped @ in a password in the query: what follows is the rest of it
+    if _QUERY.search(userinfo):  # a password in the query has an unescaped @: what follows is the rest of the password
         return head + shown
     return f"{head}{shown}@" + _QUERY.sub(r"\1**", place)
 
 
 def show_malformed(url: str) -> str:
-    """As `hide_password`, of a URL whose authority makes no sense: the "port" may be a password without an ``@``."""
+    """As `hide_password`, for a URL with malformed hosts or ports: a "port" may be a password without its ``@``."""
     head, rest = _split(url)
     if "@" in rest or authority_fault(url) is None:
         return hide_password(url)
@@ -50,7 +50,7 @@ def show_malformed(url: str) -> str:
 
 
 def authority_fault(url: str) -> str | None:
-    """What is wrong with the hosts and ports in ``url``, in words that quote nothing of it; ``None`` if nothing is."""
+    """What is wrong with the hosts and ports in ``url``; ``None`` if they are right. The text quotes no part of it."""
     _, rest = _split(url)
     hosts = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
     for host in hosts.split(","):
@@ -65,7 +65,10 @@ def authority_fault(url: str) -> str | None:
 
 
 def hide_lone_user(text: str, url: str) -> str:
-    """``text``, of a driver or a server, without the name in ``url`` that may be a password with a missing colon."""
+    """``text`` without the user name in ``url`` if no colon follows that name: it may be the password.
+
+    ``text`` is the message of a driver or a server.
+    """
     userinfo = re.split("[/?#]", _split(url)[1], maxsplit=1)[0].rpartition("@")[0]
     if not userinfo or ":" in userinfo:
         return text

@@ -658,7 +658,7 @@ async def test_ids_that_the_column_cannot_hold(backend: PostgresBackend) -> None
     assert await backend.result("é" * 155) == 1
     for task_id in ("x" * 156, "a\x00b"):
         for call in (backend.mark_as_done, lambda task_id, _: backend.result(task_id), backend.wait_for):
-            with pytest.raises(UsageError, match="155 characters without NUL"):
+            with pytest.raises(UsageError, match="155 characters and no NUL"):
                 await call(task_id, None)
 
 

@@ -79,8 +79,8 @@ def test_an_unknown_name_is_told_what_there_is_and_how_to_add_more(name: str) ->
         ("no_such_package.Backend", "cannot be imported: No module named 'no_such_package'"),
         ("aioresult.no_such_module:Backend", "cannot be imported: No module named 'aioresult.no_such_module'"),
         ("aioresult.backends.memory:NoSuchClass", "cannot be imported: .* has no attribute 'NoSuchClass'"),
-        ("aioresult.backends.memory.MemoryStore", "is not a Backend class"),
-        ("aioresult:states", "is not a Backend class"),
+        ("aioresult.backends.memory.MemoryStore", "is not a subclass of Backend"),
+        ("aioresult:states", "is not a subclass of Backend"),
     ],
 )
 def test_a_path_that_leads_nowhere(path: str, message: str) -> None:

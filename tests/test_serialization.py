@@ -314,7 +314,7 @@ NEW_CODEC: Any = Codec
     ("make", "message"),
     [
         (lambda: NEW_TYPE(Coin(1), "coin", int, Coin), r"must be a class, not Coin\(.*pass \(cls, name"),
-        (lambda: NEW_TYPE(Lasting, "it", int, int), "Lasting cannot tell its instances .* pass a class"),
+        (lambda: NEW_TYPE(Lasting, "it", int, int), "Lasting does not support isinstance .* pass a class"),
         (lambda: NEW_TYPE(Coin, "", refuses, Coin), "Coin needs a name in the store, not ''; pass a str"),
         (lambda: NEW_TYPE(Coin, None, refuses, Coin), "Coin needs a name in the store, not None"),
         (lambda: NEW_TYPE(Coin, "coin", None, Coin), "encode of the StoredType 'coin' must be a function"),

@@ -267,8 +267,8 @@ class PostgresBackend(Backend):
         task_id = super()._valid_id(task_id)
         if len(task_id) > self._max_id_length or "\x00" in task_id:
             raise UsageError(
-                f"an id in Celery's table has at most {self._max_id_length} characters and no NUL; choose a shorter "
-                f"one: this one has {len(task_id)}"
+                f"an id must have at most {self._max_id_length} characters and no NUL, because the table of results "
+                f"keeps no others; this one has {len(task_id)}"
             )
         return task_id
 
