@@ -319,7 +319,7 @@ NEW_CODEC: Any = Codec
         (lambda: NEW_TYPE(Coin, None, refuses, Coin), "Coin needs a name in the store, not None"),
         (lambda: NEW_TYPE(Coin, "coin", None, Coin), "encode of the StoredType 'coin' must be a function"),
         (lambda: NEW_TYPE(Coin, "coin", refuses, 1), "decode of the StoredType 'coin' must be a function"),
-        (lambda: Codec(types=[COIN, COIN]), "two of the name 'coin'; give each a name of its own"),
+        (lambda: Codec(types=[COIN, COIN]), "two types with the name 'coin'; give each its own name"),
         (lambda: NEW_CODEC(types=COIN), "types must be a list of StoredType, not StoredType"),
         (lambda: NEW_CODEC(types={"coin": Coin}), "types must be made with StoredType.*, not 'coin'"),
         (
