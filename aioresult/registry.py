@@ -120,7 +120,7 @@ class ConnectOptions(
 ):
     """The options of `connect`: those of every backend, and those of any backend of this library.
 
-    Functions of yours that pass options on can be typed with it: ``**options: Unpack[aioresult.ConnectOptions]``.
+    Use it as the type of options that your own function passes on: ``**options: Unpack[aioresult.ConnectOptions]``.
     """
 
 

@@ -71,7 +71,8 @@ class LiveSide(ReaderSide):
         Each attempt is a run of its own. If a queue delivers a task twice, the run that started last decides the
         outcome. Of an older run only a success counts.
 
-        :param request: what is known of the task; see `store_result`. Its chord and its chain are served.
+        :param request: what is known of the task; see `store_result`. The task is counted for its chord. If the task
+            fails, the tasks after it in its chain fail, too.
         :param track: store STARTED, with the process id and the host name, as Celery's ``task_track_started``.
         :param expires: seconds to keep the result, instead of the backend's default; 0 for ever.
         :param output_expires: seconds to keep the output; by default as long as results are kept.

@@ -244,7 +244,7 @@ class Statements:
                 INSERT INTO {names.group_expiry} AS old (id, expires_at, stored_at, date_done)
                 SELECT g.taskset_id, greatest(max({instant_sql("group_seconds")}), e.expires_at),
                        CASE WHEN e.expires_at IS NULL OR e.stored_at IS NOT NULL
-                            THEN coalesce(e.stored_at, {kept_groups.turned("g.date_done")}) END, -- a reader's default
+                            THEN coalesce(e.stored_at, {kept_groups.turned("g.date_done")}) END, -- by the default
                        g.date_done
                 FROM {members}
                 CROSS JOIN LATERAL (SELECT * FROM {groups} WHERE taskset_id = group_id LIMIT 1) g

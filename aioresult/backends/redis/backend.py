@@ -340,7 +340,7 @@ class RedisBackend(RunningTasks):
 
     async def _chord_outcome(self, step: ChordStep, reply: Any) -> ChordState | BaseException:
         if isinstance(reply, hiredis.ReplyError):
-            return self._refusal(reply, BackendStoreError, f"count for chord {step.group_id}")
+            return self._refusal(reply, BackendStoreError, f"do a step of chord {step.group_id}")
         count, size, claimed, done, body, failure, left, is_list, where, ours, body_id = reply
         parts: tuple[bytes, ...] = ()
         if step.op is ChordOp.PARTS and where:

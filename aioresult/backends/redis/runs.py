@@ -247,7 +247,7 @@ class RunningTasks(KeyValueStoreBackend):
         except SerializationError as exc:
             return exc
         if isinstance(reply, hiredis.ReplyError):
-            return self._refusal(reply, BackendStoreError, f"note the run of task {step.task_id}")
+            return self._refusal(reply, BackendStoreError, f"store the run of task {step.task_id}")
         verdict, run, worker, reason, group, expires = reply
         if group and step.op is not RunOp.REVOKE:  # the step stored the REVOKED of an earlier request to stop
             await self._execute([extend_command(self._group_key(_text(group)), int(expires) / 1000)])
