@@ -255,7 +255,7 @@ class Chords:
         if gone and not from_results:
             raise BackendGetMetaError(
                 f"the parts of chord {group_id} are gone: Celery has dispatched its callback, or they have expired; "
-                f"await the group (result_from_celery(chord_result, backend).parent) or the result of the body instead"
+                f"await the group, backend.result(chord_result).parent, or the result of the body instead"
             )
         if group is not None and from_results:
             values = group.value()

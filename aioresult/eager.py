@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar, cast
 
+from .exceptions import UsageError
+from .handle import ResultStore
 from .live import OnLost
 from .meta import TaskMeta
 from .result import AsyncResult
@@ -39,6 +41,14 @@ class EagerResult(AsyncResult[T]):
         """Return the value, or raise the exception. Never waits."""
         checked_timeout(timeout)
         return cast("T", raise_or_return(self.outcome) if propagate else self.value())
+
+    @property
+    def backend(self) -> ResultStore:
+        """There is none: this raises `UsageError`."""
+        raise UsageError(
+            f"{self!r} is in no backend: the task was run on the spot. Its value is known; there are no states and no "
+            f"output to follow"
+        )
 
     async def fetch(self) -> TaskMeta:
         """The meta that this result was made with."""

@@ -16,6 +16,7 @@ __all__ = [
     "checked_text",
     "did_you_mean",
     "option_names",
+    "unknown_in_url",
     "unknown_options",
 ]
 
@@ -58,6 +59,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     similar = get_close_matches(name.lower(), sorted(known), 1, 0.7)
     return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
+def unknown_in_url(name: str, known: Iterable[str], options: Iterable[str]) -> str:
+    """Say what is wrong with a parameter in the query of a URL. ``options`` are those that a backend takes."""
+    if name in options:
+        return f"{name!r} does not belong in the URL: it is an option, connect(url, {name}=…)"
+    return f"unknown parameter {name!r} in the URL{did_you_mean(name, known)}"
 
 
 def checked_option(name: str, value: T, kinds: type | tuple[type, ...], expected: str) -> T:

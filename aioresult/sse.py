@@ -27,7 +27,7 @@ import anyio
 from .exceptions import OutputGap, OutputRestarted, UsageError, WorkerLostError
 from .failure import safe_text
 from .seconds import Seconds, checked_seconds
-from .states import ALL_STATES
+from .states import ALL_STATES, RETRY
 from .stream import OutputStream
 from .tasks import spawn
 from .updates import Updates
@@ -67,7 +67,8 @@ def events(source: OutputStream[Any] | Updates, ping: Seconds = 15.0, retry: int
     one it gives:
 
     =========== ======================================================================================================
-    ``state``   ``{"state", "result"}``: the state, and the value stored with it; null for Celery's own states
+    ``state``   ``{"state", "result"}``: the state, and the value stored with it; null for Celery's own states. RETRY
+                has ``type`` and ``message``, too: why the task will run again
     =========== ======================================================================================================
 
     :param ping: seconds without an event after which a comment is sent, so that no proxy closes an idle connection; 0
@@ -177,7 +178,8 @@ class _States:
         if not meta.ready:
             # Celery's own states have internal data: STARTED has the worker's host name and process id, for example.
             result = None if meta.status in ALL_STATES else meta.result
-            return _event(updates, "state", state=meta.status, result=result)
+            why = _described(meta.result) if meta.status == RETRY else {}
+            return _event(updates, "state", state=meta.status, result=result, **why)
         error = _error(updates, meta.result) if meta.propagates else b""
         return error + _event(updates, "end", state=meta.status)
 
@@ -186,7 +188,11 @@ class _States:
 
 
 def _error(source: OutputStream[Any] | Updates, exc: Any) -> bytes:
-    return _event(source, "error", type=type(exc).__name__, message=safe_text(exc))
+    return _event(source, "error", **_described(exc))
+
+
+def _described(exc: Any) -> dict[str, str]:
+    return {"type": type(exc).__name__, "message": safe_text(exc)}
 
 
 def _event(source: OutputStream[Any] | Updates, name: str, **data: Any) -> bytes:

@@ -56,6 +56,8 @@ async def test_what_delay_returns_is_awaited() -> None:
         assert type(result) is AsyncResult
         assert await result.get(timeout=5) == "value"
         assert await backend.result(add.delay(2, 2)).get(timeout=5) == 4
+        with pytest.raises(UsageError, match="the task was run on the spot"):
+            backend.result(add.delay(2, 2)).updates()
         assert await backend.result(forgotten.delay()).get(timeout=5) is None
         assert await backend.result(add.delay(2, 2), type=float) == 4.0
         with pytest.raises(DecodeError, match="does not fit type=str"):

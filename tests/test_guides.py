@@ -152,3 +152,29 @@ def test_the_tests_of_the_testing_guide(tmp_path: Path) -> None:
     )
     options = ("-q", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist")
     assert "3 passed" in run(tmp_path, "-m", "pytest", *options)
+
+
+EAGER = """
+import asyncio, aioresult, celery, eager
+
+app = celery.Celery(broker="memory://", backend="cache+memory://")
+app.conf.task_always_eager = True
+
+@app.task
+def divide(x, y):
+    return x / y
+
+async def main():
+    async with aioresult.connect("memory://") as backend:
+        good, bad = divide.delay(4, 2), divide.delay(1, 0)
+        await eager.store_eager(backend, good)
+        await eager.store_eager(backend, bad)
+        print(await backend.result(good.id), repr(await backend.result(bad.id).get(propagate=False)))
+
+asyncio.run(main())
+"""
+
+
+def test_what_ran_on_the_spot_is_stored_as_the_testing_guide_shows(tmp_path: Path) -> None:
+    lay_out(DOCS / "testing.md", tmp_path)
+    assert run(tmp_path, "-c", EAGER) == "2.0 ZeroDivisionError('division by zero')\n"

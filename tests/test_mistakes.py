@@ -27,6 +27,12 @@ from aioresult.options import option_names
         ("reddis://localhost", "unknown result backend 'reddis'; did you mean 'redis'? Known here are memory, "),
         ("nope://localhost", "unknown result backend 'nope'; known here are memory, "),
         ("localhost", "'localhost' is not a URL: write redis://localhost"),
+        ("rediss//h", "'rediss//h' is not a URL: write rediss://"),
+        ("redis://h?expires=3", "'expires' does not belong in the URL: it is an option, connect(url, expires=…)"),
+        (
+            "postgresql://h?retry_for=3",
+            "'retry_for' does not belong in the URL: it is an option, connect(url, retry_for=…)",
+        ),
         ("localhost:6379", "'localhost:6379' is not a URL: write redis://localhost:6379"),
         ("localhost:6379/0", "'localhost:6379/0' is not a URL: write redis://localhost:6379/0"),
         ("127.0.0.1", "'127.0.0.1' is not a URL: write redis://127.0.0.1"),

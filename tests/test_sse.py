@@ -378,6 +378,16 @@ async def test_an_error_of_the_backend_ends_the_body() -> None:
 # -- states ----------------------------------------------------------------------------------------------------------
 
 
+async def test_a_retry_is_told_with_its_reason(backend: Backend) -> None:
+    body, page = events(backend.updates("t")), Page()
+    page.feed(await anext(body))
+    await backend.mark_as_retry("t", ConnectionError("the mail server is away"))
+    page.feed(await anext(body))
+    why = {"type": "ConnectionError", "message": "the mail server is away"}
+    assert page.told("state")[1:] == [{"state": "RETRY", "result": None, **why}]
+    await body.aclose()
+
+
 async def test_states_and_progress_are_told_and_the_value_is_not(backend: Backend) -> None:
     body = events(backend.updates("t"))
     page = Page()

@@ -15,8 +15,9 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from ...exceptions import ImproperlyConfigured
-from ...options import did_you_mean
+from ...options import did_you_mean, unknown_in_url
 from ...urls import ENCODE, authority_fault, hide_password, show_malformed
+from ..worker import BackendOptions
 
 __all__ = ["Dsn", "parse_dsn", "with_connect_args"]
 
@@ -241,8 +242,8 @@ def _unknown(name: str) -> str:
     if name in ("requirepeer", "require_auth") or name.startswith(("scram_", "oauth_")) or name == "sslcrldir":
         return f"asyncpg has no {name}, and the connection would be less safe without it; pass a function as connect="
     known = _SETTINGS.union(_AS_ARGUMENT, _LEFT_TO_ASYNCPG, _NO_MEANING, _ONLY, _PARAMETERS)
-    if meant := did_you_mean(name, known):
-        return f"unknown parameter {name!r} in the URL{meant}"
+    if name in BackendOptions.__annotations__ or did_you_mean(name, known):
+        return unknown_in_url(name, known, BackendOptions.__annotations__)
     return (
         f"unknown parameter {name!r} in the URL; remove it, or pass arguments of asyncpg.connect as connect_options, "
         f"and settings of the server that PostgreSQL 18 does not have as connect_options={{'server_settings': …}}"

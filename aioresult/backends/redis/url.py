@@ -23,8 +23,9 @@ from redis.asyncio.connection import (
 from redis.exceptions import RedisError
 
 from ...exceptions import ImproperlyConfigured
-from ...options import did_you_mean, option_names
+from ...options import did_you_mean, option_names, unknown_in_url
 from ...urls import ENCODE, authority_fault, show_malformed
+from ..worker import BackendOptions
 
 __all__ = ["connection_options", "leads_elsewhere", "resolved_url", "url_options"]
 
@@ -129,8 +130,9 @@ def _reason(exc: Exception, url: str, given: Mapping[str, Any]) -> str:
         options = {**url_options(url), **given}
         known = option_names(options.pop("connection_class", Connection))
         return "; ".join(
-            f"unknown parameter {name!r} in {'connect_options' if name in given else 'the URL'}"
-            f"{did_you_mean(name, known)}"
+            f"unknown parameter {name!r} in connect_options{did_you_mean(name, known)}"
+            if name in given
+            else unknown_in_url(name, known, BackendOptions.__annotations__)
             for name in sorted(options.keys() - known)
         )
     return str(exc) if "password" not in str(exc) or "provider" in str(exc) else type(exc).__name__
