@@ -47,11 +47,15 @@ _OF_A_LONE_USER = "; for a password without a user name write redis://:password@
 
 #: Before Redis 7, the text of an error in a script begins with its line: "@user_script: 12: -READONLY You can't …".
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
+#: A command in a script for which the user has no right; the code of that error is "ERR". The second is Redis before 7.
+_NO_RIGHT_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
 def code_of(error: BaseException) -> str:
     """The first word of an error reply, which tells its kind, such as ``"NOAUTH"``."""
     text = str(error)
+    if any(sign in text for sign in _NO_RIGHT_IN_SCRIPT):
+        return "NOPERM"
     found = _IN_SCRIPT.search(text)
     return found[1] if found else text.partition(" ")[0].rstrip(":")
 
