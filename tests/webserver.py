@@ -19,9 +19,19 @@ ROOT = Path(__file__).parent.parent
 
 @asynccontextmanager
 async def served(folder: Path, settings: Mapping[str, str], *command: str) -> AsyncIterator[str]:
-    """The URL of a web service in ``folder`` that ``command`` starts, as soon as it answers.
+    """The URL of a web service in ``folder`` that ``command`` starts, as soon as it answers."""
+    async with server_process(folder, settings, *command) as (url, _):
+        yield url
 
-    ``{address}`` and ``{port}`` in the command are replaced; the environment has ``settings`` and ``ADDRESS``.
+
+@asynccontextmanager
+async def server_process(
+    folder: Path, settings: Mapping[str, str], *command: str
+) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The URL and the process of a web service in ``folder`` that ``command`` starts, as soon as it answers.
+
+    ``{address}`` and ``{port}`` in the command are replaced; the environment has ``settings`` and ``ADDRESS``. What the
+    process prints is in the file ``log`` of the folder.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,7 +59,7 @@ async def served(folder: Path, settings: Mapping[str, str], *command: str) -> As
                     return False
 
             await until(answers)
-        yield f"http://{address}"
+        yield f"http://{address}", server
     finally:
         server.terminate()
         server.wait(20)
