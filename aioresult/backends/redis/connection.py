@@ -54,10 +54,9 @@ _NO_RIGHT_IN_SCRIPT = ("ACL failure in script", "The user executing the script c
 def code_of(error: BaseException) -> str:
     """The first word of an error reply, which tells its kind, such as ``"NOAUTH"``."""
     text = str(error)
-    if any(sign in text for sign in _NO_RIGHT_IN_SCRIPT):
-        return "NOPERM"
     found = _IN_SCRIPT.search(text)
-    return found[1] if found else text.partition(" ")[0].rstrip(":")
+    code = found[1] if found else text.partition(" ")[0].rstrip(":")
+    return "NOPERM" if code == "ERR" and any(sign in text for sign in _NO_RIGHT_IN_SCRIPT) else code
 
 
 def translate(error: BaseException, where: str) -> BackendError:
