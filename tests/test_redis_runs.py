@@ -24,7 +24,8 @@ from aioresult import (
 )
 from aioresult.backends.keyvalue import sibling
 from aioresult.backends.redis import RedisBackend
-from aioresult.backends.redis.connection import translate
+from aioresult.backends.redis.connection import code_of, translate
+from aioresult.backends.redis.runs import NOT_TOLD
 from aioresult.exceptions import OutputSuperseded
 from aioresult.log import OUTPUT_TOPIC, START, Entry, Flush, OutputNews, Page, PageRequest, Place
 from aioresult.record import Record
@@ -572,6 +573,19 @@ def test_what_arises_in_a_script_of_redis_6_is_known_for_what_it_is(text: str) -
         hiredis.ReplyError(text.format("OOM command not allowed when used memory > 'maxmemory'.")), "there"
     )
     assert type(error) is BackendRefusedError
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("ERR ACL failure in script: User a has no permissions to run the 'set' command", "NOPERM"),
+        ("ERR Error running script: @user_script:3: The user executing the script can't run this command", "NOPERM"),
+        (f"{NOT_TOLD} ERR ACL failure in script: User a has no permissions to run the 'publish' command", NOT_TOLD),
+    ],
+    ids=["redis 7", "redis 6", "publish"],
+)
+def test_a_right_that_a_script_lacks_is_a_missing_right(text: str, code: str) -> None:
+    assert code_of(hiredis.ReplyError(text)) == code
 
 
 async def test_a_flush_to_a_replica_waits_for_a_master() -> None:
