@@ -150,13 +150,19 @@ async def test_uvicorn_waits_for_streams_unless_its_shutdown_is_bounded(
 
 async def test_the_tasks_of_a_worker_that_is_stopped_are_not_lost_and_wait_for_the_next_attempt(redis_url: str) -> None:
     """Unless the backend is closed first: then readers are told at once that the worker has gone."""
+    begun = asyncio.Event()
+
+    async def endless() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
     async with aioresult.connect(redis_url) as web:
         first, second = aioresult.connect(redis_url), aioresult.connect(redis_url)
         async with first:
-            running = asyncio.create_task(first.run("t", asyncio.Event().wait))
+            running = asyncio.create_task(first.run("t", endless))
             waiting = asyncio.create_task(web.result("t").get(timeout=30, on_lost="raise"))
             await asked(web, "t", WORKERS_TOPIC)
-            await asked(first, WORKER_TOPIC + first.liveness.worker)
+            await begun.wait()
             running.cancel()
             await asyncio.wait([running])
         assert await web.result("t").state() == "STARTED"
@@ -165,10 +171,11 @@ async def test_the_tasks_of_a_worker_that_is_stopped_are_not_lost_and_wait_for_t
         assert await waiting == "by the next one"
 
         hasty = await aioresult.connect(redis_url).open()
-        running = asyncio.create_task(hasty.run("u", asyncio.Event().wait))
+        begun.clear()
+        running = asyncio.create_task(hasty.run("u", endless))
         waiting = asyncio.create_task(web.result("u").get(timeout=30, on_lost="raise"))
         await asked(web, "u", WORKERS_TOPIC)
-        await asked(hasty, WORKER_TOPIC + hasty.liveness.worker)
+        await begun.wait()
         await hasty.aclose()
         with pytest.raises(aioresult.WorkerLostError):
             await waiting
@@ -370,9 +377,16 @@ async def runs(mine: Backend, owner: Backend) -> None:
     with contextlib.suppress(ValueError):
         async with mine.running("fails"):
             raise ValueError
-    stopped = asyncio.create_task(mine.run("stopped", asyncio.Event().wait))
-    revoked = asyncio.create_task(mine.run("revoked", asyncio.Event().wait))
-    await asked(mine, WORKER_TOPIC + mine.liveness.worker)
+    begun: asyncio.Queue[None] = asyncio.Queue()
+
+    async def endless() -> None:
+        begun.put_nowait(None)
+        await asyncio.Event().wait()
+
+    stopped = asyncio.create_task(mine.run("stopped", endless))
+    revoked = asyncio.create_task(mine.run("revoked", endless))
+    for _ in range(2):
+        await begun.get()
     stopped.cancel()
     assert await owner.result("revoked").revoke("stop")
     with pytest.raises(aioresult.TaskRevokedError):
