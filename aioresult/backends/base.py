@@ -1,4 +1,8 @@
-"""`Backend`: the coroutines that readers and dispatchers call, on top of those of the worker's side (`worker`)."""
+"""`Backend`: groups, chords and handles, on top of what workers, readers and operators call.
+
+The base classes have the other coroutines: `worker` those that store results, `reader` those that read and wait, `live`
+those for running tasks, and `operations` those for operators.
+"""
 
 from __future__ import annotations
 
@@ -37,42 +41,76 @@ T = TypeVar("T")
 
 
 class Backend(OperationsSide):
-    """Where results are kept, and the way to be woken when one arrives.
+    """Stores the results of tasks on a server or in memory, and wakes the coroutines that wait for them.
 
-    Use it as ``async with aioresult.connect(url) as backend``, or call `open` and `aclose`. A backend belongs to the
-    event loop that opened it. Every coroutine may be cancelled at any time; none may be called from another thread.
+    `aioresult.connect` makes a backend from a URL. Open it with ``async with``, which also closes it, or call `open`
+    and `aclose`::
 
-    Options, the same for every backend:
+        async with aioresult.connect("redis://localhost:6379/0", expires=3600) as backend:
+            await backend.mark_as_done("task-1", 42)  # the worker stores the result
+            value = await backend.result("task-1")  # the waiter gets it, or the exception of the task
 
-    - ``expires``: seconds that a result is kept; 0 or ``None`` for ever. A call's own ``expires`` goes before it.
-    - ``failure_expires``: the same for results in the state FAILURE; ``None``, the default, for as long as all others.
-    - ``serializer``, ``accept``: what results are written with, and what is read: ``json``, ``pickle``, ``msgpack``.
-    - ``compression``: ``gzip``, ``bzip2``, ``lzma`` or ``zstd`` for what is written; reading needs no setting.
-    - ``types``: a list of `StoredType`: classes of your own whose instances JSON and msgpack are to hold. Writers and
-      readers need the same list. The order of precedence is this list, what kombu knows, the built-in types.
-    - ``json_default``: a function as for ``json.dumps(default=)``: it gets each value that nothing else knows, and
-      returns one that can be stored. JSON and msgpack call it; pickle does not. See docs/values.md.
+    A backend belongs to the event loop that opened it. Do not call its coroutines from another thread or event loop:
+    they raise `WrongEventLoopError`. Any coroutine may be cancelled at any time.
+
+    Pass options as keyword arguments to `aioresult.connect`. Every backend has the options below. The number in
+    brackets is the default. docs/reference/options.md also lists the options that only some backends have.
+
+    Storing:
+
+    - ``expires``: how many seconds a result is kept (86400); 0 or ``None`` keeps it for ever. The argument ``expires``
+      of a call takes precedence.
+    - ``failure_expires``: the same for results in the state FAILURE. ``None``, the default, keeps them as long as all
+      other results.
+    - ``serializer``: the format that results are written in: ``json``, the default, ``msgpack`` or ``pickle``.
+    - ``accept``: the formats that are read, by default only ``json``. It must contain the ``serializer``. Reading
+      ``pickle`` runs code that the stored bytes name: accept it only if you trust every program that writes there.
+    - ``compression``: ``gzip``, ``bzip2``, ``lzma`` or ``zstd`` for what is written. Reading needs no setting.
+    - ``types``: a list of `StoredType`, for instances of your own classes in JSON and msgpack. Writers and readers need
+      the same list. It takes precedence over kombu's types, and these over the built-in types.
+    - ``json_default``: a function as for ``json.dumps(default=)``. JSON and msgpack pass it each value that none of
+      these types fits, and store what it returns; pickle does not call it. See docs/values.md.
     - ``extended``: also store the task's name, arguments, worker, retries and queue.
-    - ``max_result_size``: bytes, checked when storing and when reading (after decompression).
-    - ``retry_for``: seconds that an unreachable server may be away before a call fails; waiting calls wait on.
-    - ``heartbeat``: seconds between signs of life; a dead connection is noticed within three of them.
-    - ``recheck``: seconds after which whatever is still waited for is read again, in batches; 0, the default, never.
-      Needed only where a message may vanish and leave the connection whole: see docs/guarantees.md.
-    - ``chord_lease``: seconds that a claim to dispatch a chord's callback lasts without a sign of life.
-    - ``chord_expires``: seconds that what belongs to a chord is kept, counted from its last part; 0 for ever, ``None``,
-      the default, for as long as results.
-    - ``max_pending_bytes``: bytes of stores that may be queued or on their way; a further store waits until there are
-      fewer (default 64 MiB).
-    - ``lease``: seconds without a sign of life after which a worker that runs tasks under `running` counts as dead.
+    - ``max_result_size``: how many bytes a result may have (128 MiB), checked when it is stored and, after
+      decompression, when it is read. A larger one raises `ResultTooLargeError`.
+    - ``max_pending_bytes``: how many bytes of stores may be queued or in flight (64 MiB). A further store waits until
+      there are fewer.
+
+    Connection:
+
+    - ``retry_for``: how many seconds a call retries while the server cannot be reached (30). Then it raises
+      `BackendConnectionError`. Calls that wait for a result go on waiting.
+    - ``heartbeat``: seconds between two signs of life (5). A dead connection is noticed within three of them.
+    - ``recheck``: after how many seconds the results that still have waiters are read again, in batches; 0, the
+      default, is never. Needed only where a message can get lost although the connection stands: see
+      docs/guarantees.md.
+    - ``wait_for_server``: how many seconds `open` keeps trying while the server cannot be reached; with 0, the default,
+      it fails at once. Use it for services that start together with their server. If the server answers and refuses,
+      `open` fails at once.
+
+    Waiting:
+
     - ``default_timeout``: seconds for every wait that has no ``timeout`` of its own: for results, groups, joins and
-      chords, but not for streams and updates. ``None``, the default, is for ever. With several backends, that of the
-      first result counts. A wait with ``timeout=float("inf")`` has no limit.
-    - ``wait_for_server``: seconds that `open` keeps trying while the server cannot be reached; 0, the default: it fails
-      at once. For services that start together with their server. A server that refuses ends the attempt at once.
-    - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`; called by `mark_as_done`
-      and its like for a request that belongs to a chord. Without it, `ready_chords` gets those chords.
-    - ``count_requests``: whether `mark_as_done` and its like count the part of a request that belongs to a chord. With
-      ``False`` they leave chords alone: pass it where Celery counts by other means, as it does in a database.
+      chords, not for streams and updates. ``None``, the default, waits for ever. ``timeout=float("inf")`` waits for
+      ever in spite of it. In a wait on several backends, the backend of the first result decides.
+
+    Running tasks:
+
+    - ``lease``: after how many seconds without a sign of life a worker that runs tasks under `running` counts as dead
+      (30). Give all processes the same value.
+
+    Chords. A chord is a group of tasks, its header, and a callback that runs with their results. Each result is a part
+    of the chord. The process that gets the last part claims the callback, and dispatches it.
+
+    - ``chord_lease``: how many seconds the claim lasts without a sign of life (30). Then another process may claim the
+      callback.
+    - ``chord_expires``: how many seconds the parts of a chord are kept after the last one has come; 0 keeps them for
+      ever. ``None``, the default, keeps them as long as results.
+    - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`. `mark_as_done`,
+      `mark_as_failure`, `mark_as_revoked` and `running` await it if their ``request`` belongs to a chord, and the task
+      is its last part. Without it, `ready_chords` gets these chords.
+    - ``count_requests``: whether these methods count a task whose request belongs to a chord as a part of it. By
+      default they do. Pass ``False`` where Celery counts by other means, as it does in a database.
     """
 
     def __init__(self, url: str = "", **options: Unpack[BackendOptions]) -> None:
@@ -84,10 +122,12 @@ class Backend(OperationsSide):
     async def save_group(
         self, group_id: str | UUID, group: SupportsAsTuple | ResultTuple, expires: Seconds | None = None
     ) -> None:
-        """Remember the members of a group, so that `restore_group` can find them in another process.
+        """Store the members of a group, so that any process can get them with `restore_group`.
 
-        ``group`` is a `GroupResult`, ours or Celery's, or its tuple. It is kept for ``expires`` seconds, and longer
-        if a result of one of its members, stored with a request that names the group, is kept longer.
+        :param group: a `GroupResult`, a group of Celery's, or the tuple of either.
+        :param expires: how many seconds the group is kept, instead of the backend's ``expires``; 0 for ever. It is kept
+            longer if the result of a member is: of one that was stored with a request that names the group.
+        :raises UsageError: ``group`` is no group, or holds something that is no result.
         """
         self.check()
         group_id = self._valid_id(group_id)
@@ -110,7 +150,10 @@ class Backend(OperationsSide):
             await self._count_group(group_id, size, expires)
 
     async def restore_group(self, group_id: str | UUID) -> GroupResult | None:
-        """The group saved under this id, or ``None``. Raises `DecodeError` if what is stored is no group."""
+        """Read the group that `save_group` stored under this id; ``None`` if there is none.
+
+        :raises DecodeError: what is stored is no group, or cannot be read.
+        """
         self.check()
         group_id = self._valid_id(group_id)
         payload = await self._call(partial(self._fetch_group, group_id), group_id)
@@ -118,14 +161,14 @@ class Backend(OperationsSide):
             return None
         with reading(f"group {group_id}"):
             members = self._decode_group(group_id, payload)
-            # Up to 5.6, Celery's database backend pickled the group itself.
+            # Celery's database backend pickled the group object itself, up to Celery 5.6.
             result = result_from_tuple(members.as_tuple() if isinstance(members, SupportsAsTuple) else members, self)
         if not isinstance(result, GroupResult):
             raise DecodeError(f"what is stored as group {group_id} is a single result")
         return result
 
     async def delete_group(self, group_id: str | UUID) -> None:
-        """Forget the group; its members' results stay."""
+        """Remove the saved group. The results of its members stay."""
         self.check()
         group_id = self._valid_id(group_id)
         await self._call(partial(self._delete_group, group_id), group_id)
@@ -135,12 +178,15 @@ class Backend(OperationsSide):
     async def create_chord(
         self, group: GroupResult | SupportsAsTuple | str | UUID, body: Any = None, size: int | None = None
     ) -> Chord:
-        """Begin a chord: when all parts of the group have come, whoever brings the last may dispatch the callback.
+        """Begin a chord: once all tasks of a group are over, one process dispatches the callback with their results.
 
-        :param group: the header; it is saved, for the shape of nested groups. An id alone if the members are not
-            known yet: then the size is ``size``, or set later with `set_chord_size`.
-        :param body: any value that can be stored; handed back to who dispatches.
-        :returns: a handle; awaiting it gives the header's results. For a chord of size 0, complete at once, see
+        :param group: the header, a group. It is saved, so that results of nested groups keep their shape. Pass an id
+            alone if you do not know the members yet.
+        :param body: what is needed to dispatch the callback: any value that can be stored. The process that dispatches
+            the callback gets it as `ReadyChord.body`.
+        :param size: the number of parts, if it is not the number of members. If you pass an id alone, give the size
+            here, or later with `set_chord_size`.
+        :returns: a handle. Awaiting it gives the results of the header. A chord of size 0 is complete at once: see
             `Chord.claim`.
         """
         self.check()
@@ -157,7 +203,10 @@ class Backend(OperationsSide):
         return await self._chords.create(group_id, None if size is None else _size(size), body)
 
     async def set_chord_size(self, group_id: str | UUID, size: int) -> ReadyChord | None:
-        """Say how many parts there are, where `create_chord` could not; a `ReadyChord` if all of them have come."""
+        """Set how many parts a chord has, if `create_chord` did not know it.
+
+        :returns: if all parts have come already, the `ReadyChord` to dispatch; otherwise ``None``.
+        """
         self.check()
         return await self._chords.set_size(self._valid_id(group_id), _size(size))
 
@@ -171,13 +220,18 @@ class Backend(OperationsSide):
         body: Any = None,
         lease: Seconds | None = None,
     ) -> ReadyChord | None:
-        """A part of a chord has come. Exactly one caller, of all in all processes, gets the `ReadyChord` to dispatch.
+        """Add a part to a chord: the result of one task of its header.
 
-        :param state: ``SUCCESS``, or ``FAILURE`` or ``REVOKED`` with the exception as ``value``: then the chord fails.
-        :param index: the part's place in the list of results; those without one come last, in order of arrival. A part
-            is known by its task id and its index: the same one again changes nothing.
-        :param body: what Celery sends along with every part; not needed for a chord made with `create_chord`.
-        :param lease: seconds that the claim lasts, instead of ``chord_lease``; 0 leaves the claim to `ready_chords`.
+        The task id and the index identify a part, so it is safe to repeat the call: the chord counts the part once.
+
+        :param state: ``SUCCESS``; or ``FAILURE`` or ``REVOKED``, which make the chord fail. Then ``value`` is the
+            exception.
+        :param index: the part's place in the list of results. Parts without an index come last, in order of arrival.
+        :param body: the callback, which Celery sends along with every part. A chord that `create_chord` made has it.
+        :param lease: how many seconds the claim lasts, instead of ``chord_lease``. With 0 this call claims nothing, and
+            `ready_chords` gets the chord.
+        :returns: the `ReadyChord` to dispatch, if this was the last part; otherwise ``None``. Of all callers in all
+            processes, exactly one gets it.
         """
         self.check()
         if not isinstance(state, str) or state not in ALL_STATES:
@@ -189,16 +243,26 @@ class Backend(OperationsSide):
         )
 
     def chord(self, group_id: str | UUID) -> Chord:
-        """A handle on a chord, from any process; no I/O. Awaiting it gives the header's results."""
+        """A handle on a chord, from any process. No I/O. Awaiting the handle gives the results of the header."""
         return self._chords.chord(self._valid_id(group_id))
 
     async def ready_chords(self) -> AsyncGenerator[ReadyChord, None]:
-        """Claim, one after the other and without end, the chords that are complete and that nobody else dispatches.
+        """Claim complete chords one after the other, for a process that dispatches callbacks. Never ends by itself.
 
-        For a dispatcher: also those whose claimant died, once its lease has run out. Any number may run at once. An
-        outage is waited out, however long. A chord that cannot be read here is logged once as an error, and left until
-        it changes. Leaving the loop ends the subscription when the iterator is closed: wrap it
-        in `contextlib.aclosing` to have that happen at once.
+        ::
+
+            async with aclosing(backend.ready_chords()) as chords:
+                async for ready in chords:
+                    async with ready:
+                        if ready.error is None:  # no part failed
+                            await publish(ready.body, ready.results)
+
+        It claims each complete chord that no other process has claimed. That includes a chord whose claim has run out
+        because the process that held it died. Any number of dispatchers may run at once. The iterator waits while the
+        server is away, however long that lasts. A chord that cannot be read here is logged once as an error, and
+        skipped until it changes.
+
+        Closing the iterator ends the subscription. `contextlib.aclosing` closes it as soon as you leave the loop.
         """
         self.check()
         async with aclosing(ready_chords(self._chords, self)) as chords:
@@ -206,26 +270,26 @@ class Backend(OperationsSide):
                 yield ready
 
     async def chord_step(self, step: ChordStep) -> ChordState:
-        """One atomic step; for `aioresult.chord`."""
+        """Do one atomic step on a chord. For `aioresult.chord`."""
         self.check()
         if self._steps.full:
             await self._steps.wait_for_room()
         return await self._steps.submit(step, size=len(step.part) + len(step.body or b""))
 
     async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
-        """Many steps in few round trips, with errors in their places; for `aioresult.chord`."""
+        """Do many steps in few round trips. The error of a step stands in its place. For `aioresult.chord`."""
         self.check()
         if self._steps.full:
             await self._steps.wait_for_room()
         return await asyncio.gather(*map(self._steps.submit, steps), return_exceptions=True)
 
     async def active_chords(self) -> Sequence[str]:
-        """The chords that may be complete; for `aioresult.chord`."""
+        """The ids of the chords that may be complete. For `aioresult.chord`."""
         self.check()
         return [group_id for group_id in await self._call(self._active_chords) if self._is_id(group_id)]
 
     def read_again(self, topic: str) -> None:
-        """Have what is waited for under ``topic`` read once more, with all that is due; for `aioresult.chord`."""
+        """Have the hub read ``topic`` again, in its next batch. A topic is what a waiter waits for. For the chords."""
         if self._loop is not None:
             self._hub.mark_stale(topic)
 
@@ -237,26 +301,26 @@ class Backend(OperationsSide):
     def result(
         self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None, *, type: type[T]
     ) -> AsyncResult[T]: ...
-    @overload  # for a type that no checker takes for a class, such as ``int | None``
+    @overload  # for a type that type checkers do not accept as a class, such as ``int | None``
     def result(
         self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None, *, type: object
     ) -> AsyncResult[Any]: ...
     def result(
         self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None, *, type: Any = None
     ) -> AsyncResult[Any]:
-        """A handle on the result of ``task_id``; awaiting it gives the value.
+        """A handle on the result of ``task_id``. No I/O. Awaiting the handle gives the value.
 
-        :param task_id: the id, or what Celery's ``delay`` or ``apply_async`` returned. Then the handle also has the
-            parents, and what Celery knows already: the value of a task that it has run on the spot
-            (``task_always_eager``), and that a task stores no result (``ignore_result``). A handle of this backend is
-            returned as it is.
+        :param task_id: the id, or what Celery's ``delay`` or ``apply_async`` returned. A handle made from Celery's
+            result keeps its parents. It also keeps what Celery knows already: the value of a task that Celery has run
+            eagerly (``task_always_eager``), or that the task stores no result (``ignore_result``). A handle of this
+            backend is returned as it is.
         :param parent: the result that this one follows in a chain.
-        :param type: what the value is converted to: a pydantic model, by pydantic; a msgspec Struct, a dataclass, a
-            TypedDict or an annotation such as ``list[int]``, by msgspec if it is installed, otherwise by pydantic.
-            A value that does not fit raises `DecodeError`. See docs/values.md.
-        :raises UsageError: ``task_id`` is none of these, or the package cannot convert to that type. A group of
-            Celery's belongs into `group`.
-        :raises ImproperlyConfigured: neither package is installed; says how to install one.
+        :param type: the type to convert the value to. pydantic converts to a pydantic model. msgspec converts to a
+            msgspec Struct, a dataclass, a TypedDict or an annotation such as ``list[int]``; without msgspec, pydantic
+            does so. If the value does not fit, awaiting the handle raises `DecodeError`. See docs/values.md.
+        :raises UsageError: ``task_id`` is none of these, or the package cannot convert to that type. Pass a group of
+            Celery's to `group`.
+        :raises ImproperlyConfigured: neither package is installed. The message says how to install one.
         """
         if isinstance(task_id, (str, UUID)):
             handle: AsyncResult[Any] = AsyncResult(self._valid_id(task_id), self, parent)
@@ -269,14 +333,15 @@ class Backend(OperationsSide):
         results: Iterable[SupportsAsTuple | str | UUID] | SupportsAsTuple,
         id: str | UUID | None = None,
     ) -> GroupResult:
-        """A handle on several results. ``id`` is made up if the group has none.
+        """A handle on several results. No I/O. Awaiting the handle gives the list of their values.
 
-        :param results: handles, ids, and results of Celery's; or a group of Celery's, whose id is kept.
+        :param results: handles, ids and results of Celery's; or a group of Celery's.
+        :param id: the id of the group. By default it is that of Celery's group, or otherwise a new one.
         """
         return group_of(results, self, id)
 
     def handle_on(self, item: object) -> ResultBase:
-        """The handle for a member of a group that is not a handle: an id, a result or a group of Celery's."""
+        """Make a handle from a member of a group: from an id, or from a result or a group of Celery's."""
         return from_celery(item, self) if is_celerys(item) else self.result(self._valid_id(cast("str", item)))
 
 

@@ -1,4 +1,8 @@
-"""What the author of a backend writes: the primitives, their promises, and the options that all backends take."""
+"""What the author of a backend implements: the primitives and their guarantees. And the options of all backends.
+
+docs/writing_a_backend.md is the guide. The primitives are the methods with a leading underscore: small operations of
+the store, from which `core` and the modules above it build the public methods.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from ..urls import hide_password
 
 __all__ = ["BackendContract", "CoreOptions", "Record", "Removal"]
 
-#: Longer than any sane id, shorter than what would hurt as a key or a channel name.
+#: No real id is longer. A much longer one would be costly as a key or as the name of a channel.
 _MAX_ID_LENGTH = 1024
 
 
@@ -51,36 +55,39 @@ class CoreOptions(TypedDict, total=False):
 
 
 class Removal:
-    """One `forget`. It remembers which version of the result it is to remove, should it have to be repeated."""
+    """One call of `forget`. It remembers the version of the result, so that a repetition removes no later result."""
 
     __slots__ = ("task_id", "version")
 
     def __init__(self, task_id: str) -> None:
         self.task_id: str = task_id
-        #: As from `Backend._versions`; ``None`` until that was asked.
+        #: What `_versions` has returned for the id; ``None`` before that.
         self.version: Any = None
 
 
 class BackendContract(ABC):
-    """What the author of a backend implements: the abstract methods, and of the others what the store can do.
+    """What the author of a backend implements: the abstract methods, and those optional ones that the store can do.
 
-    They get input that was checked and gathered into batches, and run in tasks of the backend's own, so that no
-    caller's cancellation reaches them. Each coroutine may raise
+    The input of a primitive has been checked and gathered into a batch. Primitives run in tasks of the backend, so the
+    cancellation of a caller does not reach them. Each coroutine may raise
 
-    - `BackendConnectionError` when trying again may help: the call is repeated for up to ``retry_for`` seconds, so
-      every primitive must bear being done twice;
-    - any other `BackendError` when it will not. A batch is then halved until the culprit stands alone, unless the error
-      has ``of_server`` set.
+    - `BackendConnectionError` if a retry may help. The call is repeated for up to ``retry_for`` seconds, so every
+      primitive must be idempotent;
+    - any other `BackendError` if a retry will not help. Then the batch is halved until the item that causes the error
+      is alone, unless the error has ``of_server`` set.
+
+    Many primitives return a sequence with one entry for each item, in order. If an error concerns one item alone, the
+    error takes the place of its entry, and the other items are not affected.
     """
 
-    #: How many ids go into one fetch or subscription, or steps of chords into one call.
+    #: The most ids in one fetch or subscription, and the most chord steps in one call.
     fetch_chunk = 500
-    #: How many records go into one store, and how many stores may be in flight at once.
+    #: The most records in one store, and the most stores that are in flight at once.
     store_chunk = 500
     store_parallel = 2
-    #: How many bytes of values go into one store, fetch or call of steps, unless a single value is larger.
+    #: The most bytes of values in one store, fetch or call of steps, unless a single value is larger.
     chunk_bytes = 16 * 2**20
-    #: Whether others than this library may finish a chord that it did not create, and say nothing of it.
+    #: Whether another program, such as Celery, may finish a chord that it created, without a message to this library.
     chords_beside = False
 
     def __init__(
@@ -121,7 +128,9 @@ class BackendContract(ABC):
         self.retry_for: float = checked_seconds("retry_for", retry_for)
         self.heartbeat: float = checked_seconds("heartbeat", heartbeat)
         if not self.heartbeat:
-            raise ImproperlyConfigured("heartbeat must be more than 0 seconds: a dead connection would go unnoticed")
+            raise ImproperlyConfigured(
+                "heartbeat must be more than 0 seconds: otherwise a dead connection would go unnoticed"
+            )
         self.recheck: float = checked_seconds("recheck", recheck)
         self.chord_lease: float = checked_seconds("chord_lease", chord_lease)
         if not self.chord_lease:
@@ -142,113 +151,130 @@ class BackendContract(ABC):
         self.codec: Codec = Codec(serializer, accept, compression, max_result_size, types, json_default)
 
     def as_uri(self) -> str:
-        """The URL, without the password."""
+        """The URL without the password."""
         return hide_password(self._url)
 
     @property
     def store_id(self) -> Hashable:
-        """Equal for backends that keep their results in the same place, as far as that can be told."""
+        """A key that is equal for backends which keep their results in the same place, as far as this is known."""
         return self
 
     @abstractmethod
     async def _open(self) -> None:
-        """Reach the server, once: no retry. Raises `BackendConnectionError` or `BackendRefusedError`."""
+        """Connect to the server. Try once, without a retry.
+
+        Raises `BackendConnectionError` if the server cannot be reached, `BackendRefusedError` if it refuses.
+        """
 
     @abstractmethod
     async def _close(self) -> None:
-        """Close what `_open` and `_subscribe` opened, also if they failed. Must not raise, and must not take long."""
+        """Close what `_open` and `_subscribe` have opened, even if they failed. Must not raise, and must be quick."""
 
     def _abandon(self, forked: bool) -> None:  # noqa: B027 - optional
-        """Forget what `_open` and `_subscribe` opened, without a word to the server and without the event loop.
+        """Drop what `_open` and `_subscribe` have opened. Send nothing to the server, and do not use the event loop.
 
-        Called instead of `_close` when the event loop that opened it has ended, or, with ``forked``, in a child
-        process: there the sockets are the parent's, and so is what its event loop watches them with.
+        Called instead of `_close` if the event loop that opened the backend has ended. Called with ``forked`` in a
+        child process. There the sockets belong to the parent, and so does the selector of its event loop.
         """
 
     async def _ping(self) -> None:
-        """One round trip to the server, without a retry. Raises `BackendConnectionError` if the server is away.
+        """Make one round trip to the server, without a retry. Raises `BackendConnectionError` if the server is away.
 
-        Optional: by default the backend fetches an id that does not exist.
+        Optional. By default the backend fetches an id that does not exist.
         """
         await self._fetch([str(uuid4())])
 
     @abstractmethod
     async def _fetch(self, task_ids: Sequence[str]) -> Sequence[Any]:
-        """What is stored under each id, as `_decode` takes it; ``None`` for nothing, or the error that is its alone."""
+        """Read what is stored under each id, in the form that `_decode` takes; ``None`` where nothing is stored."""
 
     @abstractmethod
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
-        """Store each record and notify its subscribers, in one atomic step: both happen or neither.
+        """Store each record and notify its subscribers in one atomic step: both happen, or neither does.
 
-        The same id may occur twice; the outcome is as if they came one after the other. An id whose stored state is
-        SUCCESS is left alone, decided in the server; so is one that is final where ``custom`` is set, and one that
-        exists where ``only_new`` is set. For each record: whether it was stored, or the error that concerns it alone.
+        The server itself must decide whether to store a record. It does not store a record in three cases:
+
+        - the stored state is SUCCESS;
+        - the record has ``custom`` set, and the stored state is final (SUCCESS, FAILURE or REVOKED);
+        - the record has ``only_new`` set, and anything is stored under the id.
+
+        If an id occurs twice, the records must take effect one after the other. Returns for each record whether it was
+        stored.
         """
 
     def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
-        """Begin to store ``record`` in this very call and return true; or do nothing and return false.
+        """Send ``record`` to the server within this call and return true; or do nothing and return false.
 
-        Optional, for stores where a task costs as much as all the rest: tried when nothing else is being stored. Once,
-        and not before this has returned, call ``done``: with whether it was stored, after `_reached`; or after any
-        trouble with ``None``, and then `_store` gets the record. Who overrides `_store` overrides this, too.
+        Optional, for stores where starting a task costs as much as everything else. The backend tries it when no other
+        store is in flight. If it returns true, it must call ``done`` exactly once, and not before it has returned: with
+        whether the record was stored, or with ``None`` after any failure. After ``None``, `_store` gets the record.
+        Before that call, tell ``self._persistence`` whether the server has replied (`Persistence.reached`,
+        `Persistence.not_reached`). A subclass that overrides `_store` must override this method, too.
         """
         return False
 
     def _append_at_once(self, flush: Flush, done: Callable[[int | None], None]) -> bool:
-        """As `_store_at_once`, of a flush: ``done`` gets the epoch, or ``None``, and then `_append` gets the flush."""
+        """The same as `_store_at_once` for a flush, which is some output of a running task.
+
+        Call ``done`` with what `_append` would return, or with ``None`` after any failure: then `_append` gets the
+        flush.
+        """
         return False
 
     async def _versions(self, task_ids: Sequence[str]) -> Sequence[Any]:
-        """What tells the result that is stored under each id from any later one; ``None`` where nothing is stored.
+        """Return a version of the result under each id, which differs from that of any later result.
 
-        An error stands in the place of an id that the server refuses alone.
+        ``None`` means that nothing is stored. An empty version fits any result.
 
-        Optional, for stores where a reply may be lost: a removal that is repeated must not take what was stored after
-        its first attempt. An empty value stands for whatever is there.
+        Optional, for stores where a reply may get lost. Then `_delete` is repeated with the same version, and must not
+        remove a result that was stored after its first attempt.
         """
         return [b""] * len(task_ids)
 
     @abstractmethod
     async def _delete(self, task_ids: Sequence[str], versions: Sequence[Any]) -> Sequence[BaseException | None] | None:
-        """Remove these results, each if it still is of its version, as `_versions` told it.
+        """Remove each of these results if it still has its version, which `_versions` has returned.
 
-        Returns the error of each id that the server refuses alone, or ``None`` if there is none.
+        Returns for each id ``None`` or the error that concerns it alone; or just ``None`` if there is no such error.
         """
 
     @abstractmethod
     async def _subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
-        """Have `_received` called for every later store of these ids; return once the server has confirmed it.
+        """Subscribe to these ids: call `_received` for every later store of them.
 
-        Connect the listener if it is not connected, and call `_listener_lost` whenever it breaks. Ids that are
-        subscribed already are confirmed again. Returns the error of each id that the server refuses alone, if there
-        are any. Never called concurrently with itself or `_unsubscribe`.
+        Return only after the server has confirmed the subscription. Connect the listener, the connection that carries
+        messages, if it is not connected. Call `_listener_lost` whenever it breaks. If an id is subscribed already, have
+        the server confirm it again. Returns the errors that concern one id alone, if there are any. The backend never
+        calls this concurrently with itself or with `_unsubscribe`.
         """
 
     @abstractmethod
     async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
-        """The opposite; ids that are not subscribed are ignored."""
+        """End the subscriptions to these ids. Ignore ids that are not subscribed."""
 
     @abstractmethod
     async def _fetch_group(self, group_id: str) -> bytes | None:
-        """What `_store_group` stored."""
+        """Read what `_store_group` has stored; ``None`` if there is nothing."""
 
     @abstractmethod
     async def _store_group(self, group_id: str, payload: bytes, expires: float) -> None:
-        """Keep ``payload`` for ``expires`` seconds (0: for ever), in place of what was there."""
+        """Store ``payload`` under this id for ``expires`` seconds (0: for ever), and replace what was there."""
 
     @abstractmethod
     async def _delete_group(self, group_id: str) -> None:
-        """Remove it; a missing one does not matter."""
+        """Remove the group. Do nothing if there is none."""
 
     async def _count_group(self, group_id: str, size: int, expires: float) -> None:  # noqa: B027 - optional
-        """From now on count the members of a saved group that are over, by their index; there are ``size``.
+        """Begin to count how many of the ``size`` members of a saved group are over. Tell members apart by their index.
 
-        Optional, with `_group_size` and `_group_counts`; without them the progress of a group is counted by its
-        results. Keep the counts for ``expires`` seconds (0: for ever), and call `_group_news` when they change.
+        Keep the counts for ``expires`` seconds (0: for ever), and call `_group_news` when they change.
+
+        Optional, together with `_group_size` and `_group_counts`. Without them, the progress of a group is counted from
+        the results of its members.
         """
 
     async def _group_size(self, group_id: str) -> int | None:
-        """How many members the group has; ``None`` where they are not counted."""
+        """How many members the group has; ``None`` if its members are not counted."""
         return None
 
     async def _group_counts(self, group_id: str) -> GroupCounts:
@@ -256,64 +282,74 @@ class BackendContract(ABC):
         return GroupCounts(0, 0)
 
     async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
-        """Take each step atomically, and call `_chord_news` wherever somebody waits for what it brings about.
+        """Do each step atomically. If it changes a chord, call `_chord_news` in every process that subscribed to it.
 
-        Optional, with `_active_chords`: a store without them keeps results and groups, but counts no chords.
+        Optional, together with `_active_chords`. A store without them keeps results and groups, but counts no chords.
         """
         raise UsageError(f"{type(self).__name__} does not count chords")
 
     async def _active_chords(self) -> Sequence[str]:
-        """The chords that may be complete and not finished; others among them do no harm."""
+        """The ids of all chords that are complete and not finished. Other chords among them do no harm."""
         raise UsageError(f"{type(self).__name__} does not count chords")
 
     # -- optional: running tasks ------------------------------------------------------------------------------------
 
     async def _append(self, flushes: Sequence[Flush]) -> Sequence[int | BaseException]:
-        """Put each flush into the log of its task, and call `_output_news` in every process that subscribed to it.
+        """Append each flush to the log of its task, and call `_output_news` in every process that subscribed to it.
 
-        Optional, with `_pages`, `_run_steps`, `_beat` and `_alive`: a store without them has results and no running
-        tasks. `aioresult.backends.runs.Log` is the reference of what a flush does, `Note` of a run step.
+        A *log* holds the output of one task, a *flush* is some of that output, and an *epoch* is the number of the
+        attempt that wrote it: see `aioresult.log`. `aioresult.backends.runs` has the reference implementations: `Log`
+        for a flush, `Note` for a run step.
 
-        For each: the epoch of the log; `OutputSuperseded` if a newer one has it, or another run; or the error that is
-        its alone. No two flushes of a call are of one task.
+        Optional, together with `_pages`, `_run_steps`, `_beat` and `_alive`. A store without them keeps results, but
+        does not support running tasks.
+
+        Returns for each flush the epoch of the log; or `OutputSuperseded` if a later epoch, or another run of the task,
+        owns the log. No two flushes of one call belong to the same task.
         """
         raise UsageError(f"{type(self).__name__} keeps no output of running tasks")
 
     async def _pages(self, requests: Sequence[PageRequest]) -> Sequence[Page | BaseException]:
-        """What each look finds: *first* whether the task is over, *then* the log, or both in one snapshot."""
+        """Read a page of the log for each request.
+
+        Read *first* whether the task is over, and *then* the log; or read both in one snapshot.
+        """
         raise UsageError(f"{type(self).__name__} keeps no output of running tasks")
 
     async def _run_steps(self, steps: Sequence[RunStep]) -> Sequence[RunState | BaseException]:
-        """Take each step atomically, in order. What it stores is published as by `_store`.
+        """Do each step atomically, in order. Notify the subscribers of what it stores, as `_store` does.
 
-        A REVOKE that has the verdict ASKED calls `_revoke_news` in the process of that worker.
+        If a REVOKE has the verdict ASKED, call `_revoke_news` in the process of the worker that runs the task.
         """
         raise UsageError(f"{type(self).__name__} does not run tasks")
 
     async def _beat(self, worker: str, lease: float, last: float | None = None) -> float:
-        """Note that ``worker`` lives for ``lease`` more seconds by the server's clock; with a lease of 0, that it ends.
+        """Renew the lease of ``worker``: it counts as alive for ``lease`` more seconds by the server's clock.
 
-        ``worker`` is empty in a process that runs no tasks. Returns the server's clock, in seconds. With ``last``, what
-        the beat before has returned, the workers whose lease is over are removed, and `_worker_news` is called with
-        each in every process that subscribed to that; two things are no death, but an outage:
+        A lease of 0 ends the worker. ``worker`` is empty in a process that runs no tasks. Returns the server's clock,
+        in seconds.
 
-        - ``last`` is more than half a lease ago. Then nobody is removed.
-        - A worker's lease has been over for longer than ``lease``. Then it has half a lease more.
+        ``last`` is what the beat before has returned. If it is given, remove the workers whose lease has run out, and
+        call `_worker_news` with each of them in every process that subscribed to it. There are two exceptions, because
+        the reason is then an outage and not a death:
+
+        - If ``last`` is more than half a lease ago, remove no worker.
+        - If the lease of a worker ran out longer than ``lease`` seconds ago, extend it by half a lease instead.
         """
         raise UsageError(f"{type(self).__name__} does not run tasks")
 
     async def _alive(self, workers: Sequence[str]) -> Sequence[bool]:
-        """Whether the lease of each worker stands."""
+        """Whether each worker is alive: its lease has not run out."""
         raise UsageError(f"{type(self).__name__} does not run tasks")
 
     async def _cleanup(self) -> int:
-        """Remove what has expired, where the server does not do so by itself; return how many."""
+        """Remove what has expired, if the server does not do so by itself. Returns how many results were removed."""
         return 0
 
     def _valid_id(self, task_id: str | UUID) -> str:
-        """``task_id`` as text, of tasks and groups.
+        """Check the id of a task or a group, and return it as text.
 
-        Raises `UsageError` for what the store could not keep, or not apart from others.
+        Raises `UsageError` for an id that the store could not keep, or could not distinguish from another id.
         """
         if not isinstance(task_id, str):
             if isinstance(task_id, UUID):
@@ -333,7 +369,7 @@ class BackendContract(ABC):
         return task_id
 
     def _is_id(self, text: str) -> bool:
-        """Whether ``text``, which comes from the server, where others write too, can be an id at all."""
+        """Whether ``text`` is a valid id. It comes from the server, where other programs may write, too."""
         try:
             self._valid_id(text)
         except UsageError:
@@ -341,7 +377,7 @@ class BackendContract(ABC):
         return True
 
     def _encode(self, meta: TaskMeta) -> Any:
-        """What is stored of ``meta``: where an error is the storer's alone."""
+        """Make of ``meta`` what is stored. It is called once for each store, so an error reaches that caller alone."""
         return self.codec.encode(meta)
 
     def _decode(self, task_id: str, stored: Any) -> TaskMeta:
@@ -354,9 +390,9 @@ class BackendContract(ABC):
         return self.codec.loads(payload, f"group {group_id}")
 
     def _payload_size(self, payload: Any) -> int:
-        """Bytes of what `_encode` made."""
+        """The size in bytes of what `_encode` has returned."""
         return len(payload) if isinstance(payload, bytes) else 0
 
     def _stored_size(self, stored: Any) -> int:
-        """Bytes of what `_fetch` brought for an id."""
+        """The size in bytes of what `_fetch` has returned for one id."""
         return len(stored) if isinstance(stored, bytes) else 0

@@ -1,4 +1,8 @@
-"""What becomes of the primitives: batches, retries, one hub, and a life from open to close."""
+"""What every backend makes of its primitives: batches, retries, one hub, and opening and closing.
+
+A *primitive* is a method that the author of a backend writes; see `contract`. A *topic* is what a waiter waits for: a
+task id, or a text that begins with NUL and stands for a chord, an output, a group or workers.
+"""
 
 from __future__ import annotations
 
@@ -51,28 +55,28 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 T = TypeVar("T")
 
-#: How many calls that go into no batch may be in flight at once.
+#: The most calls in flight at once, of those that cannot be batched.
 _PARALLEL_CALLS = 8
-#: Seconds that a good-bye may take.
+#: The most seconds that `_say_goodbye` may take.
 _GOODBYE = 1.0
-#: How many ids go into the first read, when it is not known how large the values are.
+#: How many ids go into the first read, while the size of the values is unknown.
 _FIRST_READ = 100
-#: By how much the estimate of their size may sink from one read to the next.
+#: From one read to the next, the estimated size of a value shrinks at most to this fraction: one eighth.
 _ESTIMATE_SINKS = 8
 
 
 class BackendCore(BackendContract):
-    """What every backend shares, below the coroutines that everybody calls: see `aioresult.backends.base.Backend`."""
+    """What every backend shares, below the public coroutines of `aioresult.backends.base.Backend`."""
 
     def __init__(self, url: str = "", **options: Unpack[CoreOptions]) -> None:
         super().__init__(url, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = self._pid = 0
-        #: Done when the `open` or `aclose` that is under way has ended.
+        #: Settled when the present call of `open` or `aclose` ends; ``None`` if there is no such call.
         self._changing: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._was_closed = False
-        #: How large a stored value is, as far as that is known: reads are made of so many that they fit `chunk_bytes`.
+        #: The estimated size of a stored value. It decides how many ids go into a read, to stay within `chunk_bytes`.
         self._value_size = self.chunk_bytes / _FIRST_READ
 
     def __repr__(self) -> str:
@@ -81,28 +85,28 @@ class BackendCore(BackendContract):
 
     @property
     def is_open(self) -> bool:
-        """Whether it is open, in this process."""
+        """Whether the backend is open in this process."""
         return self._loop is not None and self._pid == os.getpid() and not self._loop.is_closed()
 
     # -- what authors call ------------------------------------------------------------------------------------------
 
     def _received(self, task_id: str, stored: Any) -> None:
-        """A backend calls this with each message that arrives; ``stored`` is as from `_fetch`."""
+        """A backend calls this with each result that arrives as a message. ``stored`` has the form of `_fetch`."""
         if self._hub.has_waiters(task_id):
             self._hub.receive(task_id, *self._finding(task_id, stored))
 
     def _chord_news(self, group_id: str, ready: bool) -> None:
-        """A backend calls this with each message about a chord; ``ready`` if there may be a callback to dispatch."""
+        """A backend calls this with each message about a chord. ``ready``: there may be a callback to dispatch."""
         self._hub.mark_stale(CHORD_TOPIC + group_id)
         if ready and self._is_id(group_id):
             self._notify_topic(READY_TOPIC, group_id)
 
     def _output_news(self, task_id: str, epoch: int, last: int, data: bytes | None) -> None:
-        """A backend calls this with each message about an output; ``data`` as in `OutputNews`."""
+        """A backend calls this with each message about the output of a task. For ``data`` see `OutputNews`."""
         self._notify_topic(OUTPUT_TOPIC + task_id, OutputNews(epoch, last, data))
 
     def _worker_news(self, worker: str) -> None:
-        """A backend calls this with the id of each worker that has died or ended."""
+        """A backend calls this with the id of each worker that has died or shut down."""
         self._notify_topic(WORKERS_TOPIC, worker)
 
     def _group_news(self, group_id: str) -> None:
@@ -110,29 +114,31 @@ class BackendCore(BackendContract):
         self._notify_topic(GROUP_TOPIC + group_id, group_id)
 
     def _revoke_news(self, worker: str, run: str) -> None:
-        """A backend calls this in the process of ``worker`` with each run that is to be stopped."""
+        """A backend calls this in the process of ``worker`` with the id of each run that the worker is to stop."""
         self._notify_topic(WORKER_TOPIC + worker, run)
 
     def _notify_topic(self, topic: str, news: object) -> None:
         self._hub.receive(topic, TaskMeta(topic, "NEWS", news), remember=False)
 
     def _listener_lost(self, reason: BaseException) -> None:
-        """A backend calls this when the connection that carries its messages has broken."""
-        if self._loop is None:  # by `aclose`, which may come in the middle of anything
+        """A backend calls this when its listener, the connection that carries messages, has broken."""
+        if self._loop is None:  # `aclose` closed the listener
             return
-        logger.warning("the listener of %s was lost, and its subscriptions are made anew: %s", self.as_uri(), reason)
+        logger.warning("the listener of %s was lost (%s); its subscriptions will be restored", self.as_uri(), reason)
         self._health.failed(reason)
         self._hub.lost()
 
     # -- life -------------------------------------------------------------------------------------------------------
 
     async def open(self) -> Self:
-        """Connect. Raises `BackendConnectionError` if the server cannot be reached.
+        """Connect to the server, and return the backend itself.
 
-        It raises at once, or after it has tried for ``wait_for_server`` seconds.
+        A closed backend may be opened again, also in another event loop. This includes a backend whose event loop ended
+        without `aclose`. A child process may open a backend that its parent has open.
 
-        A backend that was closed may be opened again, also in another event loop. So may one whose event loop has ended
-        without `aclose`, and, in a child process, one that the parent has open.
+        :raises BackendConnectionError: the server cannot be reached within ``wait_for_server`` seconds.
+        :raises BackendRefusedError: the server refuses, for instance because of the password.
+        :raises UsageError: the backend is open or is being opened or closed, or no asyncio event loop runs.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -140,15 +146,15 @@ class BackendCore(BackendContract):
             raise UsageError("aioresult needs a running asyncio event loop; it does not run on trio") from None
         self._leave_behind()
         if self._loop is not None:
-            raise UsageError(f"{self!r} is open already")
+            raise UsageError(f"{self!r} is open already; open a backend once and share it")
         if self._changing is not None:
-            raise UsageError(f"{self!r} is being opened or closed by somebody else")
+            raise UsageError(f"{self!r} is being opened or closed by another call; wait for that call to return")
         self._changing = loop.create_future()
         self._thread, self._pid = get_ident(), os.getpid()
         try:
             while not await self._opened():
-                await uncancelled(self._close)  # a stranger cancelled the attempt, and not this caller
-            if self._opening is None:  # so `aclose` says
+                await uncancelled(self._close)  # the attempt was cancelled from outside, but the caller was not
+            if self._opening is None:  # `aclose` was called
                 raise self._closed()
             self._start(loop)
         except BaseException:
@@ -162,7 +168,7 @@ class BackendCore(BackendContract):
         return self
 
     async def _opened(self) -> bool:
-        """Open, in an empty context, which whatever is started there inherits. False if a stranger cancelled that."""
+        """Open in a task with an empty context. Returns false if other code cancelled that task, and not the caller."""
         opening = self._opening = spawn(connect_patiently(self))
         try:
             await opening
@@ -220,7 +226,7 @@ class BackendCore(BackendContract):
             max_held=self.max_pending_bytes,
             persistence=self._persistence,
         )
-        # Not `_calls`: there a ping would wait for others, and be repeated with them.
+        # Not in `_calls`: a ping must not wait for other calls, and must not be retried.
         self._pings: Batcher[None, float] = batcher(self._perform_pings, max_items=self.fetch_chunk, parallel=2)
         results = (self._writes, self._fetches, self._calls, self._steps, self._pings)
         self._batchers = (*results, self._appends, self._page_reads, self._runs)
@@ -232,9 +238,9 @@ class BackendCore(BackendContract):
             changing.set_result(None)
 
     async def aclose(self) -> None:
-        """Fail every waiter with `BackendClosedError` and close every connection. May be called twice.
+        """Close the backend: every waiter gets `BackendClosedError`, and every connection is closed.
 
-        While `open` is under way this ends it: its caller gets the same error.
+        May be called more than once. An `open` that has not returned raises the same error.
         """
         self._leave_behind()
         if self._changing is not None:
@@ -260,16 +266,16 @@ class BackendCore(BackendContract):
             try:
                 await asyncio.wait_for(self._say_goodbye(), _GOODBYE)
             except Exception as exc:
-                logger.debug("closed %s without a word: %s", self.as_uri(), exc)
+                logger.debug("closed %s without telling the server: %s", self.as_uri(), exc)
             await self._close()
         finally:
             self._settle_change()
 
     async def _say_goodbye(self) -> None:
-        """What a subclass tells the server before the connections are closed."""
+        """Tell the server that this backend closes. A subclass overrides it; the connections are still open."""
 
     def _leave_behind(self) -> None:
-        """Forget what belongs to an event loop that has ended, or to the process that this one was forked from."""
+        """Drop what belongs to an event loop that has ended, or to the process that this process was forked from."""
         loop = self._loop or (self._changing.get_loop() if self._changing is not None else None)
         if loop is None:
             return
@@ -277,7 +283,7 @@ class BackendCore(BackendContract):
         if forked or loop.is_closed():
             self._was_closed = True
             self._abandon(forked)
-            # Kept, for as long as this is: to be collected, its tasks and transports would reach for their event loop.
+            # Kept alive as long as the backend: if its tasks and transports were collected, they would use their loop.
             self._left_behind = (self.__dict__.copy(), getattr(self, "_left_behind", None)) if forked else None
             self._loop = self._changing = self._opening = None
 
@@ -293,7 +299,7 @@ class BackendCore(BackendContract):
         await self.aclose()
 
     def check(self) -> None:
-        """Raise if it is not open, or not in this event loop: misuse fails here, and not deep in a socket."""
+        """Raise a clear error if the backend is not open, or was opened in another event loop, thread or process."""
         if self._loop is None and self._was_closed:
             raise self._closed()
         if self._loop is None:
@@ -301,15 +307,15 @@ class BackendCore(BackendContract):
                 f"{self!r} is not open: use it inside 'async with aioresult.connect(…) as backend:' "
                 f"or call 'await backend.open()' first"
             )
-        # A thread runs one loop at a time; asking asyncio which costs a system call on Python 3.11. The number of the
-        # process is another in a child that was forked, where thread and loop look the same.
+        # Compare threads, because a thread runs one event loop at a time. Asking asyncio for the running loop costs a
+        # system call on Python 3.11. In a forked child, thread and loop look the same, but the process id differs.
         if get_ident() != self._thread or os.getpid() != self._pid or not self._loop.is_running():
             raise self._foreign()
 
     def _foreign(self) -> WrongEventLoopError:
         if os.getpid() != self._pid:
             return WrongEventLoopError(
-                f"{self!r} was opened in another process, {self._pid}, of which this one, {os.getpid()}, is a child; "
+                f"{self!r} was opened in the process {self._pid}, and this is its child process {os.getpid()}; "
                 f"call 'await backend.open()' here, or open one backend per process"
             )
         if get_ident() != self._thread:
@@ -326,14 +332,14 @@ class BackendCore(BackendContract):
     # -- what the batchers and the hub run --------------------------------------------------------------------------
 
     def _outage(self, error: BackendConnectionError) -> None:
-        """The server has been away for ``retry_for``: the calls that have not had their turn have the same outcome."""
+        """Fail the calls that are still queued with ``error``: the server has been away for ``retry_for`` seconds."""
         for batcher in self._batchers:
             batcher.fail_queued(twin(error))
 
     async def _call(self, operation: Callable[[], Awaitable[T]], key: Hashable = None) -> T:
-        """``operation()``, repeated while the server is away, for what goes into no batch.
+        """Await ``operation()``, and retry it while the server is away. For calls that cannot be batched.
 
-        It runs in a task of the backend's own, which `aclose` ends. Calls with the same ``key`` are made in order.
+        A task of the backend runs it, and `aclose` ends that task. Calls with the same ``key`` run in order.
         """
         return cast("T", await self._calls.submit(partial(self._persistence.call, operation), key))
 
@@ -351,7 +357,7 @@ class BackendCore(BackendContract):
         except Exception as exc:
             self._health.failed(exc)
             raise _as_error(exc) from exc.__cause__
-        # Not an end of the outage for `Persistence`: a server may answer a ping and still not be ready to store.
+        # This does not end the outage for `Persistence`: a server may answer a ping before it is ready to store.
         self._health.connected = True
         return [now() - began] * len(pings)
 
@@ -371,7 +377,7 @@ class BackendCore(BackendContract):
         return isinstance(write, Record) and self._store_at_once(write, done)
 
     async def _write_batch(self, writes: Sequence[Record | Removal]) -> Sequence[bool | BaseException]:
-        """Stores and removals, none of which has the id of one of the other kind: so they may change places."""
+        """Do stores and removals. Their order does not matter: no id has both a store and a removal in one batch."""
         records = [write for write in writes if isinstance(write, Record)]
         if len(records) == len(writes):
             return await self._store(records)
@@ -408,8 +414,8 @@ class BackendCore(BackendContract):
         return [None if finding is None else finding[0] for finding in await self._read(task_ids)]
 
     async def _read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
-        """Fetch and decode; a result that cannot be decoded is an error in its place, and harms no other."""
-        if min(task_ids) < "\x01":  # what is waited for and is no task begins with NUL, and so sorts before every id
+        """Fetch and decode. If one result cannot be decoded, an error takes its place; the others are not affected."""
+        if min(task_ids) < "\x01":  # a topic that is not a task begins with NUL, so it sorts before every task id
             return await self._read_topics(task_ids)
         found: list[Finding | None] = []
         while len(found) < len(task_ids):
@@ -421,7 +427,7 @@ class BackendCore(BackendContract):
         return found
 
     async def _decode_into(self, found: list[Finding | None], task_ids: Sequence[str], stored: Sequence[Any]) -> None:
-        """Decode, and let the event loop have its turn every few milliseconds."""
+        """Decode, and give the event loop a turn every few milliseconds."""
         now = asyncio.get_running_loop().time
         pause_at = now() + TURN
         for task_id, value in zip(task_ids, stored, strict=True):
@@ -431,7 +437,7 @@ class BackendCore(BackendContract):
                 pause_at = now() + TURN
 
     async def _read_topics(self, topics: Sequence[str]) -> Sequence[Finding | None]:
-        """As `_read`, where not only tasks are waited for."""
+        """The same as `_read`, for topics of which some are not tasks."""
         tasks = [topic for topic in topics if not topic.startswith("\x00")]
         chords = [topic for topic in topics if topic.startswith(CHORD_TOPIC)]
         found: dict[str, Finding | None] = dict(zip(tasks, await self._read(tasks) if tasks else (), strict=True))
@@ -442,19 +448,19 @@ class BackendCore(BackendContract):
                 found[topic] = chord_meta(state), (state.count, state.size, state.done, state.failure, state.body_id)
             else:
                 found[topic] = _as_error(state), None
-        # Of everything else there is no state: what happened before somebody listened, the waiter looks for itself.
+        # The other topics carry events and have no state. Their waiters find out themselves what happened before.
         for topic in topics:
             found.setdefault(topic, (TaskMeta(topic, "NEWS"), None))
         return [found[topic] for topic in topics]
 
     def _finding(self, task_id: str, stored: Any) -> Finding:
-        """What ``stored`` says, or the error that stands in its place; and a mark that tells it from other states."""
+        """The meta in ``stored``, or the error in its place; and its mark, which is equal for equal stored bytes."""
         if isinstance(stored, BaseException):
             return _as_error(stored), None
         try:
             meta = self._decode(task_id, stored)
             if meta.status in EXCEPTION_STATES:
-                # Each caller that raises the exception gets one of its own, by decoding it again.
+                # Each caller raises its own instance of the exception, which is decoded again for it.
                 meta = replace(meta, _again=partial(self._decode, task_id, stored))
             return meta, None if meta.ready else _mark(stored)
         except BaseException as exc:
@@ -462,7 +468,7 @@ class BackendCore(BackendContract):
 
 
 class _HubSource:
-    """What the hub may do with a backend."""
+    """The part of a backend that the hub uses; see `aioresult.hub.Source`."""
 
     def __init__(self, backend: BackendCore) -> None:
         self.subscribe = backend._subscribe
@@ -470,7 +476,7 @@ class _HubSource:
         self.read = backend._read
 
 
-#: The version of a result that was not there.
+#: Stands for the version of a result that did not exist when its removal began.
 _NOTHING = object()
 
 

@@ -1,4 +1,4 @@
-"""The attempts to reach the server when a backend is opened."""
+"""The attempts to reach the server while a backend is being opened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 
 async def connect_patiently(backend: BackendContract) -> None:
-    """``backend._open()``, repeated for ``wait_for_server`` seconds while the server cannot be reached.
+    """Await ``backend._open()``, and retry it for ``wait_for_server`` seconds while the server cannot be reached.
 
     Raises the `BackendConnectionError` of the last attempt. Any other error ends the attempts at once.
     """

@@ -1,4 +1,4 @@
-"""The reader's side of a backend: what is stored is looked up, waited for, and forgotten."""
+"""The reader's side of a backend: reading, awaiting and removing results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ __all__ = ["ReaderSide"]
 
 
 class ReaderSide(WorkerSide):
-    """What callers use that wait for results; see `aioresult.backends.base.Backend`."""
+    """The methods for callers that wait for results; see `aioresult.backends.base.Backend`."""
 
     async def get_task_meta(self, task_id: str | UUID) -> TaskMeta:
-        """What is stored of ``task_id`` now; an unknown id reads as PENDING, as in Celery.
+        """Read what is stored under ``task_id`` now: the state, the value and the other fields of the task.
 
-        :raises DecodeError: what is stored cannot be read. `ContentDisallowed`: its serializer is not in ``accept``.
+        An id under which nothing is stored has the state PENDING, as in Celery.
+
+        :raises DecodeError: what is stored cannot be read. If its serializer is not in ``accept``, this is a
+            `ContentDisallowed`.
+        :raises ResultTooLargeError: what is stored is larger than ``max_result_size``.
+        :raises BackendGetMetaError: the server refuses to read this result.
         :raises BackendConnectionError: the server was away for longer than ``retry_for``.
         """
         self.check()
@@ -34,7 +39,10 @@ class ReaderSide(WorkerSide):
         return cast("TaskMeta | None", await self._fetches.submit(task_id)) or TaskMeta.pending(task_id)
 
     async def get_many(self, task_ids: Iterable[str | UUID]) -> list[TaskMeta]:
-        """What is stored of each id, in order: one round trip per `fetch_chunk` ids. Raises as `get_task_meta`."""
+        """Read what is stored under each id, in order. Raises the same errors as `get_task_meta`.
+
+        It makes one round trip for each `fetch_chunk` (500) ids. If any of the results cannot be read, it raises.
+        """
         metas: list[TaskMeta] = []
         for outcome in await self.get_outcomes(task_ids):
             if isinstance(outcome, Exception):
@@ -43,7 +51,7 @@ class ReaderSide(WorkerSide):
         return metas
 
     async def get_outcomes(self, task_ids: Iterable[str | UUID]) -> list[Outcome]:
-        """As `get_many`, but a result that cannot be read is an exception in its place and spoils no other."""
+        """The same as `get_many`, but if a result cannot be read, its error takes its place and nothing is raised."""
         self.check()
         outcomes: list[Outcome] = []
         for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
@@ -56,11 +64,11 @@ class ReaderSide(WorkerSide):
 
     def _valid_ids(self, task_ids: Iterable[str | UUID]) -> list[str]:
         if isinstance(task_ids, (str, UUID)):
-            raise UsageError(f"pass several ids, not {task_ids!r}: a list, a generator, …")
+            raise UsageError(f"pass several ids, not {task_ids!r}: for instance a list or a generator of ids")
         return [self._valid_id(task_id) for task_id in task_ids]
 
     async def exists(self, task_id: str | UUID) -> bool:
-        """Whether anything is stored under ``task_id``: also if it is only pending, or cannot be read."""
+        """Whether anything is stored under ``task_id``, even a pending state, or a result that cannot be read."""
         self.check()
         try:
             return await self._fetches.submit(self._valid_id(task_id)) is not None
@@ -68,14 +76,16 @@ class ReaderSide(WorkerSide):
             return True
 
     async def wait_for(self, task_id: str | UUID, timeout: Timeout = None, must_exist: bool = False) -> TaskMeta:
-        """The meta of ``task_id`` once the task is over, well or not: this does not raise the task's exception.
+        """Wait until the task is over, and return its meta. It does not raise the exception of the task.
 
-        :param timeout: seconds, or a `timedelta`; ``None`` for ``default_timeout``, infinity for ever. 0 looks once. A
-            result that is stored beats a deadline that has passed: a timeout below a second may take a second more, to
-            read the store.
+        Otherwise it raises the same errors as `get_task_meta`, but it waits while the server is away.
+
+        :param timeout: how long to wait, in seconds or as a `timedelta`. ``None`` means ``default_timeout``, infinity
+            means for ever, and 0 looks once without waiting. A timeout of less than a second may take up to one second
+            longer: it ends with a read of the store, so that a stored result is not missed.
         :param must_exist: raise `TaskNotFoundError` at once if nothing is stored under the id.
-        :raises TimeoutError: the time is up.
-        :raises BackendClosedError: the backend was closed meanwhile. Otherwise raises as `get_task_meta`.
+        :raises TimeoutError: the task was not over in time. The task itself goes on.
+        :raises BackendClosedError: the backend was closed during the wait.
         """
         self.check()
         task_id = self._valid_id(task_id)
@@ -87,7 +97,7 @@ class ReaderSide(WorkerSide):
             if meta.ready:
                 return meta
             raise timed_out(f"task {task_id}", seconds)
-        # As `wait_for_topic`, but not through it: with ten thousand who wait, a frame less is two megabytes.
+        # This repeats `wait_for_topic` instead of calling it: with 10,000 waiters, one frame less saves two megabytes.
         waiter = SingleWaiter(f"task {task_id}", seconds)
         self._hub.watch(task_id, waiter)
         try:
@@ -104,9 +114,10 @@ class ReaderSide(WorkerSide):
             waiter.stop()
 
     async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None:
-        """Wait for a chord by its topic; for handles.
+        """Wait for a chord by its topic, which is its id in the hub. For handles.
 
-        Unless the caller is ``patient``, the end of the waiter's timeout is answered with what is stored then.
+        When the waiter's timeout ends, this reads the store once more and returns what it finds. With ``patient`` it
+        raises `TimeoutError` instead.
         """
         self.check()
         self._hub.watch(topic, waiter)
@@ -121,7 +132,7 @@ class ReaderSide(WorkerSide):
             waiter.stop()
 
     async def _final_read(self, topic: str) -> TaskMeta | None:
-        """What is stored, as far as that can be had within a second."""
+        """Read what is stored now; ``None`` if that takes more than `FINAL_READ` seconds or the server is away."""
         try:
             async with asyncio.timeout(FINAL_READ):
                 return cast("TaskMeta | None", await self._fetches.submit(topic))
@@ -129,39 +140,40 @@ class ReaderSide(WorkerSide):
             return None
 
     def watch(self, task_id: str | UUID, waiter: Waiter, read_first: bool = True) -> None:
-        """Notify ``waiter`` of the state of ``task_id`` and of each change: the layer below `wait_for`.
+        """Call ``waiter.receive`` with the state of ``task_id``, and with each later state. `wait_for` is built on it.
 
-        Pair it with `unwatch`. After a final state the waiter hears no more. With ``read_first=False`` the backend
-        subscribes without reading first. Pass it when you have just read the result yourself.
+        Pair it with `unwatch`. A final state or an error is the last that the waiter receives. With
+        ``read_first=False`` the backend subscribes without reading first. Pass it when you have just read the result
+        yourself.
         """
         self.check()
         self._hub.watch(self._valid_id(task_id), waiter, read_first)
 
     def unwatch(self, task_id: str | UUID, waiter: Waiter) -> None:
-        """End what `watch` began; harmless if it has ended."""
+        """End what `watch` began. Does nothing if it has ended already."""
         if self._loop is not None:
             self._hub.unwatch(str(task_id), waiter)
 
     def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None:
-        """As `watch`, of what is no task; for chords and running tasks."""
+        """The same as `watch` for a topic of the hub that is not a task. For chords and running tasks."""
         self.check()
         self._hub.watch(topic, waiter, read_first)
 
     # -- forgetting -------------------------------------------------------------------------------------------------
 
     async def forget(self, task_id: str | UUID) -> None:
-        """Remove the result. Does not wake its waiters: the task may yet be run again.
+        """Remove the result of a task. Its waiters go on waiting, because the task may run again.
 
-        A store that was called before is removed, one that is called afterwards stays.
+        It removes what the same backend stored under this id in earlier calls, and keeps what later calls store.
         """
         self.check()
         task_id = self._valid_id(task_id)
-        if self._writes.full:  # not to overtake the stores that wait
+        if self._writes.full:  # so that this removal does not overtake the stores that wait
             await self._writes.wait_for_room()
         await self._writes.submit(Removal(task_id), task_id)
 
     async def forget_many(self, task_ids: Iterable[str | UUID]) -> None:
-        """Remove many results, in few round trips; see `forget`."""
+        """Remove many results in few round trips; see `forget`."""
         self.check()
         for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
             if self._writes.full:
@@ -169,6 +181,6 @@ class ReaderSide(WorkerSide):
             await asyncio.gather(*(self._writes.submit(Removal(task_id), task_id) for task_id in ids))
 
     async def cleanup(self) -> int:
-        """Remove what has expired and return how many; 0 where the server expires by itself."""
+        """Remove the results that have expired, and return how many. 0 if the server removes them by itself."""
         self.check()
         return await self._call(self._cleanup)

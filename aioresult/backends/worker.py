@@ -1,4 +1,4 @@
-"""The worker's side of a backend: what became of a task is checked, encoded, queued and stored."""
+"""The worker's side of a backend: it checks, encodes, queues and stores the results of tasks."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from .core import BackendCore, CoreOptions
 
 __all__ = ["BackendOptions", "WorkerSide", "as_tuple", "check_state", "checked_count", "checked_index"]
 
-#: More than anybody can count to, and few enough for Redis' scores, which are floats.
+#: Far beyond any real chord, and small enough for the scores of Redis, which are floats.
 _MAX_PARTS = 10**15
-#: As Celery's table is made.
+#: The width of the column ``status`` in Celery's table.
 _MAX_STATE_LENGTH = 50
 
 
 class BackendOptions(CoreOptions, total=False):
-    """The options that every backend takes; see `Backend`."""
+    """The options of every backend; see `aioresult.backends.base.Backend`."""
 
     on_chord_ready: Callable[[ReadyChord], Awaitable[object]] | None
     count_requests: bool
 
 
 class WorkerSide(BackendCore):
-    """What workers call; see `aioresult.backends.base.Backend`."""
+    """The methods for workers; see `aioresult.backends.base.Backend`."""
 
     def __init__(
         self,
@@ -88,30 +88,34 @@ class WorkerSide(BackendCore):
         *,
         meta: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Store ``value`` and ``state`` and wake the waiters, in one atomic step.
+        """Store the value and the state of a task, and wake its waiters, in one atomic step.
 
-        Stores of one id by one backend take effect in the order in which they were called.
+        If one backend stores under the same id several times, the calls take effect in order.
 
+        :param value: any value that the serializer can hold; for a state that carries an exception, the exception.
+        :param state: a state of `aioresult.states`, or one of your own such as ``"PROGRESS"``.
         :param traceback: the worker's traceback as text, for states that carry an exception.
-        :param request: what is known of the task, a `TaskRequest` or an object of Celery's with such attributes.
-        :param expires: seconds to keep it, instead of the backend's default; 0 for ever.
+        :param request: what is known about the task: a `TaskRequest`, or an object of Celery's with these attributes.
+        :param expires: how many seconds the result is kept, instead of the backend's default; 0 for ever.
         :param meta: metadata of your own, any dict that can be stored. It is stored beside the value, belongs to this
             state alone, and is read as `TaskMeta.meta`. Celery's readers ignore it.
-        :returns: whether it was stored. It was not if the task has been stored as SUCCESS before; nor, for a state of
-            your own such as PROGRESS, if it has been stored as FAILURE or REVOKED and not as STARTED or RETRY since.
+        :returns: whether it was stored. A stored SUCCESS is never overwritten. A state of your own does not overwrite
+            FAILURE or REVOKED either; it is stored again once the task has been stored as STARTED or RETRY.
         :raises UsageError: an argument makes no sense.
-        :raises EncodeError: the serializer cannot hold the value; names the task, the path, the type and the remedy.
-        :raises ResultTooLargeError: it is larger than ``max_result_size``.
-        :raises DecodeError: what is stored already cannot be read here, and may be a success.
-        :raises BackendStoreError: the server refused it.
-        :raises BackendConnectionError: the server was away for longer than ``retry_for``. It may have been stored.
+        :raises EncodeError: the serializer cannot hold the value. The message names the task, the path to the part that
+            cannot be stored, its type, and the remedy.
+        :raises ResultTooLargeError: the result is larger than ``max_result_size``.
+        :raises DecodeError: what is stored already cannot be read here. It may be a success, so it is not overwritten.
+        :raises BackendStoreError: the server refused the result.
+        :raises BackendConnectionError: the server was away for longer than ``retry_for``. The result may have been
+            stored. It is safe to repeat the call.
         """
         if self._must_wait():
             await self._writes.wait_for_room()
         return await self._submit(self.record(task_id, value, state, traceback, request, expires, meta=meta))
 
     def _must_wait(self) -> bool:
-        """Whether too much is queued to store more at once. Raises as `check` does."""
+        """Whether the caller must wait before it stores more, because too much is queued. Raises as `check` does."""
         self.check()
         return self._writes.full
 
@@ -129,17 +133,16 @@ class WorkerSide(BackendCore):
         only_new: bool = False,
         meta: Mapping[str, Any] | None = None,
     ) -> Record:
-        """What `store_result` stores. Raises as that does.
+        """Check and encode what `store_result` stores. Raises the same errors.
 
-        Everything is checked and encoded before it is queued: what is wrong with one call must not meet the others of
-        its batch.
+        This comes before queueing, so that a mistake in one call does not affect the other calls of its batch.
         """
         task_id = self._valid_id(task_id)
         custom = state not in ALL_STATES if isinstance(state, str) else True
         if custom:
             check_state(state)
         if traceback is not None and not isinstance(traceback, str):
-            raise UsageError(f"a traceback is text, not {traceback!r}")
+            raise UsageError(f"a traceback must be a text, not {traceback!r}")
         done = datetime.now(UTC) if state in READY_STATES else None
         children: Sequence[ResultTuple] = ()
         extra: dict[str, Any] | None = None
@@ -172,26 +175,33 @@ class WorkerSide(BackendCore):
             extra["queue"] = getattr(request, "queue", None) or (delivery or {}).get("routing_key")
             for field in ("args", "kwargs"):
                 if not self.codec.can_hold(extra[field]):
-                    # The arguments are a note beside the result; they must not cost it.
+                    # The arguments only accompany the result. They must not prevent it from being stored.
                     extra[field] = safe_repr(extra[field])
             if headers := getattr(request, "stamped_headers", None):
                 stamps = getattr(request, "stamps", None) or {}
                 extra["stamped_headers"] = list(headers)
-                # Celery lets a stamp of such a name take the place of the result itself.
+                # In Celery, a stamp named like a core field would replace that field, even the result itself.
                 extra.update({name: stamps[name] for name in headers if name in stamps and name not in CORE_FIELDS})
         return extra
 
     async def mark_as_pending(self, task_id: str | UUID, expires: Seconds | None = None) -> bool:
-        """Register an id at submission, so that `exists` can tell a task that waits from one that never was.
+        """Register an id when you submit its task, so that `exists` and ``must_exist`` can tell it from an unknown id.
 
-        Changes nothing, and returns false, if anything is stored under the id: the worker may have been quicker.
+        :param expires: how many seconds the registration is kept, instead of the backend's default; 0 for ever.
+        :returns: whether it was stored. If anything is stored under the id already, for instance because the worker was
+            faster, nothing changes.
         """
         if self._must_wait():
             await self._writes.wait_for_room()
         return await self._submit(self.record(task_id, None, PENDING, expires=expires, only_new=True))
 
     async def mark_as_started(self, task_id: str | UUID, /, **info: Any) -> bool:
-        """The task runs. ``info`` (Celery stores ``pid`` and ``hostname``) becomes the result for the time being."""
+        """Store that a worker has started the task.
+
+        :param info: any keyword arguments. They are the result until the next state is stored. Celery stores ``pid``
+            and ``hostname``.
+        :returns: whether it was stored; see `store_result`.
+        """
         if self._must_wait():
             await self._writes.wait_for_room()
         return await self._submit(self.record(task_id, info, STARTED))
@@ -205,9 +215,10 @@ class WorkerSide(BackendCore):
         *,
         meta: Mapping[str, Any] | None = None,
     ) -> bool:
-        """The task returned ``value``. Nothing is stored for a request that says ``ignore_result``.
+        """Store that the task has succeeded and returned ``value``.
 
-        Parameters, errors and the returned value are those of `store_result`.
+        If ``request.ignore_result`` is true, the result is not stored. If the request belongs to a chord, the task also
+        counts as a part of it. The other parameters, the errors and the returned value are those of `store_result`.
         """
         part = None if request is None else self._part_of(request, task_id)
         if self._must_wait():
@@ -230,12 +241,17 @@ class WorkerSide(BackendCore):
         *,
         meta: Mapping[str, Any] | None = None,
     ) -> bool:
-        """The task raised ``exc``. Without ``traceback`` the exception's own is stored, if it has one.
+        """Store that the task has failed with ``exc``.
 
-        If the request has a ``chain``, what comes after the task fails with it, as in Celery: the failure is stored
-        for each link, and counts as the part of each that belongs to a chord.
+        Without ``traceback``, the traceback of the exception is stored, if it has one. If the request belongs to a
+        chord, the failure also counts as a part of it.
 
-        :raises UsageError: besides the reasons of `store_result`, a link of the chain is no signature.
+        If the request has a ``chain``, the tasks that come after this one fail with it, as in Celery. The failure is
+        stored for each link of the chain. If a link belongs to a chord, the failure counts as its part.
+
+        The other parameters, the errors and the returned value are those of `store_result`.
+
+        :raises UsageError: also if a link of the chain is not a signature, or ``exc`` is not an exception.
         """
         traceback = traceback_of(exc, traceback)
         part = None if request is None else self._part_of(request, task_id)
@@ -260,9 +276,9 @@ class WorkerSide(BackendCore):
         parts: Sequence[_Part | None],
         links: Sequence[Any],
     ) -> bool:
-        """As `mark_as_failure`, of a task and all that comes after it: in one batch, and none spoils another.
+        """Store a failure for the links of a chain, in one batch with the failure of the task itself, ``own``.
 
-        ``own`` is the store of the task's own failure.
+        An error in one store does not prevent the others. The first error is raised at the end.
         """
         stores = [self._submit_link(link, exc, traceback, expires) for link in links]
         kept, *stored = await asyncio.gather(own, *stores, return_exceptions=True)
@@ -276,7 +292,7 @@ class WorkerSide(BackendCore):
         return kept
 
     async def follow_up(self, task_id: str, state: str, value: Any, request: Any, expires: Seconds | None) -> None:
-        """Count the end of a task for its chord, and fail what comes after it in a chain; for `aioresult.running`."""
+        """Count an ended task as a part of its chord, and fail the rest of its chain. For `aioresult.running`."""
         if request is None:
             return
         part = self._part_of(request, task_id)
@@ -294,7 +310,7 @@ class WorkerSide(BackendCore):
     ) -> asyncio.Future[bool]:
         try:
             return self._submit(self.record(link.id, exc, FAILURE, traceback, link, expires))
-        except AioResultError as error:  # such as its arguments being too large
+        except AioResultError as error:  # for instance because its arguments are too large
             refused: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             fail(refused, error)
             return refused
@@ -309,7 +325,11 @@ class WorkerSide(BackendCore):
         *,
         meta: Mapping[str, Any] | None = None,
     ) -> bool:
-        """The task raised ``exc`` and will run again."""
+        """Store that the task has raised ``exc`` and will run again.
+
+        Without ``traceback``, the traceback of the exception is stored, if it has one. The other parameters, the errors
+        and the returned value are those of `store_result`.
+        """
         if self._must_wait():
             await self._writes.wait_for_room()
         traceback = traceback_of(exc, traceback)
@@ -324,9 +344,11 @@ class WorkerSide(BackendCore):
         *,
         meta: Mapping[str, Any] | None = None,
     ) -> bool:
-        """The task was revoked: awaiting it raises `TaskRevokedError`.
+        """Store that the task was revoked. Awaiting it raises ``TaskRevokedError(reason)``.
 
-        As in Celery, what comes after it in a chain is not told: a handle that knows its parents raises, too.
+        As in Celery, nothing is stored for the tasks that come after it in a chain. A handle that knows its parents
+        raises the error of the revoked parent. If the request belongs to a chord, the task also counts as a failed part
+        of it. The other parameters, the errors and the returned value are those of `store_result`.
         """
         part = None if request is None else self._part_of(request, task_id)
         exc = TaskRevokedError(reason)
@@ -338,7 +360,10 @@ class WorkerSide(BackendCore):
         return kept
 
     def _part_of(self, request: Any, task_id: str | UUID) -> _Part | None:
-        """The part of a chord that the task is, by what its request says; checked before anything is stored."""
+        """The part of a chord that the request describes; ``None`` if it describes none.
+
+        Called before anything is stored, because it raises `UsageError` for a request that makes no sense.
+        """
         if not self._count_requests:
             return None
         group_id, chord = getattr(request, "group", None), getattr(request, "chord", None)
@@ -349,25 +374,25 @@ class WorkerSide(BackendCore):
         return _Part(self._valid_id(group_id), self._valid_id(task_id), checked_index(index), body)
 
     def _parts_of(self, own: _Part | None, links: Sequence[Any]) -> list[_Part | None]:
-        """The parts of a task and of what comes after it."""
+        """The parts of chords that a task and the links of its chain are; ``None`` for one that is no part."""
         return [own, *(self._part_of(link, self._valid_id(link.id)) for link in links)]
 
     async def _return_part(self, part: _Part, state: str, value: Any) -> None:
-        """Count the part for its chord, and dispatch the callback if this was the last."""
+        """Add the part to its chord. If it was the last part, dispatch the callback with ``on_chord_ready``."""
         handler = self._on_chord_ready
-        lease = None if handler is not None else 0.0  # nobody here to dispatch: leave the claim to `ready_chords`
+        lease = None if handler is not None else 0.0  # no handler to dispatch: leave the claim to `ready_chords`
         ready = await self.on_chord_part_return(part.group_id, part.task_id, state, value, part.place, part.body, lease)
         if ready is not None and handler is not None:
             try:
                 async with ready:
                     await handler(ready)
             except ChordError as exc:
-                if exc is not ready.error:  # which is another part's failure, and none of this task's storing
+                if exc is not ready.error:  # that error reports a failed part; this task was stored all the same
                     raise
 
 
 class _Part(NamedTuple):
-    """What a request says of the chord that its task belongs to."""
+    """A task of a chord's header, as its request describes it."""
 
     group_id: str
     task_id: str
@@ -389,18 +414,18 @@ def checked_index(index: int | None) -> int | None:
 
 
 def check_state(state: object) -> None:
-    """Refuse what no store could keep, or a reader could not tell from no state at all."""
+    """Raise `UsageError` for a state that a store could not keep, or that is probably a misspelt state of Celery's."""
     if not isinstance(state, str) or not state:
-        raise UsageError(f"a state is a text such as 'PROGRESS', not {state!r}")
+        raise UsageError(f"a state must be a text such as 'PROGRESS', not {state!r}")
     if len(state) > _MAX_STATE_LENGTH or "\x00" in state:
-        raise UsageError(f"a state has at most {_MAX_STATE_LENGTH} characters, and no NUL; not {state!r}")
+        raise UsageError(f"a state must have at most {_MAX_STATE_LENGTH} characters, and no NUL; not {state!r}")
     try:
         state.encode()
     except UnicodeEncodeError as exc:
         raise UsageError(f"the state {state!r} cannot be written as UTF-8: {exc.reason}") from None
     if state not in ALL_STATES and (meant := state_meant(state)):
         raise UsageError(
-            f"unknown state {state!r}; did you mean {meant!r}? A state of your own needs a name that is not so similar"
+            f"unknown state {state!r}; did you mean {meant!r}? Give a state of your own a name that is less similar"
         )
 
 
@@ -412,7 +437,7 @@ def _checked_meta(meta: object) -> dict[str, Any]:
 
 def checked_count(what: str, number: int) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < _MAX_PARTS:
-        raise UsageError(f"{what} is a whole number from 0 to {_MAX_PARTS - 1:,}, not {number!r}")
+        raise UsageError(f"{what} must be a whole number from 0 to {_MAX_PARTS - 1:,}, not {number!r}")
     return number
 
 
@@ -420,5 +445,5 @@ def as_tuple(result: SupportsAsTuple | ResultTuple) -> ResultTuple:
     if isinstance(result, (list, tuple)):
         return result
     if not isinstance(result, SupportsAsTuple):
-        raise UsageError(f"{result!r} is no result, and no result's tuple")
+        raise UsageError(f"{result!r} is neither a result nor the tuple of a result; pass a result, or its as_tuple()")
     return result.as_tuple()

@@ -391,7 +391,7 @@ async def test_without_a_size_nothing_is_ever_complete(harness: Harness) -> None
 async def test_what_is_no_size_is_refused(harness: Harness, size: Any) -> None:
     backend = await harness.connect()
     for attempt in (backend.create_chord("g", size=size), backend.set_chord_size("g", size)):
-        with pytest.raises(UsageError, match="the size of a chord is a whole number from 0 to"):
+        with pytest.raises(UsageError, match="the size of a chord must be a whole number from 0 to"):
             await attempt
     assert await harness.holdings() == {}
 
@@ -402,7 +402,7 @@ async def test_what_is_no_size_index_or_lease_is_refused(harness: Harness) -> No
     with pytest.raises(UsageError, match=r"the size of a chord is a whole number .*, not None"):
         await backend.set_chord_size("g", no_size)
     for index in (-1, 2**70, "0", 0.5):
-        with pytest.raises(UsageError, match="the index of a part is a whole number from 0 to"):
+        with pytest.raises(UsageError, match="the index of a part must be a whole number from 0 to"):
             await backend.on_chord_part_return("g", "t", SUCCESS, 1, index)  # type: ignore[arg-type]
     with pytest.raises(ImproperlyConfigured, match="lease must be a number of seconds"):
         await backend.on_chord_part_return("g", "t", SUCCESS, 1, lease=-1)
