@@ -1,12 +1,12 @@
-"""The hub: task id → the waiters for it.
+"""The hub: it maps each *topic*, which is a task id or the name of an event, to its waiters, and notifies them.
 
-One task and one connection serve every waiter of a backend. The order that never loses a wake-up is: register the
-waiter, subscribe, have the subscription confirmed, *then* read what is stored. A result stored before that read is
-found by it; one stored after it arrives as a message. A lost connection throws every subscription back to the start
-of that order, so the gap of a reconnect is closed by the same rule.
+One task and one connection serve all waiters of a backend. The hub registers the waiter, subscribes, gets the
+confirmation of the server, and *then* reads. So no wake-up is lost: the read finds a result that was stored before it,
+and a result that is stored after it arrives as a message. After a lost connection the hub does the same again for every
+topic, so nothing is missed during a reconnect either.
 
-The read before the subscription is only a fast path: a result that is stored already never costs a subscription. A
-caller that has just read the result enters at "to subscribe".
+The read before the subscription is only a fast path: a result that is stored already needs no subscription. A caller
+that has just read the result enters at "to subscribe".
 
 ::
 
@@ -15,12 +15,12 @@ caller that has just read the result enters at "to subscribe".
                                                         ▲                               │
                                                         └──────────── lost() ───────────┘
 
-Each waiter is told what is known when it comes, once, and then each change, none twice. Two things make that true. The
-hub remembers the last state of each id, and tells it to waiters that join later. And every state comes with a *mark*,
-equal for equal stored bytes: a state that a read finds again is not told again.
+Each waiter receives the state that is known when it comes, and then each change, and no state twice. For this, the hub
+remembers the last state of each id and passes it to waiters that join later. And every state has a *mark*, which is
+equal for equal stored bytes: the hub does not pass on a state again that a read has found again.
 
-A fault stays with its cause. An exception out of a waiter ends that waiter; an id that the server refuses is refused to
-its own waiters, after the batch it was in has been split.
+A fault affects only its cause. If a waiter raises, the hub drops that waiter alone. If the server refuses a batch, the
+hub splits it until the bad id is alone, and only the waiters of that id get the error.
 """
 
 from __future__ import annotations
@@ -43,48 +43,48 @@ __all__ = ["Finding", "Hub", "Source", "chunked"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: What a read finds: an outcome and its mark. A state with the mark of the one before is the same state; ``None`` is
-#: the mark of none.
+#: What a read finds: an outcome and its mark. Two states with equal marks are the same state. A mark of ``None`` is
+#: unknown, and equals no other.
 Finding: TypeAlias = tuple[Outcome, Hashable]
 
 
 class Source(Protocol):
-    """What the hub needs of a backend. Each method raises `BackendConnectionError` if a retry may mend the failure."""
+    """What the hub needs of a backend. Each method raises `BackendConnectionError` if a retry may help."""
 
     async def subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
-        """Have news of these ids sent to `Hub.receive`, and return once the server has confirmed it.
+        """Pass all later news of these ids to `Hub.receive`. Return once the server has confirmed the subscriptions.
 
-        Connects the listener if it is not connected. Ids that are subscribed already are confirmed again. Returns the
-        error of each id that is refused alone.
+        Connects the listener, the connection that carries messages, if it is not connected. Confirms an id again that
+        is subscribed already. Returns the error of each id that the server refuses alone.
         """
 
     async def unsubscribe(self, task_ids: Sequence[str]) -> None:
-        """The opposite. Ids that are not subscribed are ignored."""
+        """End the subscriptions to these ids. Ids that are not subscribed are ignored."""
 
     async def read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
-        """What is stored, in the order of the ids; ``None`` for nothing, an exception for what cannot be read."""
+        """Read what is stored, in the order of the ids: ``None`` for nothing, an error for what cannot be read."""
 
 
 class _Topic:
-    """An id that somebody waits for. There may be a hundred thousand, nearly all with a single waiter."""
+    """An id that has waiters. There may be a hundred thousand topics, most of them with a single waiter."""
 
     __slots__ = ("_more", "heard", "known", "looks", "mark", "newcomers", "queued", "sole", "subscribed")
 
     def __init__(self, waiter: Waiter) -> None:
-        #: The only waiter, unless there are or were more.
+        #: The waiter, as long as there has only been one.
         self.sole: Waiter | None = waiter
-        #: Two and more, by identity, in the order in which they came: leaving costs the same however many there are.
+        #: Otherwise all waiters by identity, in order of arrival. So removing a waiter takes constant time.
         self._more: dict[int, Waiter] | None = None
-        #: Whether a subscription was asked for: then dropping the id has something to undo.
+        #: Whether the hub has asked for a subscription, which it must end when the last waiter leaves.
         self.subscribed = False
-        #: The last state that the waiters were told, and its mark.
+        #: The last state that the waiters received, and its mark.
         self.known: Outcome | None = None
         self.mark: Hashable = None
-        #: Waiters that came after that, and have not been told it.
+        #: Waiters that came after that state, and have not received it yet.
         self.newcomers: list[Waiter] | None = None
-        #: How many messages have come: what a read brings may be older than one that came meanwhile.
+        #: How many messages have arrived. If one arrives during a read, what the read finds may be older.
         self.heard = 0
-        #: How many of its news are being told, a slice at a time.
+        #: How many pieces of news are being delivered, a slice of the waiters at a time.
         self.queued = 0
         #: How many looks have found that nothing is stored under the id; see `Unheard`.
         self.looks = 0
@@ -96,14 +96,14 @@ class _Topic:
         return self.sole is waiter if self._more is None else id(waiter) in self._more
 
     def add(self, waiter: Waiter) -> None:
-        """One that is there already stays where it is."""
+        """Add a waiter. One that is present already keeps its place."""
         if self._more is None:
             self._more = {} if self.sole is None else {id(self.sole): self.sole}
             self.sole = None
         self._more[id(waiter)] = waiter
 
     def discard(self, waiter: Waiter) -> bool:
-        """Whether it was there."""
+        """Remove a waiter. Returns whether it was present."""
         if self._more is not None:
             return self._more.pop(id(waiter), None) is not None
         found = self.sole is waiter
@@ -112,18 +112,17 @@ class _Topic:
         return found
 
     def waiters(self) -> tuple[Waiter, ...]:
-        """As they are now, in the order in which they came."""
+        """A copy of the present waiters, in order of arrival."""
         if self._more is not None:
             return tuple(self._more.values())
         return () if self.sole is None else (self.sole,)
 
 
 class Hub:
-    """Waiters on one side, a `Source` on the other, and the one task between them.
+    """Connects waiters to a `Source`, with one task that subscribes and reads for all of them.
 
-    ``chunk`` bounds how many ids go into one call of the source. Every ``recheck`` seconds, unless that is 0, whatever
-    is waited for is read again, for messages that were lost on the way. ``health`` is told of trouble, and when it is
-    over.
+    A call of the source gets at most ``chunk`` ids. Every ``recheck`` seconds the hub reads all ids again that have
+    waiters, in case a message was lost; with 0 it does not. ``health`` records outages and their ends.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class Hub:
     ) -> None:
         self._source = source
         self._chunk = chunk
-        #: The same for now: it shrinks while connections die, for one of the ids may be why.
+        #: The present limit. It shrinks while connections die, because one of the ids may be the cause.
         self._limit = chunk
         self._deaths = 0
         self._recheck = recheck
@@ -145,7 +144,7 @@ class Hub:
         self._backoff = backoff or Backoff()
         self._health = health or Health("the store")
         self._topics: dict[str, _Topic] = {}
-        # Dicts for their order: first come, first served.
+        # Dicts, because they keep the order: first come, first served.
         self._to_read_first: dict[str, None] = {}
         self._to_read: dict[str, None] = {}
         self._to_subscribe: dict[str, None] = {}
@@ -155,15 +154,15 @@ class Hub:
         self._work = asyncio.Event()
         self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_unsubscribe))
         self._closed: Exception | None = None
-        #: News for more waiters than are told in one step, each with the waiters that have not been told yet.
+        #: News for more waiters than one step can notify, each with the waiters that have not received it yet.
         self._crowds: deque[tuple[str, _Topic, Outcome, deque[Waiter]]] = deque()
 
     def __len__(self) -> int:
-        """How many ids are waited for."""
+        """How many ids have waiters."""
         return len(self._topics)
 
     def counts(self) -> tuple[int, int, int]:
-        """How many waiters there are, for how many ids of any kind, and how many of these are subscribed."""
+        """The number of waiters, of topics that have waiters, and of topics that are subscribed."""
         waiters = subscribed = 0
         for topic in self._topics.values():
             waiters += 1 if topic._more is None else len(topic._more)
@@ -171,12 +170,12 @@ class Hub:
         return waiters, len(self._topics), subscribed
 
     def start(self) -> None:
-        """Start the task. Needs a running event loop."""
+        """Start the hub's task. Needs a running event loop."""
         self._task.start()
         self._set_timer()
 
     async def close(self, error: Exception) -> None:
-        """End the task and tell every waiter ``error``; whoever comes later gets it, too."""
+        """End the task and pass ``error`` to every waiter. Later calls of `watch` raise it."""
         self._closed = error
         if self._timer is not None:
             self._timer.cancel()
@@ -187,7 +186,7 @@ class Hub:
             await asyncio.sleep(0)
         told = 0
         for task_id, topic in tuple(self._topics.items()):
-            if self._topics.get(task_id) is topic:  # not left meanwhile
+            if self._topics.get(task_id) is topic:  # its waiters have not left in the meantime
                 told += len(topic)
                 self._finish(task_id, topic, error)
             while self._crowds or told >= SLICE:
@@ -197,10 +196,10 @@ class Hub:
     # -- the waiters' side: plain calls, no await, nothing to cancel ------------------------------------------------
 
     def watch(self, task_id: str, waiter: Waiter, read_first: bool = True) -> None:
-        """Tell ``waiter`` what is stored of ``task_id``, and then of every change; a final state is the last.
+        """Pass ``waiter`` the stored state of ``task_id``, and then each change. A final state or an error is the last.
 
         With ``read_first=False`` the hub subscribes before it reads. Pass it when you have just read the result.
-        Raises the error given to `close` if that was called.
+        Raises the error that `close` was given, if `close` was called.
         """
         if self._closed is not None:
             raise twin(self._closed)
@@ -214,7 +213,7 @@ class Hub:
                 topic.newcomers.append(waiter)
         else:
             topic = self._topics[task_id] = _Topic(waiter)
-            if task_id in self._to_unsubscribe:  # its subscription still stands, and is this topic's to undo now
+            if task_id in self._to_unsubscribe:  # the subscription still stands; the new topic takes it over
                 del self._to_unsubscribe[task_id]
                 topic.subscribed = True
             (self._to_read_first if read_first else self._to_subscribe)[task_id] = None
@@ -223,7 +222,7 @@ class Hub:
             self._wake()
 
     def unwatch(self, task_id: str, waiter: Waiter) -> None:
-        """``waiter`` no longer cares; the last one ends the subscription. Does nothing if it was told the end."""
+        """Remove ``waiter``. If it was the last one, the subscription ends. Does nothing if its wait has ended."""
         topic = self._topics.get(task_id)
         if topic is not None and topic.discard(waiter):
             if not topic:
@@ -236,7 +235,7 @@ class Hub:
 
     def _wake(self) -> None:
         self._work.set()
-        self._task.start()  # unless it runs, as it does if nobody cancelled it
+        self._task.start()  # does nothing unless code outside the library has cancelled the task
 
     def _detach(self, task_id: str) -> None:
         del self._topics[task_id]
@@ -247,23 +246,23 @@ class Hub:
     def _end_subscription(self, task_id: str, topic: _Topic) -> None:
         if topic.subscribed:
             successor = self._topics.get(task_id)
-            if successor is not None:  # a waiter that was just told the end waits anew
+            if successor is not None:  # a waiter that has just received the final state waits again
                 successor.subscribed = True
             else:
                 self._to_unsubscribe[task_id] = None
                 self._wake()
 
-    # -- the source's side: also plain calls, made as the bytes arrive ----------------------------------------------
+    # -- the source's side: also plain calls, made when bytes arrive ------------------------------------------------
 
     def has_waiters(self, task_id: str) -> bool:
-        """Whether anybody waits for ``task_id``: a message for nobody need not be decoded."""
+        """Whether ``task_id`` has waiters. Otherwise its messages need not be decoded."""
         return task_id in self._topics
 
     def receive(self, task_id: str, outcome: Outcome, mark: Hashable = None, remember: bool = True) -> None:
-        """Pass on a meta, or the error that stands in its place.
+        """Pass a meta, or the error in its place, to the waiters of ``task_id``.
 
-        With ``remember=False`` it is no state but an event: later waiters are not told, and what a read brings is not
-        older than it.
+        With ``remember=False`` it is an event and not a state. Waiters that come later do not receive it, and it does
+        not make the outcome of a read out of date.
         """
         topic = self._topics.get(task_id)
         if topic is not None:
@@ -274,13 +273,13 @@ class Hub:
                 self._notify(task_id, topic, outcome)
 
     def mark_stale(self, task_id: str) -> None:
-        """There is something new to read: for sources whose messages do not carry the value."""
+        """Read ``task_id`` soon, because it has changed. For sources whose messages do not carry the value."""
         if task_id in self._topics:
             self._to_read[task_id] = None
             self._wake()
 
     def lost(self) -> None:
-        """The listener's connection is gone, and every subscription with it: subscribe, then read, all anew."""
+        """The listener's connection is lost, and all subscriptions with it: subscribe to all ids again, and read."""
         for topic in self._topics.values():
             topic.subscribed = False
         self._to_subscribe.update(dict.fromkeys(self._topics))
@@ -288,7 +287,7 @@ class Hub:
         self._health.listener_lost(len(self._to_subscribe))
         self._wake()
 
-    # -- telling ----------------------------------------------------------------------------------------------------
+    # -- notifying waiters ------------------------------------------------------------------------------------------
 
     def _pass_on(self, task_id: str, topic: _Topic, outcome: Outcome, mark: Hashable) -> None:
         if isinstance(outcome, Exception) or outcome.ready:
@@ -299,9 +298,9 @@ class Hub:
             self._notify(task_id, topic, outcome)
 
     def _finish(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
-        """The last news of a topic: a waiter that comes from now on has one of its own."""
+        """Deliver the last news of a topic, and drop it. A waiter that comes later starts a new topic."""
         self._detach(task_id)
-        self._notify(task_id, topic, outcome)  # first: the waiters are to run before the subscription is ended
+        self._notify(task_id, topic, outcome)  # first, so that the waiters run before the hub ends the subscription
         self._end_subscription(task_id, topic)
 
     def _notify(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
@@ -318,7 +317,7 @@ class Hub:
             self._give(task_id, topic, waiter, outcome)
 
     def _notify_some(self) -> None:
-        """Go on telling a crowd: a few hundred, and then the event loop has its turn."""
+        """Notify the next few hundred waiters of a crowd, and then give the event loop a turn."""
         if not self._crowds:
             return
         task_id, topic, outcome, crowd = self._crowds[0]
@@ -331,13 +330,13 @@ class Hub:
             asyncio.get_running_loop().call_soon(self._notify_some)
 
     def _give(self, task_id: str, topic: _Topic, waiter: Waiter, outcome: Outcome) -> None:
-        """Tell one waiter, unless it has left. What it raises is its own affair."""
+        """Notify one waiter, unless it has left. If it raises, it is dropped, and other waiters are not affected."""
         if waiter is not topic.sole and waiter not in topic:
             return
         try:
             waiter.receive(task_id, twin(outcome) if isinstance(outcome, Exception) else outcome)
         except (Exception, asyncio.CancelledError):
-            logger.exception("a waiter for %s raised, and is told no more", task_id)
+            logger.exception("a waiter for %s raised an exception, and gets no more news", task_id)
             if self._topics.get(task_id) is topic:
                 self.unwatch(task_id, waiter)
 
@@ -360,17 +359,17 @@ class Hub:
         self._set_timer()
 
     async def _run(self) -> None:
-        # What was under way when somebody cancelled this task, if that happened, is begun again.
+        # If code outside the library has cancelled this task, the work that was in progress begins again.
         self._to_subscribe.update(
             dict.fromkeys(task_id for task_id in self._topics if task_id not in self._to_read_first)
         )
         self._work.set()
-        while self._closed is None:  # should a source swallow the cancellation in `close`
+        while self._closed is None:  # in case a source swallows the cancellation by `close`
             await self._work.wait()
             self._work.clear()
             try:
                 while self._has_work():
-                    # A chunk of each in turn, so that a flood of one kind does not starve the others.
+                    # One chunk of each kind in turn, so that a flood of one kind does not delay the others.
                     await self._read(self._take(self._to_read))
                     await self._read_first()
                     await self._add()
@@ -384,21 +383,21 @@ class Hub:
                 self._deaths += exc.in_flight
                 if self._deaths > 1:
                     self._limit = max(1, self._limit // 2)
-                # Begin again with everyone. Not `lost`: if only a read failed, the subscriptions still stand.
+                # Subscribe to all ids again. Not through `lost`: if only a read failed, the subscriptions still stand.
                 self._to_subscribe.update(dict.fromkeys(self._topics))
                 self._health.failed(exc)
                 self._health.listener_lost(len(self._to_subscribe))
                 self._work.set()
                 if self._topics or self._to_unsubscribe:
                     pause = self._backoff.pause()
-                    logger.warning("lost the way to the results (%s); trying again in %.2f s", exc, pause)
+                    logger.warning("cannot read or subscribe to results (%s); trying again in %.2f s", exc, pause)
                     await asyncio.sleep(pause)
             except Exception as exc:
-                # The server refuses, for good; or a bug. Nobody may hang for it, and the next wait starts afresh.
+                # The server refuses and a retry will not help, or there is a bug. No waiter may hang because of it.
                 error = _named(exc)
                 self._health.failed(error)
                 for task_id, topic in tuple(self._topics.items()):
-                    if self._topics.get(task_id) is topic:  # a waiter that was told may have ended another's wait
+                    if self._topics.get(task_id) is topic:  # a notified waiter may have ended the wait of another
                         self._finish(task_id, topic, error)
 
     def _has_work(self) -> bool:
@@ -431,7 +430,7 @@ class Hub:
             if ids:
                 await self._source.unsubscribe(ids)
         except (BackendConnectionError, asyncio.CancelledError):
-            # A server that is busy refuses and keeps the connection: then the subscriptions still stand.
+            # A busy server may refuse and keep the connection. Then the subscriptions still stand.
             for task_id in ids:
                 if task_id in self._topics:
                     self._topics[task_id].subscribed = True
@@ -453,17 +452,17 @@ class Hub:
             if finding is None or topic is None:
                 continue
             outcome, mark = finding
-            if isinstance(outcome, BackendConnectionError):  # its waiters wait on, however long that lasts
+            if isinstance(outcome, BackendConnectionError):  # its waiters go on waiting, however long the outage lasts
                 broken = outcome
                 continue
-            # A message that came meanwhile is as new as what was read, or newer, unless that is the end.
+            # A message that arrived during the read is at least as new as what was read, unless that is final.
             if topic.heard == before or isinstance(outcome, Exception) or outcome.ready:
                 self._pass_on(task_id, topic, outcome, mark)
         if broken is not None:
             raise broken
 
     async def _split(self, operation: Callable[[Sequence[str]], Awaitable[None]], ids: Sequence[str]) -> None:
-        """``operation(ids)``; where that is refused as a whole, in halves, until the culprit stands alone."""
+        """Await ``operation(ids)``. If the server refuses it, split the ids in halves, until the bad id is alone."""
         try:
             await operation(ids)
         except BackendConnectionError:
@@ -491,7 +490,7 @@ class Hub:
 
 
 def _named(error: Exception) -> Exception:
-    """``error`` as one of ours: a bug, here or in a backend, is logged."""
+    """``error`` as an error of this library. Any other error is a bug, here or in a backend, and is logged."""
     if isinstance(error, AioResultError):
         return error
     logger.error("the listener failed", exc_info=error)
