@@ -1,8 +1,11 @@
-"""Finding the class of a stored exception without letting data choose what code runs.
+"""Finds the class of a stored exception. The stored data must never choose which code runs.
 
-A class is used only if it is already imported, is reached without running any code (no ``getattr``, which would let a
-module's ``__getattr__`` import something), and is an ordinary `Exception`: `SystemExit`, `KeyboardInterrupt` or
-`asyncio.CancelledError` out of a database must not stop the reader. See CVE-2021-23727 for what happens otherwise.
+A class is used only under three conditions. CVE-2021-23727 shows what happens otherwise.
+
+- Its module is already imported.
+- The lookup runs no code. So it does not use ``getattr``: the ``__getattr__`` of a module could import something.
+- It is an ordinary `Exception`. A `SystemExit`, `KeyboardInterrupt` or `asyncio.CancelledError` from a database must
+  not stop the reader.
 """
 
 from __future__ import annotations
@@ -18,32 +21,32 @@ from .failure import CELERY, TWINS, namespace_of
 
 __all__ = ["find_class", "why_unusable"]
 
-#: Raised inside a coroutine, these two turn into a `RuntimeError`; a task that failed with one must not confuse us.
+#: If a coroutine raises one of these, Python turns it into a `RuntimeError`. So they are not raised for a failed task.
 _CONTROL_FLOW = (StopIteration, StopAsyncIteration)
-#: The names in a module. Not `vars`: a lazy module or proxy computes its ``__dict__``, and even the ``__class__`` that
-#: `isinstance` looks at, and imports or connects to something on the way.
+#: The namespace of a module. `vars` and `isinstance` could run code: a lazy module or proxy computes its ``__dict__``,
+#: and even its ``__class__``, and may import or connect to something while doing so.
 _names_in: Callable[[object], Mapping[str, object]] = vars(ModuleType)["__dict__"].__get__
 
 
 def find_class(module: object, qualname: str) -> type[Exception] | str:
-    """The class of that name in that module, or why there is none that may be used: the rest of a sentence."""
+    """Find a class by its module and name. Returns the class; or the reason why none can be used, as a clause."""
     if not isinstance(module, str) or not module:
         return "its module was not stored"
     found = _look_up(module, qualname)
     if module == CELERY and qualname in TWINS:
         theirs = found if isinstance(found, type) and issubclass(found, Exception) else None
-        return _twin(qualname, theirs)  # type: ignore[arg-type] # mypy takes a class object for unhashable
+        return _twin(qualname, theirs)  # type: ignore[arg-type] # mypy considers a class object unhashable
     if isinstance(found, str):
         return found
     return why_unusable(found) or cast("type[Exception]", found)
 
 
 def why_unusable(cls: type) -> str:
-    """Why no instance of ``cls`` may be raised in the reader: the rest of a sentence, empty if it may.
+    """The reason why no instance of ``cls`` may be raised in the reader, as a clause; empty if it may be raised.
 
-    The classes by which this library says what became of the reader's own call are among them. A task that waited for
-    another one may have failed with our `TimeoutError`. Raised here as that, it would tell the reader that the reader's
-    deadline has passed.
+    Most classes of this library may not be raised, because they tell the reader what happened to its own call. For
+    instance, a task that waited for another task may have failed with our `TimeoutError`. If the reader raised that, it
+    would mean that the reader's own deadline has passed.
     """
     if not issubclass(cls, BaseException):
         return "that is not an exception class"
@@ -77,13 +80,13 @@ def _look_up(module: str, qualname: str) -> type | str:
 
 def _missing(module: str) -> str:
     if module == "__main__":
-        return "__main__ is another program in this process; define the class in a module that both import"
+        return "__main__ is another program in this process; define the class in a module that both programs import"
     return f"the module {module} does not define it in this process; run the same version here and in the worker"
 
 
 @cache
 def _twin(name: str, theirs: type[Exception] | None) -> type[Exception]:
-    """Our class; and where Celery is imported, one that ``except celery.exceptions.…`` catches too."""
+    """Our class. If Celery is imported, a subclass of it that ``except celery.exceptions.…`` catches, too."""
     ours = TWINS[name]
     if theirs is None:
         return ours

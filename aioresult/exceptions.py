@@ -1,43 +1,44 @@
-"""Every error this library raises of its own accord, in one tree.
+"""All errors that this library raises itself, in one tree.
 
 ::
 
     AioResultError
     ├── ImproperlyConfigured        a URL, an option or a missing package; nothing was sent          (ValueError)
     ├── UsageError                  the call itself is wrong                                         (RuntimeError)
-    │   ├── BackendNotOpenError     used before ``open()`` / ``async with``
-    │   └── WrongEventLoopError     used from another event loop than the one that opened it
-    ├── BackendError                the server, or the way to it
-    │   ├── BackendClosedError      closed while you waited, or before you called
-    │   ├── BackendConnectionError  unreachable or lost; the same call may succeed later             (ConnectionError)
-    │   ├── BackendRefusedError     the server says no and will again: password, permission, setup
+    │   ├── BackendNotOpenError     the backend was used before ``open()`` or ``async with``
+    │   └── WrongEventLoopError     the backend was used from another event loop than it was opened in
+    ├── BackendError                the server or the connection failed
+    │   ├── BackendClosedError      the backend was closed before or during the call
+    │   ├── BackendConnectionError  the server cannot be reached; the same call may succeed later    (ConnectionError)
+    │   ├── BackendRefusedError     the server refuses, and a retry will not help: password, permission, setup
     │   ├── BackendStoreError       this result was not stored
     │   └── BackendGetMetaError     this result could not be read
-    ├── SerializationError
+    ├── SerializationError          a value could not be turned into bytes, or bytes into a value
     │   ├── EncodeError             the value cannot be stored                                       (TypeError)
     │   ├── DecodeError             what is stored cannot be read                                    (ValueError)
     │   │   └── ContentDisallowed   … because its serializer is not in ``accept``
-    │   └── ResultTooLargeError     past ``max_result_size``, on the way in or out
+    │   └── ResultTooLargeError     the result is larger than ``max_result_size``
     ├── TimeoutError                the caller's own deadline passed                                 (TimeoutError)
     ├── OutputError                 the output of a running task; ``cursor`` says where to go on
-    │   ├── OutputRestarted         another attempt writes it from the beginning
-    │   ├── OutputGap               chunks are gone: trimmed, evicted, lost with the server
-    │   ├── OutputSuperseded        told to a producer: another attempt has the output
-    │   ├── OutputFull              more is unsent, or kept, than may be
-    │   └── InvalidCursor           a cursor that is none of ours                                    (ValueError)
+    │   ├── OutputRestarted         another attempt writes the output from the beginning
+    │   ├── OutputGap               chunks are gone: trimmed, evicted, or lost with the server
+    │   ├── OutputSuperseded        the producer must stop: another attempt writes the output
+    │   ├── OutputFull              the buffer of unsent chunks, or the log of the output, is full
+    │   └── InvalidCursor           the cursor is not one of this library                            (ValueError)
     ├── TaskNotFoundError           nothing is stored under the id, and ``must_exist`` was set           (LookupError)
     ├── WorkerLostError             the process that ran the task has died; another one may run it
-    ├── Retry                       raised by a task that is to run again
-    ├── ChordClaimLost              the lease on a chord ran out before its callback was dispatched
+    ├── Retry                       a task raises it to run again
+    ├── ChordClaimLost              the claim to a chord ran out before its callback was dispatched
     ├── IncompleteStream            a tree of results was walked before all of it had finished
-    ├── CyclicResultError           stored results name each other in a circle, or nest without end  (ValueError)
-    └── TaskError                   what the task did, told to whoever awaits it
-        ├── RemoteError             the task's exception, when its own class is not at hand here
+    ├── CyclicResultError           stored results refer to each other in a circle, or nest too deep (ValueError)
+    └── TaskError                   what happened to the task, as opposed to the call
+        ├── RemoteError             stands in for the task's exception if its class cannot be used here
         ├── TaskRevokedError        the task was revoked
         └── ChordError              a part of a chord failed; ``__cause__`` is that part's exception
 
-A failed task raises *its own* exception where the class is already imported; only otherwise a `RemoteError` that
-carries its name. `RemoteTraceback` is not part of the tree: it is only ever the ``__cause__`` of such an exception.
+Awaiting a failed task raises the exception of the task itself, if its class is already imported. Otherwise it raises a
+`RemoteError` with the name of that class. `RemoteTraceback` is not part of the tree: it occurs only as the
+``__cause__`` of such an exception.
 """
 
 from __future__ import annotations
@@ -84,48 +85,55 @@ __all__ = [
 
 
 class AioResultError(Exception):
-    """The root: ``except aioresult.AioResultError`` catches whatever this library itself raises."""
+    """The base class: ``except aioresult.AioResultError`` catches every error that this library raises itself."""
 
 
 class ImproperlyConfigured(AioResultError, ValueError):
-    """A URL or option makes no sense, or names something that is not installed. The message says what to change."""
+    """A URL or an option makes no sense, or needs a package that is not installed. The message says what to change."""
 
 
 class UsageError(AioResultError, RuntimeError):
-    """The call cannot work where or when it was made."""
+    """The call is a mistake: it has a wrong argument, or was made in the wrong place or at the wrong time."""
 
 
 class BackendNotOpenError(UsageError):
-    """The backend was used outside ``async with`` and without ``await backend.open()``."""
+    """The backend was used before it was opened. Use it inside ``async with``, or call ``await backend.open()``."""
 
 
 class WrongEventLoopError(UsageError):
-    """A backend belongs to the event loop that opened it; sockets and futures cannot be shared between loops."""
+    """The backend was used in another event loop, thread or process than the one that opened it.
+
+    A backend belongs to the event loop that opened it, because loops cannot share sockets and futures. Open one backend
+    for each event loop, for instance with `aioresult.per_loop`.
+    """
 
 
 class BackendError(AioResultError):
-    """Something went wrong between this process and the stored results."""
+    """The server or the connection to it failed."""
 
-    #: Whether the error says something of the server, and not of what was asked: a batch is not split for it.
+    #: Whether the error concerns the server, and not the single request. Then splitting a batch does not help.
     of_server: bool = False
 
 
 class BackendClosedError(BackendError):
-    """`aclose()` was called. Every waiter gets this error, so that none waits for ever."""
+    """The backend was closed with `aclose`. All waiters get this error, so that none waits for ever."""
 
     of_server = True
 
 
 class BackendConnectionError(BackendError, ConnectionError):
-    """The server cannot be reached, or the connection broke and was not mended in time."""
+    """The server cannot be reached, or the connection was lost and not restored within ``retry_for`` seconds.
+
+    The same call may succeed later. A store that raised this error may have been stored; it is safe to repeat it.
+    """
 
     of_server = True
-    #: Whether a connection that stood has broken under the call: twice, and the call itself may be the cause.
+    #: Whether the connection was lost during the call. If that happens twice, the call itself may be the cause.
     in_flight: bool = False
 
 
 class BackendRefusedError(BackendError):
-    """The server answered, and will give the same answer to a retry: wrong password, no permission, wrong setup."""
+    """The server refuses, and a retry will not help: wrong password, no permission, wrong setup."""
 
     of_server = True
 
@@ -139,37 +147,39 @@ class BackendGetMetaError(BackendError):
 
 
 class SerializationError(AioResultError):
-    """Between a Python value and its stored bytes."""
+    """A value could not be turned into stored bytes, or the bytes into a value."""
 
 
 class EncodeError(SerializationError, TypeError):
-    """The value cannot be stored. Raised to the caller that stores it; names the task, the path to the part that the
-    serializer cannot write, the type of that part, and what to do. See docs/values.md.
+    """The serializer cannot write the value. Only the caller that stores it gets this error.
+
+    The message names the task, the path to the part that cannot be written, its type, and the remedy. See
+    docs/values.md.
     """
 
 
 class DecodeError(SerializationError, ValueError):
-    """The stored bytes cannot be read. Raised to those who wait for that id, and to nobody else."""
+    """The stored bytes cannot be read. Only the callers that wait for this id or read it get this error."""
 
 
 class ContentDisallowed(DecodeError):
-    """The stored bytes are of a serializer that this reader did not list in ``accept``."""
+    """The stored bytes were written by a serializer that this reader does not list in ``accept``."""
 
 
 class ResultTooLargeError(SerializationError):
-    """The result, as bytes and after decompression, is larger than ``max_result_size``."""
+    """The result has more than ``max_result_size`` bytes, counted after decompression."""
 
 
 class TimeoutError(AioResultError, builtins.TimeoutError):
-    """The caller's deadline passed. The task goes on; wait for it again at any time."""
+    """The caller's deadline has passed. The task goes on, and you can wait for it again at any time."""
 
 
 class OutputError(AioResultError):
-    """Something about the output of a running task."""
+    """Reading or writing the output of a running task failed."""
 
 
 class OutputRestarted(OutputError):
-    """Another attempt of the task writes the output from the beginning: what was read before is void.
+    """Another attempt of the task writes the output from the beginning. Discard what you have read.
 
     ``cursor`` is the beginning of the new output.
     """
@@ -183,7 +193,7 @@ class OutputRestarted(OutputError):
 
 
 class OutputGap(OutputError):
-    """``missed`` chunks are gone: trimmed, evicted, or lost with the server. ``cursor`` goes on behind them."""
+    """``missed`` chunks are gone: trimmed, evicted, or lost with the server. ``cursor`` continues after them."""
 
     def __init__(self, message: str, missed: int = 0, cursor: str = "") -> None:
         super().__init__(message, missed, cursor)
@@ -195,36 +205,36 @@ class OutputGap(OutputError):
 
 
 class OutputSuperseded(OutputError):
-    """Told to a producer: another attempt of the task has opened the output. Stop."""
+    """The producer gets this error when another attempt of the task has opened the output. It must stop."""
 
 
 class OutputFull(OutputError):
-    """`Output.send_nowait`, and more is unsent than may be; or the log is full, with ``on_full="fail"``."""
+    """More of the output is unsent than `Output.send_nowait` allows. Or the log is full, with ``on_full="fail"``."""
 
 
 class InvalidCursor(OutputError, ValueError):
-    """A cursor that is none of ours. Cursors come from browsers."""
+    """The text is not a cursor of this library. Cursors come from browsers, so they may be anything."""
 
 
 class TaskNotFoundError(AioResultError, LookupError):
     """Nothing is stored under the id, and the caller has passed ``must_exist=True``.
 
-    A task that is only submitted has nothing stored, unless the submitter calls `aioresult.Backend.mark_as_pending`.
+    When a task is submitted, nothing is stored for it, unless the submitter calls `aioresult.Backend.mark_as_pending`.
     """
 
 
 class WorkerLostError(AioResultError):
-    """The process that ran the task has not been heard of for its lease.
+    """The process that ran the task has given no sign of life for the length of its lease.
 
-    That is not stored, and no end: the queue may run the task again. Await it again to wait for that.
+    This is not stored, and the task has not ended: the queue may run it again. To wait for that, await it again.
     """
 
 
 class Retry(AioResultError):
-    """Raised by the body of `aioresult.Backend.running`: the task is to run again, and is stored as RETRY.
+    """Raise it in the body of `aioresult.Backend.running` if the task is to run again. It is then stored as RETRY.
 
-    ``exc`` is why, and is what is stored; without it the `Retry` itself is. Celery's ``celery.exceptions.Retry`` means
-    the same there.
+    ``exc`` is the reason, and is stored; without it the `Retry` itself is stored. Celery's
+    ``celery.exceptions.Retry`` has the same effect there.
     """
 
     def __init__(self, message: str = "", exc: BaseException | None = None) -> None:
@@ -233,11 +243,11 @@ class Retry(AioResultError):
 
 
 class ChordClaimLost(AioResultError):
-    """The claim to dispatch a chord's callback ran out, and another process has it now: do not dispatch."""
+    """The claim to dispatch a chord's callback ran out, and another process holds it now. Do not dispatch."""
 
 
 class IncompleteStream(AioResultError):
-    """A tree of results was walked while part of it had not finished; pass ``intermediate=True`` to allow that."""
+    """A tree of results was walked before all of it had finished. Pass ``intermediate=True`` to allow that."""
 
 
 class CyclicResultError(AioResultError, ValueError):
@@ -245,25 +255,25 @@ class CyclicResultError(AioResultError, ValueError):
 
 
 class TaskError(AioResultError):
-    """What became of a task, as opposed to what became of the attempt to read it."""
+    """The task itself failed or was revoked. All other errors of this library concern the call that raises them."""
 
 
 class RemoteError(TaskError):
-    """The exception of a task whose class is not imported here, or cannot be used here.
+    """Stands in for the exception of a task if its class is not imported here, or cannot be used here.
 
-    Each such class gets a subclass of its own, which carries the original's name and module. A note (PEP 678), which
-    every traceback shows, says why it is a stand-in and what to do. Usually that is to import the module that defines
-    the class before awaiting: then the original class is raised instead. The stand-in for an exception group is an
-    `ExceptionGroup`, too.
+    Each such class gets its own subclass of `RemoteError`, with the name and the module of the original. A note (PEP
+    678), which every traceback shows, gives the reason and the remedy. The usual remedy is to import the module that
+    defines the class before you await the result. Then the original class is raised. The stand-in for an exception
+    group is an `ExceptionGroup`, too.
 
-    A task may have stored something else in place of an exception, such as a dict passed to Celery's
-    ``update_state("FAILURE", meta={…})``. Then that value is ``args[0]``.
+    A task may have stored something else instead of an exception, such as a dict passed to Celery's
+    ``update_state("FAILURE", meta={…})``. Then ``args[0]`` is that value.
     """
 
-    #: What is stored in place of the exception, as data: the mapping that describes it, or any other value. ``None`` if
-    #: nothing was stored, or if a pickled exception was. Do not change it: it may belong to several readers.
+    #: What is stored for the exception: the mapping that describes it, or any other value. ``None`` if nothing is
+    #: stored, or a pickled exception. Do not change it, because several readers may share it.
     stored: Any = None
-    #: The text of an exception that has no arguments to make one of.
+    #: The text of an exception that has no arguments to make a text of.
     _text: str = ""
 
     def __str__(self) -> str:
@@ -271,7 +281,7 @@ class RemoteError(TaskError):
 
 
 class TaskRevokedError(TaskError):
-    """The task was revoked before or while it ran."""
+    """The task was revoked, before it ran or while it ran."""
 
 
 class ChordError(TaskError):
@@ -279,7 +289,7 @@ class ChordError(TaskError):
 
 
 class RemoteTraceback(Exception):
-    """Carries the worker's traceback, as text, to where the exception is raised again."""
+    """Shows the worker's traceback: it is the ``__cause__`` of an exception that is raised again in the reader."""
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""

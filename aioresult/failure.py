@@ -1,12 +1,12 @@
-"""Exceptions as data. `aioresult.restore` makes exceptions of the data again.
+"""Turns exceptions into data that can be stored. `aioresult.restore` turns the data into exceptions again.
 
 The stored form is Celery's (``Backend.prepare_exception``, 5.7)::
 
     {"exc_type": "CardDeclined", "exc_message": ["4242"], "exc_module": "shop.payments"}
 
-Nothing about an exception can make storing it fail: an argument that cannot be serialized becomes text. What Celery's
-form has no place for is stored under further keys, which Celery's readers ignore. A key is left out if there is nothing
-to store under it, and everything under these keys is bounded (see the constants):
+Storing an exception never fails because of the exception: an argument that cannot be serialized becomes text. Celery's
+form does not hold everything. The rest is stored under the following keys, which Celery's readers ignore. A key is
+omitted if there is nothing to store under it, and all that is stored under these keys has limits (see the constants):
 
 ``exc_members``
     the members of an exception group, each in this form; in a member that is a group, ``exc_message`` is only its text
@@ -15,7 +15,7 @@ to store under it, and everything under these keys is bounded (see the constants
 ``exc_state``
     its public attributes whose values are plain: text, numbers, dates
 ``exc_text``
-    ``str(exc)``, if the exception has no arguments and makes a text nonetheless
+    ``str(exc)``, if the exception has no arguments and its text is not empty
 """
 
 from __future__ import annotations
@@ -61,34 +61,35 @@ __all__ = [
 ]
 
 CELERY = "celery.exceptions"
-#: Our own classes that Celery has too: stored under Celery's name, so that its readers raise theirs.
+#: The classes of ours that Celery has, too. They are stored under Celery's name, so that its readers raise its classes.
 TWINS: Mapping[str, type[Exception]] = {"TaskRevokedError": TaskRevokedError, "ChordError": ChordError}
-#: How the note begins that `aioresult.restore` adds to a stand-in. It is true of that reader only, and is not stored.
+#: The beginning of the note that `aioresult.restore` adds to a stand-in, an exception that replaces one whose class
+#: cannot be used. Such a note applies to one reader only, so it is never stored.
 STAND_IN = "aioresult: this is a stand-in for "
 
-#: The members of a group and of the groups in it, together; and how deep the groups nest.
+#: The most members of an exception group, including those of groups in it; and the deepest nesting of groups.
 MAX_MEMBERS = 1000
 MAX_DEPTH = 20
-#: The notes of one exception, and the characters of each.
+#: The most notes of one exception, and the most characters of a note.
 MAX_NOTES = 50
 MAX_NOTE = 4000
-#: The characters of ``exc_text``.
+#: The most characters of ``exc_text``.
 MAX_TEXT = 10_000
-#: The attributes of one exception, the characters of a name, and those of a value.
+#: The most attributes of one exception, and the most characters of a name and of a value.
 MAX_ATTRIBUTES = 32
 _MAX_NAME = 100
 _MAX_VALUE = 1000
 
-#: What comes back from every serializer as it was, and runs no code of anybody's when it is compared or copied.
+#: The types that every serializer returns unchanged, and that run no code of the user when compared or copied.
 _PLAIN = frozenset({NoneType, bool, int, float, str, Decimal, UUID, datetime, date})
 _BUILTIN = frozenset(cls for cls in vars(builtins).values() if isinstance(cls, type))
 
-# What Python itself keeps. A class may hide each behind an attribute of its own, which may run any code.
+# Read the slots of Python's own classes directly. A class may override each with an attribute that runs any code.
 args_of: Callable[[BaseException], tuple[Any, ...]] = vars(BaseException)["args"].__get__
 attributes_of: Callable[[BaseException], dict[str, Any]] = vars(BaseException)["__dict__"].__get__
 message_of: Callable[[BaseException], Any] = vars(BaseExceptionGroup)["message"].__get__
 members_of: Callable[[BaseException], tuple[BaseException, ...]] = vars(BaseExceptionGroup)["exceptions"].__get__
-#: The names in a class, without asking its metaclass.
+#: The namespace of a class, read without running code of its metaclass.
 namespace_of: Callable[[object], Mapping[str, object]] = vars(type)["__dict__"].__get__
 _filename_of: Callable[[BaseException], Any] = vars(OSError)["filename"].__get__
 _filename2_of: Callable[[BaseException], Any] = vars(OSError)["filename2"].__get__
@@ -98,33 +99,33 @@ Check = Callable[[Any], object]
 
 
 def dump_exception(exc: BaseException, check: Check) -> dict[str, Any]:
-    """``exc`` as plain data. ``check`` serializes one argument and raises if it cannot: that one becomes its repr."""
+    """Turn ``exc`` into plain data. ``check`` serializes one argument; if it raises, the argument becomes its repr."""
     return _dump(exc, check, 0, iter(range(MAX_MEMBERS)))
 
 
 def as_celery(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `dump_exception` returned, only what Celery itself would store: for where the whole is too large."""
+    """The part of `dump_exception`'s result that Celery itself would store. For results that are too large."""
     return {key: data[key] for key in ("exc_type", "exc_message", "exc_module")}
 
 
 def _dump(exc: BaseException, check: Check, depth: int, room: Iterator[int]) -> dict[str, Any]:
-    """``room`` gives one item for each member that may still be stored."""
+    """Dump ``exc`` at this nesting depth. ``room`` yields one item for each member that may still be stored."""
     cls = type(exc)
     module = CELERY if TWINS.get(cls.__name__) is cls else cls.__module__
     args = complete_args(exc)
     is_group = issubclass(cls, BaseExceptionGroup)
     if depth and is_group:
-        args = args[:1]  # Celery's readers do not look here, and the text of each level holds that of those below
+        args = args[:1]  # Celery's readers ignore nested groups, and the text of a group contains that of its members
     message = [_safe(arg, check) for arg in args]
     data = {"exc_type": cls.__qualname__, "exc_message": message, "exc_module": module}
     if not message or attributes_of(exc) or is_group:  # most have none of these
-        with suppress(BaseException):  # code of the user's own; what has been added until then is well-formed
+        with suppress(BaseException):  # this runs code of the user; what was added before the error is well-formed
             _add_extras(data, exc, check, depth, room)
     return data
 
 
 def complete_args(exc: BaseException) -> tuple[Any, ...]:
-    """The arguments that make ``exc`` again: those of an `OSError` lack its file names (see its ``__reduce__``)."""
+    """The arguments to build ``exc`` again. Those of an `OSError` lack its file names (see its ``__reduce__``)."""
     args = args_of(exc)
     if len(args) == 2 and is_a(exc, OSError) and (name := _filename_of(exc)) is not None:
         second = _filename2_of(exc)
@@ -135,7 +136,7 @@ def complete_args(exc: BaseException) -> tuple[Any, ...]:
 def _as_path(name: Any) -> Any:
     try:
         return name if isinstance(name, int) else os.fspath(name)
-    except BaseException:  # a __fspath__ of the user's own
+    except BaseException:  # from the user's __fspath__
         return name
 
 
@@ -173,7 +174,7 @@ def _notes(notes: object, check: Check) -> list[str]:
 
 
 def _state(exc: BaseException, attributes: Mapping[str, Any], check: Check) -> dict[str, Any]:
-    """The attributes to store. A stand-in keeps those that the exception came with for which it stands."""
+    """The attributes to store. For a stand-in these are the stored attributes of the exception that it replaces."""
     cls = type(exc)
     if is_a(exc, RemoteError):
         origin = attributes.get("stored")
@@ -187,10 +188,10 @@ def _state(exc: BaseException, attributes: Mapping[str, Any], check: Check) -> d
 
 
 def is_attribute(cls: type[BaseException], name: object, value: object) -> bool:
-    """Whether that attribute may be stored, and be set again in the ``__dict__`` of an instance of ``cls``.
+    """Whether this attribute may be stored, and later be set in the ``__dict__`` of an instance of ``cls``.
 
-    It must not stand in for anything of the class but a default value: data may not take the place of a method. A class
-    that says itself what its state is (``__getstate__``, ``__setstate__``) keeps its attributes to itself.
+    It may only override a default value of the class, so that data never replaces a method. No attribute is stored if
+    the class defines its own state with ``__getstate__`` or ``__setstate__``.
     """
     if type(name) is not str or name.startswith("_") or not name.isidentifier() or len(name) > _MAX_NAME:
         return False
@@ -204,7 +205,7 @@ def is_attribute(cls: type[BaseException], name: object, value: object) -> bool:
 
 
 def nearest_builtin(cls: type[BaseException]) -> type[BaseException]:
-    """The class of Python's own that ``cls`` is, or derives from."""
+    """The builtin class that ``cls`` is, or the nearest one that it derives from."""
     return next(base for base in cls.__mro__ if base in _BUILTIN)
 
 
@@ -219,40 +220,43 @@ def _passes(value: Any, check: Check) -> bool:
 def _safe(arg: Any, check: Check) -> Any:
     try:
         check(arg)
-    except BaseException:  # a __json__ or __reduce__ of the user's own
+    except BaseException:  # from the user's __json__ or __reduce__
         return safe_repr(arg)
     return arg
 
 
 def is_a(exc: BaseException, cls: type[BaseException]) -> bool:
-    """`isinstance`, which asks ``exc`` for its ``__class__`` if its type is another one."""
+    """Whether the type of ``exc`` derives from ``cls``. `isinstance` could run code: it also reads ``__class__``."""
     return issubclass(type(exc), cls)
 
 
 def safe_repr(value: object) -> str:
-    """``repr(value)``, or a text in its place if that raises."""
+    """``repr(value)``, or a fixed text if that raises."""
     try:
         return repr(value)
-    except BaseException:  # a __repr__ of the user's own
+    except BaseException:  # from the user's __repr__
         return f"<unprintable {type(value).__qualname__} object>"
 
 
 def safe_text(exc: BaseException) -> str:
-    """``str(exc)``, or a text in its place if that raises."""
+    """``str(exc)``, or a fixed text if that raises."""
     try:
         return str(exc)
-    except BaseException:  # a __str__ of the user's own
+    except BaseException:  # from the user's __str__
         return "an error without a text"
 
 
 def traceback_of(exc: BaseException, given: str | None = None) -> str | None:
-    """The traceback to store with ``exc``. Raises `UsageError` for what was never raised."""
+    """The traceback to store with ``exc``: ``given``, or that of ``exc``. ``None`` if ``exc`` was never raised.
+
+    Raises `UsageError` if ``exc`` is not an exception.
+    """
     if not isinstance(exc, BaseException):
-        raise UsageError(f"a task fails with an exception, not with {exc!r}; store_result takes any value")
+        raise UsageError(f"a task fails with an exception, not with {exc!r}; to store any value, call store_result")
     if given is not None:
         return given
     try:
-        # Past an attribute of the class's own: nothing about an exception may keep it from being stored.
+        # Bypass an attribute of the class: storing an exception must never fail because of the exception.
         raised = vars(BaseException)["__traceback__"].__get__(exc) is not None
         return "".join(tracebacks.format_exception(exc)) if raised else None
     except Exception:

@@ -1,7 +1,8 @@
-"""Exceptions from data: what `aioresult.failure` stored, or Celery, or anything else that can write to the store.
+"""Turns stored data into exceptions: data from `aioresult.failure`, from Celery, or from any program that writes there.
 
-`aioresult.classes` finds the class. If it may not be used, or cannot be built, a `RemoteError` of the same name stands
-in for it, with a note that says why. All data is taken for hostile: it is bounded, and never chooses what code runs.
+`aioresult.classes` finds the class. If the class cannot be used, or no instance can be built, a *stand-in* takes its
+place: a `RemoteError` of the same name, with a note that gives the reason. All data counts as hostile. It has limits,
+and it never chooses which code runs.
 """
 
 from __future__ import annotations
@@ -36,18 +37,21 @@ from .states import REVOKED
 __all__ = ["load_exception"]
 
 _MAX_NAME = 500
-#: Of the text of an error in a note.
+#: The most characters of an error's text in a note.
 _MAX_REASON = 200
-#: What a Celery worker stores for an exception that pickle cannot copy. Its arguments are the module, the class name
-#: and the arguments of that exception, and its text (``celery/utils/serialization.py``, 5.7).
+#: A Celery worker stores this wrapper for an exception that pickle cannot copy. Its arguments are the module, the class
+#: name, the arguments and the text of that exception (``celery/utils/serialization.py``, 5.7).
 _WRAPPER = ("celery.utils.serialization", "UnpickleableExceptionWrapper")
-#: Past an attribute of the class's own: a class may refuse every attribute (a frozen dataclass does).
+#: Bypasses ``__setattr__`` of the class, which may refuse every attribute, as that of a frozen dataclass does.
 _set_cause: Callable[[BaseException, BaseException], None] = vars(BaseException)["__cause__"].__set__
 _NOTHING: Mapping[str, Any] = {}
 
 
 def load_exception(stored: Any, state: str, traceback: str | None) -> Exception:
-    """The exception that ``stored`` describes, ready to be raised; the worker's traceback is its ``__cause__``."""
+    """Build the exception that ``stored`` describes, to be raised. Its ``__cause__`` holds the worker's traceback.
+
+    ``state`` is the task's state: without a stored exception, REVOKED gives `TaskRevokedError`.
+    """
     exc = _build(stored, state)
     if traceback:
         _set_cause(exc, RemoteTraceback(traceback))
@@ -66,7 +70,7 @@ def _build(stored: Any, state: str) -> Exception:
     try:
         exc = TaskRevokedError(stored) if revoked else RemoteError(stored)
         str(exc)
-    except BaseException:  # out of a pickle; a __repr__ of the user's own
+    except BaseException:  # from the __repr__ of a pickled object
         exc = TaskRevokedError(safe_repr(stored)) if revoked else RemoteError(safe_repr(stored))
     if isinstance(exc, RemoteError):
         exc.stored = stored
@@ -74,7 +78,7 @@ def _build(stored: Any, state: str) -> Exception:
 
 
 def _of_mapping(stored: Mapping[str, Any]) -> Exception | None:
-    """The exception that ``stored`` names; ``None`` if it names none."""
+    """The exception that ``stored`` describes; ``None`` if it describes none."""
     module, name, message = stored.get("exc_module"), stored.get("exc_type"), stored.get("exc_message", ())
     args = tuple(message) if isinstance(message, (list, tuple)) else (message,)
     if (wrapped := _unwrapped(module, name, args)) is not None:
@@ -85,14 +89,14 @@ def _of_mapping(stored: Mapping[str, Any]) -> Exception | None:
 
 
 def _unwrapped(module: object, name: object, args: tuple[Any, ...]) -> tuple[object, str, tuple[Any, ...]] | None:
-    """The module, the class name and the arguments of the exception in Celery's wrapper, if it is one and names one."""
+    """The module, class name and arguments of the exception in Celery's wrapper; ``None`` if this is no wrapper."""
     if (module, name) != _WRAPPER or len(args) < 3 or not isinstance(args[2], (list, tuple)):
         return None
     return (args[0], args[1], tuple(args[2])) if isinstance(args[1], str) and args[1] else None
 
 
 def _of_class(module: object, name: str, args: tuple[Any, ...], stored: Mapping[str, Any]) -> Exception:
-    """An instance of that class if it may be used, otherwise of a stand-in by its name."""
+    """An instance of the class if it can be used, otherwise a stand-in of the same name."""
     found = find_class(module, name)
     is_group = (
         "exc_members" in stored
@@ -111,7 +115,7 @@ def _of_class(module: object, name: str, args: tuple[Any, ...], stored: Mapping[
 
 
 def _are_members(members: object) -> bool:
-    """Whether they are the members of a group, within the bounds, before any is built."""
+    """Whether ``members`` are the members of an exception group, within the limits. Checked before any is built."""
     if not isinstance(members, (list, tuple)) or not members:
         return False
     count, level = 0, [members]
@@ -142,7 +146,7 @@ def _of_pickled(exc: BaseException) -> Exception:
         members = members_of(exc)
         usable = [_of_pickled(member) for member in members]
         if not reason and all(one is other for one, other in zip(members, usable, strict=True)):
-            return exc  # type: ignore[return-value] # or there would be a reason
+            return exc  # type: ignore[return-value] # an Exception, because there is no reason against it
         args = (message_of(exc), usable)
         reason = reason or "some of its members may not be raised here"
     elif not reason:
@@ -155,10 +159,11 @@ def _of_pickled(exc: BaseException) -> Exception:
 
 
 def _instantiate(cls: type[Exception], args: tuple[Any, ...], stored: Mapping[str, Any]) -> Exception | str:
-    """An instance of ``cls`` with these arguments, or why there is none: the rest of a sentence.
+    """An instance of ``cls`` with these arguments; or the reason why there is none, as a clause.
 
-    A constructor that does not keep its arguments, but makes a message of them, was given others by the worker. Then
-    the instance is made around it; and only if that fails is the other one better than none.
+    Some constructors pass other arguments to ``super().__init__()`` than they get, such as a message made of them. Only
+    the passed-on arguments are stored, and they would be wrong for the constructor. So the instance is then made
+    without calling it. If that fails, the instance from the constructor is better than none.
     """
     reason, spare = "", None
     for make in (_construct, _bypass):
@@ -166,22 +171,22 @@ def _instantiate(cls: type[Exception], args: tuple[Any, ...], stored: Mapping[st
             exc = make(cls, args)
             if "exc_state" in stored:
                 _restore_state(exc, stored["exc_state"])
-            # Half-built instances fail here rather than in a log handler, which asks for these two.
+            # A log handler uses the text and the notes. If the instance is incomplete, let it fail here instead.
             text = str(exc)[:MAX_TEXT]
             getattr(exc, "__notes__", None)
             if not is_a(exc, Exception):
                 raise TypeError(f"it made a {type(exc).__qualname__}")
             if not args and stored.get("exc_text", text) != text:
-                raise ValueError("its text is another one")
+                raise ValueError("its text differs from the stored text")
             if make is _bypass or _keeps(exc, args):
                 return exc
             spare = exc
-        except BaseException as error:  # the constructor is not ours: even SystemExit must not get out of it
+        except BaseException as error:  # from the user's constructor: not even a SystemExit may escape
             reason = reason or f"{type(error).__name__}: {safe_text(error)[:_MAX_REASON]}"
     if spare is not None:
         return spare
     if issubclass(cls, BaseExceptionGroup):
-        return f"its members were stored as text, or are none ({reason})"
+        return f"its members were stored as text, or there are none ({reason})"
     return (
         f"it cannot be built from the stored arguments ({reason}); "
         f"let its constructor pass all of its arguments to super().__init__()"
@@ -193,7 +198,7 @@ def _construct(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
 
 
 def _bypass(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
-    """For constructors with a signature of their own (keyword-only, say): the type survives, and the arguments."""
+    """Make an instance without calling the constructor of ``cls``, which may, for example, take only keywords."""
     base = nearest_builtin(cls)
     exc: Exception = base.__new__(cls, *args) if issubclass(cls, BaseExceptionGroup) else cls.__new__(cls, *args)
     base.__init__(exc, *args)
@@ -201,7 +206,7 @@ def _bypass(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
 
 
 def _keeps(exc: Exception, args: tuple[Any, ...]) -> bool:
-    """Whether ``exc`` has those arguments. In the store a tuple has become a list."""
+    """Whether ``exc`` has these arguments. A tuple and a list count as equal, because JSON stores tuples as lists."""
     if is_a(exc, BaseExceptionGroup):
         return bool(message_of(exc) == args[0]) and list(members_of(exc)) == args[1]
     own = complete_args(exc)
@@ -213,14 +218,14 @@ def _as_lists(args: tuple[Any, ...]) -> list[Any]:
 
 
 def _restore_state(exc: Exception, state: object) -> None:
-    """Past ``__setattr__`` and properties: data does not choose what runs."""
+    """Set the stored attributes. Bypasses ``__setattr__`` and properties, so that data does not choose what runs."""
     if isinstance(state, dict) and len(state) <= MAX_ATTRIBUTES:
         cls = type(exc)
         attributes_of(exc).update({key: value for key, value in state.items() if is_attribute(cls, key, value)})
 
 
 def _restore_notes(exc: Exception, notes: object, *more: str) -> None:
-    """The notes that were stored, and some more. The list is the exception's own, and no caller's."""
+    """Set the stored notes and ``more``, in a new list that no other exception shares."""
     own = notes[:MAX_NOTES] if isinstance(notes, (list, tuple)) else ()
     attributes_of(exc)["__notes__"] = [*(note[:MAX_NOTE] for note in own if type(note) is str), *more]
 
@@ -231,7 +236,7 @@ def _restore_notes(exc: Exception, notes: object, *more: str) -> None:
 def _stand_in(
     module: object, name: str, args: tuple[Any, ...], reason: str, stored: Mapping[str, Any], is_group: bool
 ) -> Exception:
-    """A `RemoteError` of that name; with ``is_group`` also an `ExceptionGroup`."""
+    """A `RemoteError` of this name, with the ``reason`` in a note. With ``is_group`` it is an `ExceptionGroup`, too."""
     home = _printable(module) if isinstance(module, str) and module else RemoteError.__module__
     shown = _printable(name)
     exc = _make_class(home, shown, is_group)(*args)
@@ -243,7 +248,7 @@ def _stand_in(
     return exc
 
 
-@lru_cache(maxsize=256)  # bounded, for the names come from outside
+@lru_cache(maxsize=256)  # bounded, because the names come from outside
 def _make_class(module: str, name: str, is_group: bool) -> type[RemoteError]:
     short = name.rpartition(".")[2] or name
     bases = (RemoteError, ExceptionGroup) if is_group else (RemoteError,)

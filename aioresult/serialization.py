@@ -1,7 +1,7 @@
-"""`TaskMeta` ↔ bytes, in Celery's wire format.
+"""Turns a `TaskMeta` into bytes and back, in Celery's wire format.
 
-`Codec` is what a backend holds: one serializer to write with, a list of those it may read, a compression, a bound on
-the size. `dialect` has JSON and msgpack.
+Each backend has a `Codec`: one serializer to write with, a list of serializers that may be read, a compression, and a
+limit on the size. The module `dialect` implements JSON and msgpack.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ __all__ = ["CORE_FIELDS", "FINAL_HEADS", "SUCCESS_HEAD", "Codec", "reading", "un
 
 T = TypeVar("T")
 
-#: How the JSON of every finished task begins that went well, and no other's: a server can tell it without parsing.
+#: A *head* is the beginning of a stored value, from which even a server can tell the state without parsing. The JSON of
+#: every successful task begins with this head, and no other JSON does.
 SUCCESS_HEAD = b'{"status": "SUCCESS"'
-#: The same of every final state.
+#: The heads of all final states.
 FINAL_HEADS = tuple(f'{{"status": "{state}"'.encode() for state in sorted(READY_STATES))
 
-#: The fields that every meta has; the others are optional.
+#: The fields that every meta has. All others are optional.
 CORE_FIELDS: Final = frozenset({"status", "result", "traceback", "children", "date_done", "task_id"})
 _KNOWN: Final = ("json", "msgpack", "pickle")
 
@@ -49,10 +50,10 @@ _json_text = json.encoder.encode_basestring_ascii
 
 
 def _json_meta(encode: Callable[[Any], str]) -> Callable[[TaskMeta], bytes]:
-    """A writer of metas in JSON, given one of values."""
+    """A function that writes metas as JSON. ``encode`` writes one value."""
 
     def dump(meta: TaskMeta) -> bytes:
-        # The bytes of `_dump_fields`, written in place: half of the time would go into a dict and a walk over it.
+        # Same bytes as `_dump_fields`, but twice as fast, because it makes no dict of the fields.
         traceback = "null" if meta.traceback is None else encode(meta.traceback)
         children = encode(meta.children) if meta.children else "[]"
         done = "null" if meta.date_done is None else f'"{meta.date_done.isoformat()}"'
@@ -65,7 +66,7 @@ def _json_meta(encode: Callable[[Any], str]) -> Callable[[TaskMeta], bytes]:
     return dump
 
 
-# -- pickle, which a reader has to ask for --------------------------------------------------------------------------
+# -- pickle, which is read only if the reader lists it in ``accept`` ------------------------------------------------
 
 
 def _pickle_dumps(value: Any) -> bytes:
@@ -81,10 +82,11 @@ def _pickle_loads(data: bytes) -> Any:
 
 
 def _serializer_of(data: bytes, own: str) -> str:
-    """Which serializer wrote ``data``, by its first byte. A single byte may be a number of two; then it is our ``own``.
+    """Which serializer wrote ``data``, found by its first byte. For a single byte it is ``own``.
 
-    JSON is ASCII. Pickle 2 and later begins with the opcode PROTO, which in msgpack is a map without entries, and that
-    is a single byte. Everything in msgpack below that is a small integer, and a single byte, too.
+    JSON is ASCII, so its first byte is below 0x80. Pickle from protocol 2 on begins with the opcode PROTO, 0x80. In
+    msgpack, 0x80 is an empty map, and lower bytes are small integers; each of these is a whole value of one byte. So
+    only a single byte is ambiguous.
     """
     if len(data) <= 1:
         return own
@@ -106,14 +108,14 @@ def _dump_fields(dumps: Callable[[Any], bytes], meta: TaskMeta) -> bytes:
     )
 
 
-# -- what goes wrong in reading -------------------------------------------------------------------------------------
+# -- errors in reading ----------------------------------------------------------------------------------------------
 
 
 def unreadable(what: str, exc: BaseException) -> AioResultError:
-    """The one place where whatever went wrong while stored bytes became a value is made an error about ``what``.
+    """Turn any exception that occurred while reading stored bytes into an error about ``what``.
 
-    A class that the data names runs code of its own when it is built: its constructor, ``__setattr__``, ``__reduce__``.
-    Even a `SystemExit` or a `CancelledError` out of those concerns this one value, and not the task that reads. Only a
+    Building an object can run code of its class: the constructor, ``__setattr__`` or ``__reduce__``. Even a
+    `SystemExit` or a `CancelledError` from there concerns only this value, and not the task that reads it. Only a
     `KeyboardInterrupt` is raised again.
     """
     if isinstance(exc, (SerializationError, CyclicResultError)):
@@ -128,7 +130,7 @@ def unreadable(what: str, exc: BaseException) -> AioResultError:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """The same for a block of code; inside, nothing is awaited."""
+    """Turn any exception in the block into an error about ``what``; see `unreadable`. Do not await in the block."""
     try:
         yield
     except BaseException as exc:
@@ -137,21 +139,21 @@ def reading(what: str) -> Iterator[None]:
 
 
 def _null(_: str) -> None:
-    """What stands for a number that JSON lacks."""
+    """Replace a number that JSON does not have with ``None``."""
 
 
 # -- the codec ------------------------------------------------------------------------------------------------------
 
 
 class _OnlyReads(Exception):
-    """Of `Codec.write_nothing`. Code of the user's own may raise `ImproperlyConfigured` while it is serialized."""
+    """For `Codec.write_nothing`. Not `ImproperlyConfigured`, because the user's code may raise that in serializing."""
 
 
 class Codec:
-    """Writes with one serializer, reads those in ``accept``, refuses what is larger than ``max_result_size`` bytes.
+    """Writes with one serializer, and reads with all in ``accept``. Refuses more than ``max_result_size`` bytes.
 
-    Raises `ImproperlyConfigured` for an unknown serializer or compression, or one whose package is missing, and for
-    ``types`` or a ``json_default`` that make no sense.
+    :raises ImproperlyConfigured: a serializer or a compression is unknown, or its package is missing; or ``types`` or
+        ``json_default`` make no sense.
     """
 
     def __init__(
@@ -178,10 +180,10 @@ class Codec:
             msgspec()
         if serializer not in self.accept:
             raise ImproperlyConfigured(
-                f"serializer {serializer!r} is not in accept={tuple(sorted(self.accept))}: "
+                f"serializer {serializer!r} is not in accept={tuple(sorted(self.accept))}, so "
                 f"this backend could not read what it stores; add it to accept"
             )
-        #: Whether all that it writes is JSON, whose head tells a success (`SUCCESS_HEAD`).
+        #: Whether everything that it writes is uncompressed JSON, whose head shows a success (`SUCCESS_HEAD`).
         self.plain: bool = serializer == "json" and self.compression is None
         self._dialect = dialect = Dialect(types, serializer, json_default)
         self._check: Mapping[str, Callable[[bytes], object]] = {
@@ -196,13 +198,13 @@ class Codec:
         writers = {"json": dialect.json, "msgpack": dialect.msgpack, "pickle": _pickle_dumps}
         self._dumps: Callable[[Any], bytes] = writers[serializer]
         self._dumps_json: Callable[[Any], bytes] = dialect.json
-        self._dumps_text: Callable[[Any], bytes] = dialect.json  # not for the store: never refused
+        self._dumps_text: Callable[[Any], bytes] = dialect.json  # not for the store, so `write_nothing` leaves it
         self._dumps_meta: Callable[[TaskMeta], bytes] = (
             _json_meta(dialect.text) if serializer == "json" else partial(_dump_fields, self._dumps)
         )
 
     def write_nothing(self, reason: str) -> None:
-        """From now on only read: whatever is to be written raises `ImproperlyConfigured` with ``reason``."""
+        """From now on only read. Every attempt to write raises `ImproperlyConfigured` with ``reason``."""
 
         def refuse(_: object) -> bytes:
             raise _OnlyReads(reason)
@@ -210,45 +212,49 @@ class Codec:
         self._dumps = self._dumps_meta = self._dumps_json = refuse
 
     def dumps(self, value: Any, what: str, root: str = "value") -> bytes:
-        """``value`` as bytes, compressed if this codec compresses.
+        """Turn ``value`` into bytes, compressed if this codec compresses.
 
-        ``what`` names it in the `EncodeError`, and the path to what cannot be written begins with ``root``.
+        :param what: the name of the value in an error.
+        :param root: the beginning of the path to a part that cannot be written, in an error.
+        :raises EncodeError: the serializer cannot write the value.
+        :raises ResultTooLargeError: it has more than ``max_result_size`` bytes.
         """
         return self._written(self._dumps, value, what, root=root)
 
     def can_hold(self, value: Any) -> bool:
-        """Whether `dumps` writes ``value``. Unlike the error of that, the answer is cheap."""
+        """Whether `dumps` can write ``value``. This is cheaper than `dumps` when it cannot: it makes no error text."""
         try:
             data = self._dumps(value)
             self._check_types(data, self.serializer)
         except KeyboardInterrupt:
             raise
-        except BaseException:  # a __json__ or __reduce__ of the user's own may raise anything
+        except BaseException:  # the user's __json__ or __reduce__ may raise anything
             return False
         return len(data) <= self.max_result_size
 
     def dumps_chunk(self, chunk: Any, what: str) -> bytes:
-        """As `dumps`, of a chunk of an output: always JSON, and not compressed, for chunks are joined as they are."""
+        """The same as `dumps` for a chunk of an output: always JSON, uncompressed, so that chunks can be joined."""
         return self._written(self._dumps_json, chunk, what, "json", "chunk")
 
     def loads_chunks(self, data: bytes, what: str) -> list[Any]:
-        """The chunks of an entry of an output, a JSON list. Raises `DecodeError`."""
-        try:  # not `reading`: this is done for every message
+        """The chunks in an entry of an output, which is a JSON list. Raises `DecodeError`."""
+        try:  # not `reading`, for speed: this runs for every message
             chunks = self._loads["json"](data)
             if not isinstance(chunks, list) or not chunks:
-                raise TypeError("it is no list of chunks")
+                raise TypeError("it is not a list of chunks")
         except BaseException as exc:
             error = unreadable(what, exc)
             raise error from exc.__cause__ if error is exc else exc
         return chunks
 
     def dumps_text(self, value: Any, what: str) -> bytes:
-        """``value`` as one line of ASCII that every JSON parser reads, for a browser; also where this codec only reads.
+        """Turn ``value`` into one line of ASCII for a browser, in JSON that every parser reads.
 
-        What JSON lacks is tagged as in the store. NaN and the infinities become null, as in JavaScript.
+        It works even after `write_nothing`. Types that JSON does not have are tagged as in the store. NaN and the
+        infinities become null, as in JavaScript.
         """
         data = self._written(self._dumps_text, value, what, "json")
-        if b"NaN" in data or b"Infinity" in data:  # perhaps only in a text
+        if b"NaN" in data or b"Infinity" in data:  # or only a text that contains the word
             data = json.dumps(json.loads(data, parse_constant=_null)).encode()
         return data
 
@@ -260,7 +266,7 @@ class Codec:
         serializer: str | None = None,
         root: str = "value",
     ) -> bytes:
-        """With a ``serializer``: as it is, not compressed."""
+        """Turn ``value`` into bytes. If a ``serializer`` is named, they are not compressed."""
         try:
             data = dumps(value)
             if b"__type__" in data:
@@ -269,15 +275,15 @@ class Codec:
             raise
         except _OnlyReads as exc:
             raise ImproperlyConfigured(str(exc)) from None
-        except BaseException as exc:  # a __json__ or __reduce__ of the user's own may raise anything
+        except BaseException as exc:  # the user's __json__ or __reduce__ may raise anything
             name = serializer or self.serializer
             roots = _parts_of(value) if isinstance(value, TaskMeta) else {root: value}
             reason = explain(roots, self._grammar(name, fixed=serializer is not None), exc)
             raise EncodeError(f"{_describe(what)} cannot be stored as {name}: {reason}") from exc
         if len(data) > self.max_result_size:
             raise ResultTooLargeError(
-                f"{_describe(what)} is {len(data):,} bytes; max_result_size is {self.max_result_size:,}: "
-                f"store a reference to it instead, or raise the bound on both sides"
+                f"{_describe(what)} has {len(data):,} bytes, and max_result_size is {self.max_result_size:,}; "
+                f"store a reference to it instead, or raise max_result_size in writers and readers"
             )
         return data if self.compression is None or serializer else compress(data, self.compression)
 
@@ -287,17 +293,17 @@ class Codec:
         return self._dialect.grammar(serializer, fixed)
 
     def loads(self, data: bytes, what: str) -> Any:
-        """The value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
+        """Read the value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
         data = self._unpacked(data, what)
         name = _serializer_of(data, self.serializer)
         if name in self.accept:
-            try:  # the bytes come from outside: anything that a parser can raise is their fault
+            try:  # the bytes come from outside, and can make a parser raise anything
                 return self._loads[name](data)
             except BaseException as exc:
                 raise unreadable(what, exc) from exc
         raise ContentDisallowed(
             f"{what} was stored with {name}, which this reader does not accept; "
-            f"if you trust everyone who can write to the store, pass accept=({name!r}, …)"
+            f"if you trust every program that can write to the store, pass accept=({name!r}, …)"
         )
 
     def _unpacked(self, data: bytes, what: str) -> bytes:
@@ -309,7 +315,7 @@ class Codec:
             raise unreadable(what, exc) from exc
 
     def _check_types(self, data: bytes, serializer: str) -> None:
-        """Refuse to store what no reader could read: a dict that looks like a tagged value of kombu's and is none."""
+        """Refuse a dict that looks like a tagged value of kombu's (``__type__``) but is none: no reader can read it."""
         if b"__type__" not in data or serializer == "pickle":
             return
         try:
@@ -321,27 +327,27 @@ class Codec:
             ) from exc
 
     def dumps_result(self, meta: TaskMeta) -> bytes:
-        """The result of ``meta`` alone, for stores that keep the other fields in columns of their own."""
+        """Encode only the result of ``meta``, for stores that keep the other fields in separate columns."""
         return self._written_meta(lambda meta: self._dumps(meta.result), meta)
 
     def encode(self, meta: TaskMeta) -> bytes:
-        """``meta`` as one value, its fields in Celery's order.
+        """Encode ``meta`` as one value, with its fields in Celery's order.
 
-        Raises `EncodeError`, which names the task, the path to the value and the type, and `ResultTooLargeError`.
+        Raises `EncodeError`, which names the task, the path to the value and its type; or `ResultTooLargeError`.
         """
         return self._written_meta(self._dumps_meta, meta)
 
     def _written_meta(self, dumps: Callable[[TaskMeta], bytes], meta: TaskMeta) -> bytes:
-        """``meta`` as bytes; an exception as data, unless the serializer can write it as it is."""
+        """Turn ``meta`` into bytes. An exception becomes data, unless the serializer can write the exception itself."""
         if meta.status not in EXCEPTION_STATES or not isinstance(meta.result, BaseException):
             return self._written(dumps, meta, meta)
         if self.serializer == "pickle" and _survives_pickle(meta.result):
-            with suppress(EncodeError):  # it did so once, and that is no promise
+            with suppress(EncodeError):  # it survived pickle once, but may fail the second time
                 return self._written(dumps, meta, meta)
         return self._written_failure(meta.result, lambda data: self._written(dumps, replace(meta, result=data), meta))
 
     def _written_failure(self, exc: BaseException, write: Callable[[dict[str, Any]], bytes]) -> bytes:
-        """``exc`` as data, given to ``write``. What Celery would not store must not keep the rest from being stored."""
+        """Turn ``exc`` into data, and pass it to ``write``. If it is too large, omit what Celery would not store."""
         data = dump_exception(exc, lambda arg: self._check_types(self._dumps(arg), self.serializer))
         try:
             return write(data)
@@ -350,7 +356,7 @@ class Codec:
         return write(data)
 
     def dumps_part(self, number: int, task_id: str, state: str, value: Any, what: str) -> bytes:
-        """A part of a chord, as Celery stores it. Raises as `dumps`."""
+        """Encode a part of a chord, which is the result of one header task, as Celery does. Raises as `dumps` does."""
 
         def write(value: Any) -> bytes:
             return self.dumps([number, task_id, state, value], what, "part")
@@ -360,14 +366,14 @@ class Codec:
         return write(value)
 
     def decode(self, task_id: str, data: bytes) -> TaskMeta:
-        """The meta stored under ``task_id``. Raises as `loads` does, also where a field has the wrong type."""
+        """Decode the meta of ``task_id``. Raises as `loads` does; a field of the wrong type raises `DecodeError`."""
         fields = self.loads(data, f"the result of task {task_id}")
         if not isinstance(fields, dict):
-            raise DecodeError(f"the result of task {task_id} cannot be read: it is no mapping")
+            raise DecodeError(f"the result of task {task_id} cannot be read: it is not a mapping")
         return self.build(task_id, fields)
 
     def build(self, task_id: str, fields: dict[str, Any]) -> TaskMeta:
-        """A meta from its decoded fields, which are taken from ``fields``."""
+        """Build a meta from its decoded fields. This removes the core fields from ``fields``."""
         take = fields.pop
         try:
             status, result, traceback = take("status"), take("result", None), take("traceback", None)
@@ -391,19 +397,19 @@ class Codec:
         return TaskMeta(task_id, status, result, traceback, children, done, fields or None)
 
     def is_success(self, data: bytes) -> bool:
-        """Whether ``data``, a whole stored value, is a task that went well.
+        """Whether ``data``, a whole stored value, is the result of a successful task.
 
-        Raises `DecodeError` where this process cannot tell: another one may be able to read it, and what may be a
-        success must not be overwritten.
+        Raises `DecodeError` if this process cannot read it. It may be a success that another process can read, and such
+        a result must not be overwritten.
         """
         return data.startswith(SUCCESS_HEAD) or self._status_of(data) == SUCCESS
 
     def is_final(self, data: bytes) -> bool:
-        """Whether ``data``, a whole stored value, is a task that is over. Raises as `is_success`."""
+        """Whether ``data``, a whole stored value, is the result of a task that is over. Raises as `is_success` does."""
         return data.startswith(FINAL_HEADS) or self._status_of(data) in READY_STATES
 
     def status(self, data: bytes) -> str | None:
-        """The state in ``data``, a whole stored value; ``None`` if it is no result. Raises as `is_success`."""
+        """The state in ``data``, a whole stored value; ``None`` if it is no result. Raises as `is_success` does."""
         status = self._status_of(data)
         return status if isinstance(status, str) else None
 
@@ -413,7 +419,7 @@ class Codec:
             return None
         try:
             data = self._unpacked(data, what)
-            # Types that are not known here do not matter: nothing but the status is looked at.
+            # JSON is parsed without the types of the dialect: only the status matters, and a type may be unknown here.
             plain = _serializer_of(data, self.serializer) == "json"
             text = data.decode().strip() if plain else ""
             fields = json.loads(text) if plain else self.loads(data, what)
@@ -425,7 +431,7 @@ class Codec:
 
 
 def _keeps(reason: str) -> str:
-    return f"{reason}; it may be a success, and is not overwritten: forget the id first to store another result"
+    return f"{reason}; it may be a success, so it is not overwritten; to store another result, forget the id first"
 
 
 def _describe(what: str | TaskMeta) -> str:
@@ -435,22 +441,22 @@ def _describe(what: str | TaskMeta) -> str:
 
 
 def _parts_of(meta: TaskMeta) -> dict[str, Any]:
-    """What of ``meta`` may be any value, by the names in the path of an `EncodeError`."""
+    """The fields of ``meta`` that may hold any value, by their names in the path of an `EncodeError`."""
     return {"result": meta.result, "children": meta.children, **(meta.extra or {})}
 
 
 def _survives_pickle(exc: BaseException) -> bool:
     try:
-        if _is_ours(exc):  # it would be lost on a Celery without this library
+        if _is_ours(exc):  # a Celery process without this library could not read it
             return False
         _pickle_loads(_pickle_dumps(exc))
-    except BaseException:  # the class is the user's own
+    except BaseException:  # this runs code of the user's class
         return False
     return True
 
 
 def _is_ours(exc: BaseException) -> bool:
-    """Whether its class is this library's, or that of any member if it is a group."""
+    """Whether the class of ``exc``, or of any member if it is a group, belongs to this library."""
     if issubclass(type(exc), BaseExceptionGroup) and any(map(_is_ours, members_of(exc))):
         return True
     return type(exc).__module__.startswith("aioresult.")

@@ -176,7 +176,7 @@ class UnmakeableGroup(ExceptionGroup[Exception]):
         ("shop.payments", "CardDeclined", "shop.payments is not imported in this process; import shop.payments before"),
         (HERE, "CardDeclined", f"the module {HERE} does not define it in this process"),
         (HERE, "Plain.Inner", "does not define it"),
-        ("__main__", "CardDeclined", "define the class in a module that both import"),
+        ("__main__", "CardDeclined", "define the class in a module that both programs import"),
         (HERE, "f.<locals>.E", "it is defined inside a function; define it at the top level"),
         (HERE, "json", "that is not an exception class"),
         ("builtins", "dict", "that is not an exception class"),

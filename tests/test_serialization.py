@@ -588,7 +588,7 @@ UNKNOWN_HERE = {
 @pytest.mark.parametrize("data", UNKNOWN_HERE.values(), ids=UNKNOWN_HERE)
 def test_what_this_process_cannot_read_may_be_a_success(data: bytes) -> None:
     for judge in (Codec(accept=EVERYTHING).is_success, Codec(accept=EVERYTHING).is_final):
-        with pytest.raises(DecodeError, match="not overwritten: forget the id first"):
+        with pytest.raises(DecodeError, match="not overwritten; to store another result, forget the id first"):
             judge(data)
 
 
