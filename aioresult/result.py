@@ -1,6 +1,6 @@
-"""Handles on results: `AsyncResult`, `ResultSet`, `GroupResult`. Creating one costs no I/O.
+"""Handles on results: `AsyncResult`, `ResultSet`, `GroupResult`. Creating one does no I/O.
 
-The names and the shapes are Celery's (``celery/result.py``); what does I/O is a coroutine here, never a property.
+The names are Celery's (``celery/result.py``). Everything that does I/O is a coroutine here, and never a property.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ __all__ = ["AsyncResult", "GroupResult", "ResultBase", "ResultSet", "result_from
 
 T = TypeVar("T")
 
-#: Limits on result tuples, which come from outside: longer chains and deeper groups than anybody builds.
+#: Limits on result tuples, because they come from outside. Real chains and groups are much smaller.
 _MAX_PARENTS = 10_000
 _MAX_NODES = 1_000_000
 
 
 class AsyncResult(LiveResult, Generic[T]):
-    """A handle on the result of one task. ``await`` it for the value, or for the exception that the task raised.
+    """A handle on the result of one task. Awaiting it returns the value, or raises the exception of the task.
 
-    Two handles are equal if they are of the same id in the same store; a handle also equals its id. Once ready, the
-    meta is remembered, and nothing is asked of the server again.
+    Two handles are equal if they have the same id in the same store; a handle also equals its id. Once the task is
+    over, the handle remembers the result and does not ask the server again.
     """
 
     __slots__ = ("__weakref__", "_backend", "parent")
@@ -66,9 +66,9 @@ class AsyncResult(LiveResult, Generic[T]):
 
     @property
     def backend(self) -> ResultStore:
-        """Where the result is kept."""
+        """The backend that keeps the result."""
         if self._backend is None:
-            raise UsageError(f"{self!r} has no backend")
+            raise UsageError(f"{self!r} has no backend; make a handle with backend.result(id)")
         return self._backend
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -85,18 +85,18 @@ class AsyncResult(LiveResult, Generic[T]):
         """Wait until the task is over and return its value.
 
         :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 looks once.
-        :param propagate: raise the task's exception; otherwise return it.
-        :param follow_parents: a parent that failed or was revoked ends the wait, for then this task never runs: its
-            exception takes the place of this task's. It does so also if this task has failed itself, as the callback
-            of a chord does. If several parents failed, it is the one that failed first. A success is never affected.
-        :param on_lost: ``"raise"``: `WorkerLostError` when the process that runs the task dies (see
-            `aioresult.Backend.running`); ``"wait"``, the default: wait for the next attempt.
+        :param propagate: with ``False``, return the task's exception instead of raising it.
+        :param follow_parents: a parent that failed or was revoked ends the wait, because then this task never runs. The
+            exception of that parent is raised, even if this task has failed, too, as the callback of a chord does. If
+            several parents failed, it is that of the first one. A success is never affected.
+        :param on_lost: what to do if the process that runs the task dies (see `aioresult.Backend.running`): ``"wait"``
+            for the next attempt, the default, or ``"raise"`` a `WorkerLostError`.
         :param must_exist: raise `TaskNotFoundError` at once if nothing is stored under the id.
-        :raises TimeoutError: the time is up. The task itself goes on.
-        :raises Exception: what the task raised, of its own class where that is imported here, else a `RemoteError`;
-            the worker's traceback is its ``__cause__``. Each call raises an instance of its own.
+        :raises TimeoutError: the task was not over in time. The task itself goes on.
+        :raises Exception: the task's exception, if its class is imported here, otherwise a `RemoteError`. Its
+            ``__cause__`` is the worker's traceback. Each call raises a new instance.
         :raises TaskRevokedError: the task was revoked.
-        :raises BackendError, SerializationError: the result could not be had or read.
+        :raises BackendError, SerializationError: the result could not be fetched or read.
         """
         if must_exist and not self.ignored and not self._known():
             wait = partial(self.get, propagate=propagate, follow_parents=follow_parents, on_lost=on_lost)
@@ -118,7 +118,7 @@ class AsyncResult(LiveResult, Generic[T]):
         return cast("T", raise_or_return(outcome) if propagate else value_of(outcome))
 
     async def _followed(self, timeout: Timeout) -> Outcome | None:
-        """The outcome once it is known, or that of a parent that failed."""
+        """Wait for the outcome of this task, or of a parent that failed."""
         meta, outcome = self.meta, self.outcome
         if meta is None or not meta.ready or (meta.propagates and self.failure is None):
             with Completions(Lineage[AsyncResult[Any]]([self]), timeout) as completions:
@@ -130,13 +130,13 @@ class AsyncResult(LiveResult, Generic[T]):
 
     @property
     def store(self) -> ResultStore | None:
-        """Where to wait for it; ``None`` if there is nothing to wait for."""
+        """The backend to wait at; ``None`` if there is nothing to wait for."""
         return self._backend
 
     # -- looking, without waiting -----------------------------------------------------------------------------------
 
     async def fetch(self) -> TaskMeta:
-        """Read what is stored now. Raises as `aioresult.backends.base.Backend.get_task_meta`."""
+        """Read what is stored now. Raises the errors of `aioresult.backends.base.Backend.get_task_meta`."""
         meta = await self.backend.get_task_meta(self.id)
         self.set_outcome(meta)
         return meta
@@ -146,23 +146,23 @@ class AsyncResult(LiveResult, Generic[T]):
         return meta if meta is not None and meta.ready else await self.fetch()
 
     async def state(self) -> str:
-        """The task's state; ``"PENDING"`` also for an id that nothing is stored under."""
+        """The task's state. It is ``"PENDING"`` if nothing is stored under the id."""
         return (await self._current()).status
 
     async def ready(self) -> bool:
-        """Whether the task is over, well or not."""
+        """Whether the task is over: it succeeded, failed or was revoked."""
         return (await self._current()).ready
 
     async def successful(self) -> bool:
-        """Whether it returned."""
+        """Whether the task has succeeded."""
         return (await self._current()).status == SUCCESS
 
     async def failed(self) -> bool:
-        """Whether it raised."""
+        """Whether the task has failed."""
         return (await self._current()).status == FAILURE
 
     async def traceback(self) -> str | None:
-        """The worker's traceback, as text."""
+        """The worker's traceback as text, if one is stored."""
         return (await self._current()).traceback
 
     async def children(self) -> list[ResultBase]:
@@ -174,14 +174,14 @@ class AsyncResult(LiveResult, Generic[T]):
         return await self.backend.exists(self.id)
 
     async def forget(self) -> None:
-        """Remove the stored result, and those of the parents."""
+        """Remove the stored result, and the results of the parents."""
         await forget_all([self])
 
     def leaves(self) -> Iterator[AsyncResult[Any]]:
         yield self
 
     def as_list(self) -> list[str]:
-        """The ids of this result and of its parents, the last one first."""
+        """The ids of this result and of its parents, in that order."""
         return [self.id, *(parent.id for parent in parents_of(self) if parent.id is not None)]
 
     def __eq__(self, other: object) -> bool:
@@ -200,9 +200,9 @@ class AsyncResult(LiveResult, Generic[T]):
 
 
 class ResultSet(ResultBase):
-    """Results to be waited for together. ``await`` it for the list of their values, in their order.
+    """Several results to wait for together. Awaiting it returns the list of their values, in order.
 
-    Behaves as a list without duplicates; a group among the members gives a list of its own in the values.
+    It behaves like a list without duplicates. A group among the members has a nested list of values.
     """
 
     id: str | None = None
@@ -217,14 +217,14 @@ class ResultSet(ResultBase):
         return self.get().__await__()
 
     async def get(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
-        """The values, in order, once all members are over; nested groups keep their shape.
+        """Wait until all members are over, and return their values in order. Nested groups keep their shape.
 
-        :param timeout: seconds for all of them together; ``None`` for the ``default_timeout`` of the first member's
+        :param timeout: seconds for all members together; ``None`` for the ``default_timeout`` of the first member's
             backend, infinity for ever. 0 looks once.
-        :param propagate: raise the exception of the first member that fails, as soon as it does; otherwise wait for
-            all and return exceptions in their places. A member that waits for a parent which failed, its own or that of
-            a group around it, is over with the parent's exception; see ``follow_parents`` of `AsyncResult.get`.
-        :raises TimeoutError: the time is up. For the rest see `AsyncResult.get`.
+        :param propagate: raise the exception of the first member that fails, as soon as it does. With ``False``, wait
+            for all members, and return exceptions in their places. If a parent of a member or of its group has failed,
+            the member is over with that parent's exception; see ``follow_parents`` of `AsyncResult.get`.
+        :raises TimeoutError: some members were not over in time. For other errors see `AsyncResult.get`.
         """
         members = self._frozen()
         with Completions(Lineage[AsyncResult[Any]]([members]), timeout) as completions:
@@ -235,7 +235,7 @@ class ResultSet(ResultBase):
         return members.value()
 
     def _frozen(self, nesting: int = 0) -> ResultSet:
-        """The members as they are now: what is added to a set during a wait belongs to the next one."""
+        """A copy with the present members. A member that is added during a wait belongs to the next wait."""
         check_nesting(nesting)
         frozen = ResultSet(
             member._frozen(nesting + 1) if isinstance(member, ResultSet) else member for member in self.results
@@ -244,17 +244,16 @@ class ResultSet(ResultBase):
         return frozen
 
     async def join(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
-        """The same as `get`; Celery has both names."""
+        """The same as `get`. Celery has both names."""
         return await self.get(timeout, propagate)
 
     async def as_completed(self, timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
-        """The single results in the order in which they finish, each one ready: awaiting it does no I/O.
+        """Yield the single results in the order in which they finish. Each one is ready: awaiting it does no I/O.
 
-        The failed ones are handed over like the others; awaiting one raises. So are those that wait for a parent which
-        failed: awaiting one reads once more whether it succeeded after all, and raises the parent's exception.
+        It yields failed results, too; awaiting one raises. It also yields a result that waits for a failed parent:
+        awaiting that one reads again whether it has succeeded after all, and otherwise raises the parent's exception.
 
-        Leaving the loop early ends the subscriptions when the iterator is closed: wrap it in `contextlib.aclosing` to
-        have that happen at once.
+        Closing the iterator ends the subscriptions. `contextlib.aclosing` closes it as soon as you leave the loop.
 
         :raises TimeoutError: ``timeout`` seconds after the first step, if results are missing then.
         """
@@ -264,11 +263,11 @@ class ResultSet(ResultBase):
                     yield leaf
 
     def progress(self, interval: Seconds = 0.1) -> AsyncGenerator[GroupProgress, None]:
-        """How many members are over, as ``async for progress in group.progress()``: now, and whenever that changes.
+        """Yield how many members are over, now and whenever that changes: ``async for progress in group.progress()``.
 
-        The last one has ``done == total``. An exception of a task is not raised, but counted.
+        The last one has ``done == total``. The exception of a task is counted, and not raised.
 
-        :param interval: seconds between two of them, at least.
+        :param interval: the least number of seconds between two of them.
         """
         return progress_of(Lineage[AsyncResult[Any]]([self._frozen()]), interval, self.id)
 
@@ -280,23 +279,23 @@ class ResultSet(ResultBase):
         return [leaf.meta or TaskMeta.pending(leaf.id) for leaf in leaves]
 
     async def ready(self) -> bool:
-        """Whether all members are over, well or not."""
+        """Whether all members are over: they succeeded, failed or were revoked."""
         return all(meta.ready for meta in await self._metas())
 
     async def waiting(self) -> bool:
-        """Whether any member is not over."""
+        """Whether any member is not over yet."""
         return not await self.ready()
 
     async def successful(self) -> bool:
-        """Whether all members returned."""
+        """Whether all members have succeeded."""
         return all(meta.status == SUCCESS for meta in await self._metas())
 
     async def failed(self) -> bool:
-        """Whether any member raised."""
+        """Whether any member has failed."""
         return any(meta.status == FAILURE for meta in await self._metas())
 
     async def completed_count(self) -> int:
-        """How many members returned; a nested group counts as one, and once all of it did."""
+        """How many members have succeeded. A nested group counts as one, once all of its members have succeeded."""
         await self._metas()
         return sum(
             all(leaf.meta is not None and leaf.meta.status == SUCCESS for leaf in result.leaves())
@@ -308,7 +307,7 @@ class ResultSet(ResultBase):
         return list(self.results)
 
     async def forget(self) -> None:
-        """Remove the members' stored results, and those of their parents, in few round trips."""
+        """Remove the results of the members and of their parents, in few round trips."""
         await forget_all(self.leaves())
 
     def _members(self) -> Iterable[ResultBase] | None:
@@ -335,12 +334,12 @@ class ResultSet(ResultBase):
     # -- the list ---------------------------------------------------------------------------------------------------
 
     def add(self, result: ResultBase) -> None:
-        """Append a member; does nothing if it is one."""
+        """Append a member. Does nothing if the set has it already."""
         if result not in self.results:
             self.results.append(result)
 
     def update(self, results: Iterable[ResultBase]) -> None:
-        """Append those that are not members yet."""
+        """Append each result that is not a member yet."""
         known = set(self.results)
         for result in results:
             if result not in known:
@@ -348,7 +347,7 @@ class ResultSet(ResultBase):
                 self.results.append(result)
 
     def remove(self, result: ResultBase | str) -> None:
-        """Remove a member, given as a handle or an id. Raises `KeyError` if it is none."""
+        """Remove a member, given as a handle or an id. Raises `KeyError` if it is not a member."""
         for index, member in enumerate(self.results):
             if member == result:
                 del self.results[index]
@@ -356,12 +355,12 @@ class ResultSet(ResultBase):
         raise KeyError(result)
 
     def discard(self, result: ResultBase | str) -> None:
-        """Remove a member if it is one."""
+        """Remove a member, given as a handle or an id. Does nothing if it is not a member."""
         if result in self.results:
             self.remove(result)
 
     def clear(self) -> None:
-        """Remove all members; their stored results stay."""
+        """Remove all members from the set. Their stored results stay."""
         self.results.clear()
 
     def __len__(self) -> int:
@@ -378,8 +377,8 @@ class ResultSet(ResultBase):
 
     def __hash__(self) -> int:
         raise TypeError(
-            f"{type(self).__name__} has no id to hash: put its members, or a GroupResult, into sets; and to await it "
-            f"beside others use aioresult.gather, or pass its get() to asyncio.gather"
+            f"{type(self).__name__} has no id to hash: put its members, or a GroupResult, into sets. To await it "
+            f"together with others, use aioresult.gather, or pass its get() to asyncio.gather"
         )
 
     def __repr__(self) -> str:
@@ -389,7 +388,7 @@ class ResultSet(ResultBase):
 
 
 class GroupResult(ResultSet):
-    """A `ResultSet` with an id, under which it can be saved and restored in another process."""
+    """A `ResultSet` with an id. It can be saved under this id, and restored in another process."""
 
     id: str
 
@@ -409,10 +408,10 @@ class GroupResult(ResultSet):
     def of(
         cls, results: Iterable[SupportsAsTuple | str | UUID], backend: ResultStore, id: str | UUID | None = None
     ) -> Self:
-        """A group of results given as handles or ids; ``id`` is made up if there is none."""
+        """Make a group of results, given as handles or ids. Without ``id`` it gets a new id."""
         if isinstance(results, str):
-            raise UsageError(f"pass several results or ids, not {results!r}; a group that was saved: restore_group")
-        # Ids are looked for first: an abstract class is slow to say that something is no instance of it.
+            raise UsageError(f"pass several results or ids, not {results!r}; for a saved group, call restore_group")
+        # Test for a str first: `isinstance` with an abstract class is slow if the answer is no.
         handles = (
             backend.result(item)
             if isinstance(item, str)
@@ -425,7 +424,7 @@ class GroupResult(ResultSet):
 
     @property
     def backend(self) -> ResultStore:
-        """Where the group is saved: the one it was made with, else that of its first member."""
+        """The backend that saves the group: the one that it was made with, otherwise that of its first member."""
         stores = (leaf.store for leaf in self.leaves())
         backend = self._backend or next((store for store in stores if store is not None), None)
         if backend is None:
@@ -433,16 +432,16 @@ class GroupResult(ResultSet):
         return backend
 
     async def save(self) -> None:
-        """Remember the members, for `restore`."""
+        """Store the members of the group, so that any process can get them with `restore`."""
         await self.backend.save_group(self.id, self)
 
     @classmethod
     async def restore(cls, id: str | UUID, backend: ResultStore) -> GroupResult | None:
-        """The group saved under ``id``, or ``None``."""
+        """Read the group that was saved under ``id``; ``None`` if there is none."""
         return cast("GroupResult | None", await backend.restore_group(checked_id(id)))
 
     async def delete(self) -> None:
-        """Forget the saved group; the members' results stay."""
+        """Remove the saved group. The results of its members stay."""
         await self.backend.delete_group(self.id)
 
     def _members_as_tuples(self, nesting: int) -> list[ResultTuple] | None:
@@ -463,16 +462,16 @@ class GroupResult(ResultSet):
 
 
 def result_from_tuple(data: Any, backend: ResultStore | None) -> ResultBase:
-    """The handle that ``data``, from `ResultBase.as_tuple` or from Celery, describes.
+    """Make a handle from ``data``, a tuple that comes from `ResultBase.as_tuple` or from Celery.
 
-    :raises DecodeError: it is not such a tuple.
-    :raises CyclicResultError: it contains itself, or nests deeper than any real workflow.
+    :raises DecodeError: ``data`` is not such a tuple.
+    :raises CyclicResultError: it refers to itself, or nests deeper than any real workflow.
     """
     return _Builder(backend).build(data, 0)
 
 
 class _Builder:
-    """Builds handles from tuples out of the store, with a bound on everything that data could make endless."""
+    """Builds handles from tuples in the store. Limits keep hostile data from making this endless."""
 
     def __init__(self, backend: ResultStore | None) -> None:
         self._backend = backend
@@ -486,7 +485,7 @@ class _Builder:
             chain.append((task_id, members))
             self._nodes += 1
             if len(chain) > _MAX_PARENTS or self._nodes > _MAX_NODES:
-                raise CyclicResultError("results are chained without end, or in a circle")
+                raise CyclicResultError("the stored results refer to each other in a circle, or the chain is too long")
             data = parent
         result: ResultBase | None = None
         for task_id, members in reversed(chain):
@@ -496,5 +495,5 @@ class _Builder:
                 nested = [self.build(member, nesting + 1) for member in members]
                 result = GroupResult(task_id, nested, result, self._backend)
         if result is None:
-            raise DecodeError("a result tuple is empty")
+            raise DecodeError("the stored result tuple is empty")
         return result
