@@ -1,4 +1,4 @@
-"""aioresult: the results of a task queue, awaited.
+"""aioresult: await the results of a task queue.
 
 >>> import asyncio, aioresult
 >>> async def main():

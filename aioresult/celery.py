@@ -1,4 +1,4 @@
-"""For services that have a Celery app: its results, awaited.
+"""For services that have a Celery app: await the results of its tasks.
 
 ::
 
@@ -33,22 +33,24 @@ __all__ = ["TaskOutput", "backend_from_app", "dispatch", "output", "result_from_
 
 
 def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
-    """A backend, not yet open, that reads and writes what the app's own result backend does.
+    """Make a backend that reads and writes the same results as the app's own result backend. It is not yet open.
 
-    docs/celery.md lists what becomes of each setting of Celery's: it is taken over, has no meaning here, or is refused.
-    ``options`` are those of `aioresult.connect` and take precedence; ``connect_options`` for Redis do so one by one.
+    It takes over Celery's settings. docs/celery.md lists for each setting whether it is taken over, has no meaning
+    here, or is refused.
 
-    If this library lacks the app's ``result_serializer``, the backend reads what is stored with another, and whatever
-    stores raises `ImproperlyConfigured`.
+    If this library does not have the app's ``result_serializer``, the backend only reads: it can read results that were
+    stored with another serializer, and every call that stores raises `ImproperlyConfigured`.
 
-    :raises ImproperlyConfigured: the app has no result backend, or one that this library has not, or a setting that
-        cannot be taken over; names it, and what to do.
+    :param options: the same as for `aioresult.connect`. They take precedence over Celery's settings. For Redis, each
+        entry of ``connect_options`` takes precedence by itself.
+    :raises ImproperlyConfigured: the app has no result backend, or one that this library does not have, or a setting
+        that cannot be taken over. The message names it, and the remedy.
     """
     name = app.backend_cls or app.conf.result_backend
     if isinstance(name, type):
         raise ImproperlyConfigured(
-            f"the Celery app {app.main!r} has a result backend class of its own, {name.__qualname__}; if it keeps "
-            f"results as Celery's do, make the backend with aioresult.connect(url)"
+            f"the Celery app {app.main!r} has a result backend class of its own, {name.__qualname__}; if it stores "
+            f"results in the same way as Celery's, make the backend with aioresult.connect(url)"
         )
     if not isinstance(name, str) or name.startswith("disabled"):
         raise ImproperlyConfigured(f"the Celery app {app.main!r} has no result backend; set result_backend to a URL")
@@ -58,30 +60,30 @@ def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
     backend = connect(url, **cast("ConnectOptions", taken))
     if missing is not None:
         backend.codec.write_nothing(
-            f"result_serializer={missing!r} is none that aioresult has, so this backend only reads; "
-            f"to store, pass serializer= to backend_from_app, and let the app accept that content"
+            f"aioresult does not support result_serializer={missing!r}, so this backend only reads; to store, "
+            f"pass serializer= to backend_from_app, and add that serializer to the app's accept_content"
         )
     return backend
 
 
 def _refuse_replaced(app: Celery, name: str) -> None:
-    """Raise if the app, or a package that is installed, has put a class of its own under a name that is also ours."""
+    """Raise if the app or an installed package has replaced the backend class of a name that this library has, too."""
     alias = name.partition("://")[0].partition("+")[0]
     replaced = {**app.loader.override_backends, **dict(load_extension_class_names("celery.result_backends"))}
     if alias in BACKEND_ALIASES and alias in replaced:
         raise ImproperlyConfigured(
             f"result_backend {alias!r} of the Celery app {app.main!r} is {replaced[alias]!r}, not Celery's own; if it "
-            f"keeps results as Celery's does, make the backend with aioresult.connect(url)"
+            f"stores results in the same way, make the backend with aioresult.connect(url)"
         )
 
 
 def result_from_celery(result: Any, backend: Backend) -> ResultBase:
-    """A handle of ours for one of Celery's: what ``delay``, ``apply_async`` or a canvas returned.
+    """Make a handle of this library from a result of Celery's: what ``delay``, ``apply_async`` or a canvas returned.
 
-    Parents, members, eager results and ``ignore_result`` are kept. No I/O. If it is a single result,
-    ``backend.result(result)`` does the same; if it is a group, ``backend.group(result)`` does.
+    It keeps parents, members, eager results and ``ignore_result``. No I/O. For a single result,
+    ``backend.result(result)`` does the same; for a group, ``backend.group(result)`` does.
 
-    :raises UsageError: it is no result of Celery's.
+    :raises UsageError: ``result`` is not a result of Celery's.
     """
     if is_celerys(result):
         return from_celery(result, backend)
@@ -91,10 +93,11 @@ def result_from_celery(result: Any, backend: Backend) -> ResultBase:
 
 
 async def dispatch(ready: ReadyChord, app: Celery) -> None:
-    """Publish the body of a Celery chord with its results; if a part failed, fail the body as a worker would.
+    """Send the callback of a Celery chord to the queue, with the results of the header.
 
-    To be called inside ``async with ready``, or given to `aioresult.connect` (with the app bound by
-    `functools.partial`) as ``on_chord_ready``. Celery's publishing blocks, so it is done in a thread.
+    If a part of the chord failed, this fails the callback, as a worker of Celery does. Call it inside
+    ``async with ready``. Or pass it to `aioresult.connect` as ``on_chord_ready``, with the app bound by
+    `functools.partial`. Publishing blocks in Celery, so it runs in a thread.
     """
     await asyncio.to_thread(_publish, ready, app)
 
@@ -113,13 +116,14 @@ def _publish(ready: ReadyChord, app: Celery) -> None:
 async def revoke(
     result: AsyncResult[Any], app: Celery, reason: str = "", *, terminate: bool = False, signal: str = "SIGTERM"
 ) -> bool:
-    """As `AsyncResult.revoke`, and have Celery's workers drop the task, too.
+    """Revoke a task with `AsyncResult.revoke`, and have Celery's workers drop it, too.
 
-    Celery's workers do not know ours: a task that waits in their queue is dropped when its turn comes; one that they
-    run goes on, unless ``terminate`` ends the process of the pool that runs it with ``signal``. Celery's own broadcast
-    blocks, so it is sent from a thread; a worker that is not connected does not hear it.
+    Celery's workers do not see the revocations of this library, so this also sends Celery's own broadcast. A worker
+    drops a task that still waits in the queue when its turn comes. A running task goes on, unless ``terminate`` is set:
+    then the worker ends the pool process that runs it with ``signal``. The broadcast blocks, so it is sent from a
+    thread. A worker that is not connected does not receive it.
 
-    :returns: false if the task had succeeded or failed before; then Celery's workers are not asked.
+    :returns: false if the task had succeeded or failed before. Then Celery's workers are not asked.
     """
     if not isinstance(result, AsyncResult):
         raise UsageError(not_a_handle(result))
@@ -130,7 +134,7 @@ async def revoke(
 
 
 def output(task: Any, *, keep: Keep | None = None) -> TaskOutput:
-    """The output of a Celery task, written from within it, for readers of `AsyncResult.stream`.
+    """Open the output of a Celery task from within the task. Readers get it with `AsyncResult.stream`.
 
     ::
 
@@ -140,24 +144,24 @@ def output(task: Any, *, keep: Keep | None = None) -> TaskOutput:
                 for token in model(prompt):
                     out.send(token)
 
-    It uses the Redis client of the app's own result backend, and the keys of `aioresult.backends.redis`. There is no
-    lease: if the worker is killed, its readers wait for the next attempt.
+    It uses the Redis client of the app's own result backend, and the keys of `aioresult.backends.redis`. The worker has
+    no lease, so its death is not noticed: if it is killed, readers wait for the next attempt.
 
     :param task: the bound task.
-    :param keep: how much of it the log keeps; see `aioresult.Backend.output`.
-    :raises ImproperlyConfigured: the app keeps its results elsewhere than in Redis.
+    :param keep: how much of the output is kept; see `aioresult.Backend.output`.
+    :raises ImproperlyConfigured: the app does not keep its results in Redis.
     """
     backend = task.app.backend
     if not hasattr(backend, "client") or not type(backend).__module__.startswith("celery.backends.redis"):
         raise ImproperlyConfigured(
-            f"the output of a Celery task needs Celery's Redis result backend, and the app {task.app.main!r} has "
-            f"{type(backend).__name__}; an asyncio worker can use backend.output(task_id) with any store"
+            f"the output of a Celery task needs Celery's Redis result backend, but the app {task.app.main!r} has "
+            f"{type(backend).__name__}; an asyncio worker can use backend.output(task_id) with any backend"
         )
     return TaskOutput(backend, task.request.id, keep)
 
 
 class TaskOutput:
-    """See `output`. Each `send` is one round trip: when it returns, the readers have been told."""
+    """The output of one Celery task; see `output`. Each `send` is one round trip, after which readers are notified."""
 
     def __init__(self, backend: Any, task_id: str, keep: Keep | None = None) -> None:
         from .backends.redis.sync import flush_now  # needs the driver that the app's own backend has imported
@@ -174,11 +178,13 @@ class TaskOutput:
         self._closed = False
 
     def send(self, *chunks: Any) -> None:
-        """Send one chunk, or several at once; each is any value that JSON holds.
+        """Send one chunk or several. A chunk is any value that JSON can hold.
 
-        :raises EncodeError: JSON cannot hold it.
-        :raises OutputSuperseded: another attempt of the task writes the output: stop this one.
-        :raises Exception: what redis-py raises. The chunks may have been stored then.
+        When this returns, the chunks are stored, and the readers have been notified.
+
+        :raises EncodeError: JSON cannot hold a chunk.
+        :raises OutputSuperseded: another attempt of the task writes the output. Stop this attempt.
+        :raises Exception: any error of redis-py. The chunks may have been stored.
         """
         if self._closed:
             raise UsageError(f"the output of task {self.task_id} was closed")
@@ -206,4 +212,4 @@ class TaskOutput:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         if exc is None:
-            self.close()  # else the task's end will end it, or its next attempt writes it anew
+            self.close()  # after an exception, the end of the task ends the output, or its next attempt writes it again

@@ -1,4 +1,4 @@
-"""``must_exist``: a wait that begins only if something is stored."""
+"""The parameter ``must_exist``: a wait that begins only if something is stored under the id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class _Store(Protocol):
-    """What this needs of a backend."""
+    """What this module needs of a backend."""
 
     @property
     def default_timeout(self) -> float | None: ...
@@ -25,9 +25,10 @@ class _Store(Protocol):
 
 
 async def when_stored(store: _Store, task_id: str, timeout: Timeout, wait: Callable[[float], Awaitable[T]]) -> T:
-    """``await wait(seconds)`` with what is left of ``timeout``, if anything is stored under ``task_id``.
+    """Await ``wait(seconds)`` if anything is stored under ``task_id``. ``seconds`` is the rest of ``timeout``.
 
-    Raises `TaskNotFoundError` if nothing is, and otherwise as `Backend.exists`.
+    Raises `TaskNotFoundError` if nothing is stored. The check itself raises `TimeoutError`, or the errors of
+    `Backend.exists`.
     """
     now = asyncio.get_running_loop().time
     began, seconds = now(), checked_timeout(timeout, store.default_timeout)
@@ -43,7 +44,7 @@ async def when_stored(store: _Store, task_id: str, timeout: Timeout, wait: Calla
     if not found:
         raise TaskNotFoundError(
             f"nothing is stored under the id of task {task_id}. It was never submitted, or its result has expired or "
-            f"was forgotten. A task that is only submitted has nothing stored either, unless the submitter calls "
+            f"was forgotten. Submitting a task stores nothing either, unless the submitter calls "
             f"'await backend.mark_as_pending(task_id)'"
         )
     return await wait(left)

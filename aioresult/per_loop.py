@@ -1,4 +1,4 @@
-"""`per_loop`: an open backend for each event loop, for frameworks that run every request in a loop of its own."""
+"""`per_loop`: an open backend for each event loop, for frameworks that run each request in its own event loop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ __all__ = ["PerLoop", "per_loop"]
 
 
 def per_loop(url: str | Callable[[], Backend], **options: Unpack[ConnectOptions]) -> PerLoop:
-    """One open backend for each event loop: opened when the loop first asks for it, closed with the loop.
+    """Make an object that holds one open backend for each event loop.
 
-    A backend belongs to the event loop that opened it. Django's ``runserver``, WSGI and tests run every request in an
-    event loop of its own, so a module cannot hold one open backend there. It can hold this::
+    A backend is opened when its event loop first asks for it, and closed when that loop ends. A backend belongs to the
+    event loop that opened it. Django's ``runserver``, WSGI and tests run each request in its own event loop, so a
+    module cannot hold one open backend there. It can hold this object instead::
 
         results = aioresult.per_loop("redis://localhost:6379/0")
 
@@ -26,19 +27,19 @@ def per_loop(url: str | Callable[[], Backend], **options: Unpack[ConnectOptions]
             backend = await results.current()
             return JsonResponse({"value": await backend.result(task_id).get(timeout=30)})
 
-    :param url: as for `aioresult.connect`; or a callable without arguments that returns a new backend, not yet open,
-        such as ``functools.partial(aioresult.celery.backend_from_app, app)``.
-    :param options: as for `aioresult.connect`.
-    :raises ImproperlyConfigured: as `aioresult.connect`, at once. No I/O.
+    :param url: the same as for `aioresult.connect`. Or a callable without arguments that returns a new backend, not yet
+        open, such as ``functools.partial(aioresult.celery.backend_from_app, app)``.
+    :param options: the same as for `aioresult.connect`.
+    :raises ImproperlyConfigured: the same as from `aioresult.connect`. It is raised by this call, which does no I/O.
     """
     if not isinstance(url, str):
         return PerLoop(url)
-    connect(url, **options)  # a mistake is to be seen where it was made, and not in the first request
+    connect(url, **options)  # so that a mistake raises here, and not in the first request
     return PerLoop(lambda: connect(url, **options))
 
 
 class PerLoop:
-    """Gives each event loop an open backend; see `aioresult.per_loop`. May be used from any thread."""
+    """Holds one open backend for each event loop; see `aioresult.per_loop`. May be used from any thread."""
 
     def __init__(self, make: Callable[[], Backend]) -> None:
         self._make = make
@@ -46,12 +47,13 @@ class PerLoop:
         self._held: dict[asyncio.AbstractEventLoop, _Held] = {}
 
     async def current(self) -> Backend:
-        """The backend of the running event loop. The first call in a loop opens it; calls meanwhile wait for that.
+        """Return the open backend of the running event loop. The first call in a loop opens it.
 
-        The backend is closed when the loop ends: `asyncio.run` does so, and every server that uses it. A backend that
-        was closed before is opened again.
+        Calls during the opening wait for it. The backend is closed at the end of the loop, when the loop shuts down its
+        asynchronous generators. `asyncio.run` does so, and every server that uses it. If the backend was closed before,
+        this opens it again.
 
-        :raises BackendConnectionError: the server cannot be reached; the next call tries again.
+        :raises BackendConnectionError: the server cannot be reached. The next call tries again.
         """
         loop = asyncio.get_running_loop()
         held = self._held.get(loop)
@@ -60,21 +62,21 @@ class PerLoop:
             with self._lock:
                 ended = [self._held.pop(each) for each in tuple(self._held) if each.is_closed()]
                 self._held[loop] = held
-            for each in ended:  # of a loop that ended without closing its asynchronous generators
+            for each in ended:  # their loops ended without closing their asynchronous generators
                 await each.backend.aclose()
         if not held.backend.is_open:
             await held.open()
         return held.backend
 
     async def aclose(self) -> None:
-        """Close the backend of the running event loop, if there is one. `current` opens a new one."""
+        """Close the backend of the running event loop, if there is one. After that, `current` opens a new one."""
         held = self._held.get(asyncio.get_running_loop())
         if held is not None:
             await held.closing.aclose()
             await held.backend.aclose()
 
     async def _closing(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
-        """Waits for the end of the loop, which closes the asynchronous generators that were begun in it."""
+        """Close the backend at the end of the loop, which closes all asynchronous generators that began in it."""
         held = self._held[loop]
         try:
             yield

@@ -1,4 +1,4 @@
-"""A warning for waits that may never end: for a minute, nothing has been stored under the id."""
+"""A warning for waits that may never end, because nothing has been stored under the id for a minute."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Unheard"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: At so many looks in a row nothing must be stored. The first look comes after a quarter of the time at most, and each
-#: further one after another quarter.
+#: The warning comes after so many looks that found nothing stored. The first look comes within a quarter of the time,
+#: and each further look after another quarter.
 _LOOKS = 5
 #: How many ids the warning names.
 _NAMED = 5
 
 
 class _Topic(Protocol):
-    """What this needs of an id that is waited for in the hub."""
+    """What this module needs of a topic, which is an id that has waiters in the hub."""
 
     known: TaskMeta | Exception | None
     looks: int
@@ -31,14 +31,14 @@ class _Topic(Protocol):
 
 
 class Unheard:
-    """Looks at the ids in ``topics`` now and then, and warns once of each under which nothing is stored for `after`.
+    """Looks at the ids in ``topics`` from time to time, and warns once of each id that stays empty for `after` seconds.
 
-    One timer serves all ids, and it runs only while there are any. A look asks the server nothing: it goes by what the
-    last read has found and by the messages since. So it is done by the hub's own task, between the calls to the server.
-    At such a moment an id that is in none of the ``queues`` has been read; during an outage all ids are in a queue, and
-    no look counts. ``wake()`` has the hub call `look` soon.
+    An id is empty if nothing is stored under it. One timer serves all ids, and runs only while there are ids. A look
+    does not ask the server: it uses what the last read has found, and the messages since. The hub's own task does it,
+    between its calls to the server. At that moment, each id that is in none of the ``queues`` has been read. During an
+    outage all ids are in a queue, so no look counts. ``wake()`` makes the hub call `look` soon.
 
-    An id counts as waited for as long as it has a waiter. Waits that follow each other without a pause are one.
+    The time counts while the id has a waiter. If one wait follows another without a pause, they count as one wait.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Unheard:
         self._queues = queues
         self._wake = wake
         self._where = where
-        #: In seconds. The warning may come up to a quarter later.
+        #: Seconds until the warning. It may come up to a quarter of that later.
         self.after: float = 60.0
-        #: Whether the hub is to call `look`.
+        #: Whether the hub should call `look`.
         self.due: bool = False
         self.timer: asyncio.TimerHandle | None = None
 
     def set_timer(self) -> None:
-        """Begin to look. The hub calls this when an id is waited for and `timer` is ``None``."""
+        """Start the timer. The hub calls this when an id has a waiter and `timer` is ``None``."""
         pause = self.after / (_LOOKS - 1)
         self.timer = asyncio.get_running_loop().call_later(pause, self._ring, context=EMPTY)
 
@@ -71,7 +71,7 @@ class Unheard:
             self.set_timer()
 
     async def look(self) -> None:
-        """Look at every id, a few hundred at a time, and log one warning for all that are due."""
+        """Look at every id, a few hundred at a time, and log one warning for all ids that are due."""
         self.due = False
         overdue: list[str] = []
         for ids in chunked(self._topics, SLICE):
@@ -83,14 +83,14 @@ class Unheard:
 
     def _is_overdue(self, task_id: str) -> bool:
         topic = self._topics.get(task_id)
-        # What is waited for and is no task begins with NUL.
+        # A topic that is not a task begins with NUL.
         if topic is None or topic.looks >= _LOOKS or topic.known is not None or task_id[0] == "\x00":
             return False
         for queue in self._queues:
             if task_id in queue:
                 return False
         topic.looks += 1
-        # Not if every waiter expects that nothing is stored yet.
+        # No warning if every waiter expects that nothing is stored yet.
         return topic.looks == _LOOKS and not all(
             getattr(waiter, "expects_nothing", False) for waiter in topic.waiters()
         )
@@ -111,6 +111,6 @@ class Unheard:
         )
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop the timer."""
         if self.timer is not None:
             self.timer.cancel()
