@@ -100,7 +100,7 @@ class Backend(OperationsSide):
       (30). Give all processes the same value.
 
     Chords. A chord is a group of tasks, its header, and a callback that runs with their results. Each result is a part
-    of the chord. The process that gets the last part claims the callback, and dispatches it.
+    of the chord. The process that stores the last part claims the callback, and dispatches it.
 
     - ``chord_lease``: how many seconds the claim lasts without a sign of life (30). Then another process may claim the
       callback.

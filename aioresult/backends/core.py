@@ -315,7 +315,7 @@ class BackendCore(BackendContract):
     def _foreign(self) -> WrongEventLoopError:
         if os.getpid() != self._pid:
             return WrongEventLoopError(
-                f"{self!r} was opened in the process {self._pid}, and this is its child process {os.getpid()}; "
+                f"{self!r} was opened in another process, {self._pid}; this is its child process, {os.getpid()}; "
                 f"call 'await backend.open()' here, or open one backend per process"
             )
         if get_ident() != self._thread:

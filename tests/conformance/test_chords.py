@@ -399,7 +399,7 @@ async def test_what_is_no_size_is_refused(harness: Harness, size: Any) -> None:
 async def test_what_is_no_size_index_or_lease_is_refused(harness: Harness) -> None:
     backend = await harness.connect()
     no_size: Any = None
-    with pytest.raises(UsageError, match=r"the size of a chord is a whole number .*, not None"):
+    with pytest.raises(UsageError, match=r"the size of a chord must be a whole number .*, not None"):
         await backend.set_chord_size("g", no_size)
     for index in (-1, 2**70, "0", 0.5):
         with pytest.raises(UsageError, match="the index of a part must be a whole number from 0 to"):
