@@ -66,7 +66,7 @@ class Source(Protocol):
 
 
 class _Topic:
-    """An id that has waiters. There may be a hundred thousand topics, most of them with a single waiter."""
+    """The waiters of one id, and what they know. There may be 100,000 topics, most of them with a single waiter."""
 
     __slots__ = ("_more", "heard", "known", "looks", "mark", "newcomers", "queued", "sole", "subscribed")
 
@@ -462,7 +462,7 @@ class Hub:
             raise broken
 
     async def _split(self, operation: Callable[[Sequence[str]], Awaitable[None]], ids: Sequence[str]) -> None:
-        """Await ``operation(ids)``. If the server refuses it, split the ids in halves, until the bad id is alone."""
+        """Await ``operation(ids)``. If the server refuses it, split the ids into halves, until the bad id is alone."""
         try:
             await operation(ids)
         except BackendConnectionError:

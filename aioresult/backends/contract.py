@@ -282,7 +282,10 @@ class BackendContract(ABC):
         return GroupCounts(0, 0)
 
     async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
-        """Do each step atomically. If it changes a chord, call `_chord_news` in every process that subscribed to it.
+        """Do each step atomically, and notify the processes that wait for what it has changed.
+
+        Call `_chord_news` in every process that subscribed to the chord if the step completes or finishes it, gives the
+        claim back, or adds the first part that failed. The chords of `aioresult.backends.memory` are the reference.
 
         Optional, together with `_active_chords`. A store without them keeps results and groups, but counts no chords.
         """
