@@ -505,6 +505,22 @@ async def test_a_database_of_an_older_version_does_all_but_running_tasks(
         assert await flush(backend)
 
 
+async def test_a_function_that_took_other_arguments_is_replaced(
+    postgres_url: str, admin: asyncpg.Connection[Any]
+) -> None:
+    await PostgresBackend(postgres_url).create_schema()
+    await admin.execute(
+        "DROP FUNCTION celery_taskmeta_steps; "
+        "CREATE FUNCTION celery_taskmeta_steps(prefix text) RETURNS text LANGUAGE sql AS 'SELECT prefix'; "
+        "COMMENT ON FUNCTION celery_taskmeta_steps IS 'aioresult 0123456789abcdef'"
+    )
+    async with PostgresBackend(postgres_url, create=True) as backend:
+        async with backend.running("t"):
+            pass
+        assert (await backend.get_task_meta("t")).status == SUCCESS
+    assert await admin.fetchval("SELECT count(*) FROM pg_proc WHERE proname = 'celery_taskmeta_steps'") == 1
+
+
 @pytest.mark.parametrize("durable", [False, True])
 async def test_output_is_on_disk_only_where_that_is_asked_for(
     postgres_url: str, admin: asyncpg.Connection[Any], durable: bool

@@ -249,11 +249,16 @@ def _unless_current(name: str, file: str, words: Mapping[str, str]) -> str:
     """SQL that creates the function unless this version of it exists: only its owner has the right to replace it."""
     comment = literal_sql(digest(file))
     return f"""DO $aioresult_unless$
+DECLARE
+    before oid := to_regproc({literal_sql(name)});
 BEGIN
     IF obj_description(to_regproc({literal_sql(name)}), 'pg_proc') IS DISTINCT FROM {comment} THEN
         EXECUTE $aioresult_function$
 {_text(file).format_map(words)}
         $aioresult_function$;
+        IF to_regproc({literal_sql(name)}) IS NULL THEN -- an older one has other arguments: the name means both
+            EXECUTE format('DROP FUNCTION %s', before::regprocedure);
+        END IF;
         COMMENT ON FUNCTION {name} IS {comment};
     END IF;
 END
