@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from threading import Lock
 from typing import Unpack
 
@@ -58,7 +59,7 @@ class PerLoop:
         loop = asyncio.get_running_loop()
         held = self._held.get(loop)
         if held is None:
-            held = _Held(self._make(), self._closing(loop))
+            held = _Held(self._make(), partial(self._forget, loop))
             with self._lock:
                 ended = [self._held.pop(each) for each in tuple(self._held) if each.is_closed()]
                 self._held[loop] = held
@@ -70,34 +71,48 @@ class PerLoop:
 
     async def aclose(self) -> None:
         """Close the backend of the running event loop, if there is one. After that, `current` opens a new one."""
-        held = self._held.get(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        held = self._held.get(loop)
         if held is not None:
-            await held.closing.aclose()
-            await held.backend.aclose()
+            self._forget(loop, held)  # first: a `current` meanwhile is to open a new one
+            await held.aclose()
 
-    async def _closing(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
-        """Close the backend at the end of the loop, which closes all asynchronous generators that began in it."""
-        held = self._held[loop]
-        try:
-            yield
-        finally:
-            with self._lock:
+    def _forget(self, loop: asyncio.AbstractEventLoop, held: _Held) -> None:
+        with self._lock:
+            if self._held.get(loop) is held:
                 del self._held[loop]
-            await held.backend.aclose()
 
 
 class _Held:
-    """The backend of one event loop."""
+    """The backend of one event loop. ``forget`` is called when the loop ends."""
 
-    def __init__(self, backend: Backend, closing: AsyncGenerator[None, None]) -> None:
+    def __init__(self, backend: Backend, forget: Callable[[_Held], None]) -> None:
         self.backend = backend
-        self.closing = closing
+        self.closing: AsyncGenerator[None, None] = self._closing()
         self.open: SingleFlight[None] = SingleFlight(self._open)
-        self._began = False
+        self._forget = forget
+        self._began = self._ended = False
+
+    async def aclose(self) -> None:
+        """Close the backend. An attempt to open it ends with `BackendClosedError`."""
+        self._ended = True
+        await self.open.stop()
+        await self.backend.aclose()
+        await self.closing.aclose()
 
     async def _open(self) -> None:
+        if self._ended:
+            raise self.backend._closed()
         if not self.backend.is_open:
             await self.backend.open()
         if not self._began:
             self._began = True
             await anext(self.closing)
+
+    async def _closing(self) -> AsyncGenerator[None, None]:
+        """Waits for the end of the loop, which closes the asynchronous generators that were begun in it."""
+        try:
+            yield
+        finally:
+            self._forget(self)
+            await self.backend.aclose()

@@ -12,8 +12,9 @@ import pytest
 import redis.asyncio
 
 import aioresult
-from aioresult import Backend, BackendConnectionError, ImproperlyConfigured, PerLoop
+from aioresult import Backend, BackendClosedError, BackendConnectionError, ImproperlyConfigured, PerLoop
 from aioresult.backends.memory import MemoryBackend, MemoryStore
+from aioresult.tasks import EMPTY
 
 from .harness import until
 from .test_readme import lay_out, run
@@ -77,6 +78,70 @@ async def test_a_backend_that_was_closed_is_opened_again() -> None:
     await backend.aclose()
     assert (await backends.current()).is_open
     await backends.aclose()
+
+
+async def test_closing_during_the_opening_ends_it_and_the_next_call_opens_anew() -> None:
+    entered, never = asyncio.Event(), asyncio.Event()
+    made: list[Backend] = []
+
+    class Slow(MemoryBackend):
+        async def _open(self) -> None:
+            made.append(self)
+            if len(made) == 1:
+                entered.set()
+                await never.wait()
+
+    backends = aioresult.per_loop(Slow)
+    opening = asyncio.create_task(backends.current())
+    await entered.wait()
+    await backends.aclose()
+    with pytest.raises(BackendClosedError):
+        await opening
+    second = await backends.current()
+    assert second.is_open
+    # Before the task that opens has begun, too. A caller meanwhile gets an open backend, or that error.
+    _, third, _, fourth = await asyncio.gather(
+        backends.aclose(), backends.current(), backends.aclose(), backends.current(), return_exceptions=True
+    )
+    assert isinstance(third, BackendClosedError)
+    assert isinstance(fourth, Backend)
+    assert fourth.is_open
+    await backends.aclose()
+    assert not any(backend.is_open for backend in made)
+
+
+async def test_an_opening_that_a_stranger_cancels_begins_again() -> None:
+    backends = aioresult.per_loop("memory://")
+    opening = asyncio.create_task(backends.current())
+    await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - {opening, asyncio.current_task()}:
+        task.cancel()
+    assert (await opening).is_open
+    await backends.aclose()
+
+
+def test_a_callback_in_one_thread_does_not_hinder_the_timers_of_another() -> None:
+    """Python refuses to enter a context in two threads at once: then the timeout would never come."""
+    errors: list[BaseException] = []
+
+    async def main() -> None:
+        async with aioresult.connect("memory://") as backend, asyncio.timeout(10):
+            with pytest.raises(aioresult.TimeoutError):
+                await backend.result("t").get(timeout=0.001)
+
+    def work() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as exc:
+            errors.append(exc)
+
+    def callback() -> None:
+        thread = Thread(target=work)
+        thread.start()
+        thread.join()
+
+    EMPTY.context.run(callback)
+    assert not errors
 
 
 def test_threads_with_loops_of_their_own_do_not_meet() -> None:
