@@ -221,7 +221,7 @@ class Batcher(Generic[Item, Out]):
             self._working += 1
             task = self._starting = spawn(self._work())
             self._tasks.add(task)
-            task.add_done_callback(self._ended, context=EMPTY)
+            task.add_done_callback(self._ended, context=EMPTY.context)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -230,7 +230,7 @@ class Batcher(Generic[Item, Out]):
             if self._starting is task:
                 self._starting = None
             # `asyncio.run` cancels all tasks when it ends, the callers among them. Then this timer never fires.
-            self._loop.call_later(RESTART_AFTER, self._start_again, context=EMPTY)
+            self._loop.call_later(RESTART_AFTER, self._start_again, context=EMPTY.context)
 
     def _start_again(self) -> None:
         while self._due and self._due[0].future.done():

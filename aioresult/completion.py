@@ -125,7 +125,7 @@ class Completions(Generic[L]):
             return self
         if self._timeout is not None:
             expire = self._expire if self._timeout >= FINAL_READ else partial(self._begin, self._read_at_the_end)
-            self._timer = asyncio.get_running_loop().call_later(self._timeout, expire, context=EMPTY)
+            self._timer = asyncio.get_running_loop().call_later(self._timeout, expire, context=EMPTY.context)
         self._start_to_settle()
         few: list[_Inbox[L]] = []
         for store, inbox in self._inboxes.items():

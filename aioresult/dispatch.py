@@ -181,7 +181,7 @@ class _ReadyWaiter:
         if (former := self._reminders.get(group_id)) is not None:
             former.cancel()
         self._reminders[group_id] = asyncio.get_running_loop().call_later(
-            seconds, self._remember, group_id, context=EMPTY
+            seconds, self._remember, group_id, context=EMPTY.context
         )
 
     def _remember(self, group_id: str) -> None:

@@ -350,7 +350,7 @@ class Hub:
 
     def _set_timer(self) -> None:
         if self._recheck:
-            self._timer = asyncio.get_running_loop().call_later(self._recheck, self._read_again, context=EMPTY)
+            self._timer = asyncio.get_running_loop().call_later(self._recheck, self._read_again, context=EMPTY.context)
 
     def _read_again(self) -> None:
         self._to_read.update(dict.fromkeys(self._topics))

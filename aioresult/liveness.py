@@ -255,7 +255,7 @@ class Liveness:
             self._reminders.discard(reminder)
             self._check(task_id)
 
-        reminder = asyncio.get_running_loop().call_later(seconds + 0.01, remember, context=EMPTY)
+        reminder = asyncio.get_running_loop().call_later(seconds + 0.01, remember, context=EMPTY.context)
         self._reminders.add(reminder)
 
     def _notify(self, task_id: str, error: Exception) -> None:

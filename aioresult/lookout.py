@@ -118,7 +118,7 @@ class Lookouts:
                 self._timer = None
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = loop.call_later(self._store.heartbeat, self._check, context=EMPTY)
+        self._timer = loop.call_later(self._store.heartbeat, self._check, context=EMPTY.context)
 
     def _check(self) -> None:
         for group_id in self._lookouts:

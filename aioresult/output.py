@@ -287,7 +287,7 @@ class Output:
         if self._flush is None and not self._scheduled:
             # Not at once, so that all chunks that are sent in the same turn of the event loop share one flush.
             self._scheduled = True
-            self._loop.call_soon(self._send_some, context=EMPTY)
+            self._loop.call_soon(self._send_some, context=EMPTY.context)
 
     def _send_some(self) -> None:
         """Begin the next flush, if there are unsent chunks and no flush is in flight."""
@@ -314,7 +314,7 @@ class Output:
     def _post(self, flush: Flush) -> None:
         self._flush = flush
         try:
-            self._store.append(flush).add_done_callback(self._posted, context=EMPTY)
+            self._store.append(flush).add_done_callback(self._posted, context=EMPTY.context)
         except Exception as exc:  # the backend was closed meanwhile
             self._failed(exc)
 
@@ -356,7 +356,7 @@ class Output:
 
     def _renew_soon(self) -> None:
         if self._expires and not self._closed:
-            self._renewal = self._loop.call_later(self._expires / 4, self._renew, context=EMPTY)
+            self._renewal = self._loop.call_later(self._expires / 4, self._renew, context=EMPTY.context)
 
     def _renew(self) -> None:
         """Extend the life of the log although nothing is sent."""

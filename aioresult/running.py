@@ -123,7 +123,7 @@ class Runs:
 
     def _listen_soon(self) -> None:
         if self._timer is None and not self._closed:
-            self._timer = asyncio.get_running_loop().call_later(LISTEN_AGAIN, self._listen_again, context=EMPTY)
+            self._timer = asyncio.get_running_loop().call_later(LISTEN_AGAIN, self._listen_again, context=EMPTY.context)
 
     def discard(self, run: str) -> None:
         """Remove a run. A second call does nothing."""
@@ -141,7 +141,7 @@ class Runs:
             if self._runs:
                 task = spawn(self._read_wishes())
                 self._reading.add(task)
-                task.add_done_callback(self._read, context=EMPTY)
+                task.add_done_callback(self._read, context=EMPTY.context)
         elif (running := self._runs.get(outcome.result)) is not None:
             running.stop()
 
@@ -285,9 +285,9 @@ class Running:
         record = self._store.record(self.task_id, news, "PROGRESS", request=self.request, expires=self._expires)
         step = RunStep(RunOp.STORE, self.task_id, self._run, record=record, state="PROGRESS")
         self._storing = self._store.submit_run_step(step)
-        self._storing.add_done_callback(self._progress_stored, context=EMPTY)
+        self._storing.add_done_callback(self._progress_stored, context=EMPTY.context)
         self._progress_timer = asyncio.get_running_loop().call_later(
-            PROGRESS_INTERVAL, self._progress_due, context=EMPTY
+            PROGRESS_INTERVAL, self._progress_due, context=EMPTY.context
         )
 
     def _progress_stored(self, stored: asyncio.Future[RunState]) -> None:
@@ -336,7 +336,7 @@ class Running:
             self._runs.discard(self._run)
             if isinstance(exc, BackendConnectionError) or not isinstance(exc, Exception):  # the run may have begun
                 with suppress(AioResultError):
-                    self._store.submit_run_step(self._release()).add_done_callback(_seen, context=EMPTY)
+                    self._store.submit_run_step(self._release()).add_done_callback(_seen, context=EMPTY.context)
             raise
         if state.verdict is Verdict.DONE:
             self._runs.discard(self._run)
@@ -480,13 +480,13 @@ class Running:
 
     def _renew_soon(self) -> None:
         if self._lives:
-            self._renewal = asyncio.get_running_loop().call_later(self._lives / 4, self._renew, context=EMPTY)
+            self._renewal = asyncio.get_running_loop().call_later(self._lives / 4, self._renew, context=EMPTY.context)
 
     def _renew(self) -> None:
         """Extend the life of the note of the run."""
         with suppress(AioResultError):
             renewed = self._store.submit_run_step(RunStep(RunOp.RENEW, self.task_id, self._run, lives=self._lives))
-            renewed.add_done_callback(_seen, context=EMPTY)
+            renewed.add_done_callback(_seen, context=EMPTY.context)
         self._renew_soon()
 
     def __repr__(self) -> str:

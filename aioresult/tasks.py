@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from contextvars import Context
@@ -37,9 +38,18 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 T = TypeVar("T")
 
-#: The context for timers and callbacks. A callback keeps its context alive for as long as it may still be called, and a
-#: cancelled timer keeps it until the timer would have been due. So it must not be the context of a caller.
-EMPTY = Context()
+
+class _Empty(threading.local):
+    """Holds an empty context for each thread: two threads cannot be inside the same context at once."""
+
+    def __init__(self) -> None:
+        self.context: Context = Context()
+
+
+#: ``EMPTY.context`` is for timers and callbacks of the loop that runs in this thread. A callback keeps its context
+#: alive for as long as it may still be called, and a cancelled timer keeps it until the timer would have been due. So
+#: it must not be the context of a caller.
+EMPTY = _Empty()
 #: Seconds after which the library restarts a task of its own that code outside the library has cancelled.
 RESTART_AFTER = 0.01
 #: After so many seconds of decoding or delivering without an await, the event loop gets a turn.
@@ -74,7 +84,7 @@ class StandingTask:
         """Start the task unless it runs. Needs a running event loop."""
         if self._task is None and not self._stopped:
             self._task = spawn(self._work(), self._name)
-            self._task.add_done_callback(self._ended, context=EMPTY)
+            self._task.add_done_callback(self._ended, context=EMPTY.context)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -85,7 +95,7 @@ class StandingTask:
         self._task = None
         if not self._stopped:
             # `asyncio.run` cancels all tasks when it ends. Then this timer never fires.
-            asyncio.get_running_loop().call_later(RESTART_AFTER, self._start_if_wanted, context=EMPTY)
+            asyncio.get_running_loop().call_later(RESTART_AFTER, self._start_if_wanted, context=EMPTY.context)
 
     def _start_if_wanted(self) -> None:
         if self._wanted():
@@ -123,7 +133,7 @@ class SingleFlight(Generic[T]):
         while True:
             if self._task is None or self._task.done():
                 self._task = spawn(self._attempt())
-                self._task.add_done_callback(_retrieved, context=EMPTY)
+                self._task.add_done_callback(_retrieved, context=EMPTY.context)
             task = self._task
             try:
                 return await asyncio.shield(task)
@@ -131,7 +141,7 @@ class SingleFlight(Generic[T]):
                 me = asyncio.current_task()
                 if not task.cancelled() or (me is not None and me.cancelling()):
                     raise
-                # The attempt was cancelled, and this caller was not: try again.
+                continue  # the attempt was cancelled, and this caller was not: try again
             except AioResultError as exc:
                 error = twin(exc)
             raise error
@@ -191,7 +201,7 @@ def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[...,
     The garbage collector may call ``__del__`` in any thread, and after the loop has ended.
     """
     with suppress(RuntimeError):  # the loop is closed, so there is nothing left to clean up
-        loop.call_soon_threadsafe(callback, *args, context=EMPTY)
+        loop.call_soon_threadsafe(callback, *args, context=Context())  # not this thread's
 
 
 def chunked(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:

@@ -61,7 +61,7 @@ class Unheard:
     def set_timer(self) -> None:
         """Start the timer. The hub calls this when an id has a waiter and `timer` is ``None``."""
         pause = self.after / (_LOOKS - 1)
-        self.timer = asyncio.get_running_loop().call_later(pause, self._ring, context=EMPTY)
+        self.timer = asyncio.get_running_loop().call_later(pause, self._ring, context=EMPTY.context)
 
     def _ring(self) -> None:
         self.timer = None

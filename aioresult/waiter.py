@@ -49,7 +49,9 @@ class SingleWaiter:
         loop = asyncio.get_running_loop()
         self.future: asyncio.Future[TaskMeta] = loop.create_future()
         self._until = until
-        self._timer = None if timeout is None else loop.call_later(timeout, self._expire, what, timeout, context=EMPTY)
+        self._timer = (
+            None if timeout is None else loop.call_later(timeout, self._expire, what, timeout, context=EMPTY.context)
+        )
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
         if self.future.done():
