@@ -13,7 +13,7 @@ ENCODE: Final = "percent-encode the name and the password: urllib.parse.quote(pa
 
 #: The scheme; it may follow a class as in ``package.module:Class+scheme``. One slash suffices: a URL may be mistyped.
 _HEAD = re.compile(r"(?:(?:[\w.]+:\w+\+)?[\w.+-]*:/{1,2})?")
-_QUERY = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|scram)[^=&]*=)[^&]*")
+_QUERY = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|auth|secret|token|scram)[^=&]*=)[^&]*")
 _HOST = re.compile(r"(?:\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]*))?")
 _MAX_PORT = 65535
 

@@ -48,8 +48,8 @@ URLS = [
     ("unix:///run/redis.sock?db=1&PASSWORD=P=W", "unix:///run/redis.sock?db=1&PASSWORD=**"),
     ("redis://host?password=P#W/?&db=1", "redis://host?password=**&db=1"),
     (
-        "rediss://host?ssl_password=PW&token=PW&client_secret=PW",
-        "rediss://host?ssl_password=**&token=**&client_secret=**",
+        "rediss://host?ssl_password=PW&token=PW&client_secret=PW&pwd=PW&auth=PW",
+        "rediss://host?ssl_password=**&token=**&client_secret=**&pwd=**&auth=**",
     ),
     ("redis://bob:PW@host?password=PW", "redis://bob:**@host?password=**"),
 ]
