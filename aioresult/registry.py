@@ -209,9 +209,13 @@ def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
     try:
         return make(backend_url, **options)
     except TypeError as exc:
+        # A class of another package may take more than its signature names, and the error may be of another call.
         unknown = options.keys() - option_names(backend_class)
-        if not unknown or not (isinstance(exc, UnknownOption) or "unexpected keyword argument" in str(exc)):
+        named = {name for name in unknown if re.search(rf"(option|unexpected keyword argument) '{name}'", str(exc))}
+        if not named:
             raise
+        if isinstance(exc, UnknownOption):
+            unknown = named
     scheme, separator, _ = backend_url.partition("://")
     here = f"{scheme.partition('+')[0]}://" if separator else backend_class.__name__
     raise ImproperlyConfigured(unknown_options(backend_class, unknown, _owners(unknown, here)))

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ForwardRef
 
 import pytest
@@ -131,6 +132,28 @@ def test_unknown_options_are_all_named_with_what_the_class_takes(url: str) -> No
             make(url, **options)
         assert str(caught.value).startswith(told)
         assert set(str(caught.value).partition("takes: ")[2].split(", ")) == option_names(cls)
+
+
+class _Open(MemoryBackend):
+    """Takes an option that its signature does not name."""
+
+    def __init__(self, url: str = "", **options: Any) -> None:
+        if options.pop("hosts", None) == "another":
+            _no_options(hots=1)  # type: ignore[call-arg]
+        super().__init__(url, **options)
+
+
+def _no_options() -> None: ...
+
+
+def test_options_that_a_signature_does_not_name_are_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_backend", SimpleNamespace(Open=_Open))
+    connect: Any = aioresult.connect
+    connect("open_backend:Open+x://", hosts=1)
+    with pytest.raises(ImproperlyConfigured, match=r"^unknown option 'shards'\. _Open takes"):
+        connect("open_backend:Open+x://", hosts=1, shards=2)
+    with pytest.raises(TypeError, match="hots"):
+        connect("open_backend:Open+x://", hosts="another")
 
 
 def test_a_class_refuses_an_unknown_option_with_a_type_error_like_any_other() -> None:
