@@ -714,6 +714,13 @@ async def test_a_table_of_the_first_release_is_made_anew(postgres_url: str, admi
         assert await admin.fetchval("SELECT count(*) FROM celery_taskmeta_expiry WHERE stored_at IS NOT NULL") == 1
 
 
+async def test_metadata_counts_for_how_many_results_are_read_at_once(postgres_url: str) -> None:
+    async with PostgresBackend(postgres_url) as backend:
+        await backend.mark_as_done("a", 1, meta={"text": "x" * 1_000_000})
+        await backend.get_task_meta("a")
+        assert backend._value_size > 1_000_000
+
+
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
 async def test_what_celery_stores_later_has_no_metadata_of_an_earlier_state(postgres_url: str, zone: str) -> None:
     """In a session of another zone, the trigger writes the row that had the metadata."""

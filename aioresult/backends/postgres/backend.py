@@ -291,7 +291,7 @@ class PostgresBackend(Backend):
         return sum(len(column) for column in payload if isinstance(column, (bytes, str)))
 
     def _stored_size(self, stored: Any) -> int:
-        return 0 if isinstance(stored, BaseException) else len(stored["result"] or b"")
+        return 0 if isinstance(stored, BaseException) else len(stored["result"] or b"") + len(stored["meta"] or b"")
 
     def _decode(self, task_id: str, stored: Any) -> TaskMeta:
         return self._rows.decode(task_id, stored)

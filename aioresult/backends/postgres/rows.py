@@ -56,7 +56,8 @@ class CeleryRows:
             stamps = {name: extra[name] for name in headers if name in extra}
             return self._codec.dumps({"stamped_headers": headers, "stamps": stamps}, "the stamps")
         if column in ("args", "kwargs", META_FIELD):
-            return self._codec.dumps(extra[column], f"{column} of task {meta.task_id}") if column in extra else None
+            what = f"the {column} of task {meta.task_id}"
+            return self._codec.dumps(extra[column], what, column) if column in extra else None
         value = extra.get(column)
         return value if column == "retries" else self.text(value, _MAX_NOTE_LENGTH)
 
