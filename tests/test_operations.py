@@ -16,6 +16,7 @@ import pytest
 
 import aioresult
 from aioresult import BackendClosedError, BackendConnectionError, TaskNotFoundError, TimeoutError, WrongEventLoopError
+from aioresult.backends.memory import MemoryBackend
 from aioresult.waiter import Outcome
 
 from .conformance.test_operations import idle, warnings
@@ -103,6 +104,24 @@ async def test_a_ping_fails_at_once_while_the_server_is_away_and_finds_it_when_i
         assert await web.ping() >= 0
         assert web.stats().connected
         await late.aclose()
+
+
+async def test_no_ping_takes_longer_than_three_heartbeats() -> None:
+    """Whatever the driver is about, and however many pings are under way."""
+
+    class Wedged(MemoryBackend):
+        async def _ping(self) -> None:
+            await asyncio.Event().wait()
+
+    async with Wedged(heartbeat=0.01) as backend, asyncio.timeout(20):
+        pings: list[asyncio.Task[float]] = []
+        for _ in range(4):
+            pings.append(asyncio.create_task(backend.ping()))
+            await asyncio.sleep(0)
+        for ping in pings:
+            with pytest.raises(BackendConnectionError, match=r"has not answered a ping for 0\.03 s"):
+                await ping
+        assert not backend.stats().connected
 
 
 async def test_a_chord_and_a_worker_that_lives_are_waited_for_with_the_default_and_without_a_warning(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from ..batch import Batcher
+from ..exceptions import BackendConnectionError
 from ..health import BackendStats
 from .live import LiveSide
 
 __all__ = ["OperationsSide"]
+
+#: How long a ping may take.
+_HEARTBEATS: Final = 3
 
 
 class OperationsSide(LiveSide):
@@ -24,7 +29,14 @@ class OperationsSide(LiveSide):
         :raises BackendRefusedError: the server answers, and refuses.
         """
         self.check()
-        return await self._pings.submit(None)
+        limit = _HEARTBEATS * self.heartbeat
+        try:
+            async with asyncio.timeout(limit):  # a new connection, or a ping before this one, may take longer
+                return await self._pings.submit(None)
+        except TimeoutError:
+            error = BackendConnectionError(f"{self.as_uri()} has not answered a ping for {limit:g} s")
+            self._health.lost(error)
+            raise error from None
 
     def stats(self) -> BackendStats:
         """What the backend is doing at this moment. No I/O.
