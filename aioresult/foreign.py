@@ -69,12 +69,23 @@ def group_of(
 
 
 def from_celery(result: Any, backend: ResultStore, nesting: int = 0) -> ResultBase:
-    """The handle for a result of Celery, with its parents and members."""
+    """The handle for a result of Celery, with its parents and members.
+
+    :raises UsageError: a parent or a member is not a result of Celery. A mock of one, which a test may use, has mocks as
+        parents, without end.
+    """
     check_nesting(nesting)
     above: ResultBase | None = None
-    for each in reversed(list(parents_of(result))):  # a loop, because a chain may be too long for recursion
+    parents = [_checked(each) for each in parents_of(result)]
+    for each in reversed(parents):  # a loop, because a chain may be too long for recursion
         above = _handle(each, above, backend, nesting)
-    return _handle(result, above, backend, nesting)
+    return _handle(_checked(result), above, backend, nesting)
+
+
+def _checked(result: Any) -> Any:
+    if not (is_celerys(result) or isinstance(result, ResultBase)):
+        raise UsageError(f"a parent or a member is {kind_of(result)}, and not a result of Celery's; pass the id alone")
+    return result
 
 
 def _handle(result: Any, parent: ResultBase | None, backend: ResultStore, nesting: int) -> ResultBase:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import celery
 import pytest
@@ -165,6 +166,15 @@ async def test_what_is_no_id_or_no_handle_is_told_by_its_full_name(call: Callabl
 
 def public(kind: type) -> set[str]:
     return {name for name in dir(kind) if not name.startswith("_")}
+
+
+def test_a_mock_of_a_result_of_celerys_has_no_parents_without_end() -> None:
+    backend = aioresult.connect("memory://")
+    mocked = Mock(spec=CeleryResult, id="t")
+    with pytest.raises(UsageError, match=r"a parent or a member is unittest\.mock\.Mock, .* pass the id alone"):
+        backend.result(mocked)
+    mocked.parent = None
+    assert backend.result(mocked).id == "t"
 
 
 def test_every_attribute_of_celerys_results_is_here_or_names_the_remedy() -> None:
