@@ -90,9 +90,10 @@ class Unheard:
             if task_id in queue:
                 return False
         topic.looks += 1
-        # No warning if every waiter expects that nothing is stored yet.
+        # No warning if every waiter expects that nothing is stored yet. Its class is asked, because a waiter may be the
+        # caller's own: if its `__getattr__` raised here, every wait of this hub would end.
         return topic.looks == _LOOKS and not all(
-            getattr(waiter, "expects_nothing", False) for waiter in topic.waiters()
+            getattr(type(waiter), "expects_nothing", False) for waiter in topic.waiters()
         )
 
     def _warn(self, task_ids: Sequence[str]) -> None:

@@ -166,6 +166,27 @@ async def test_the_callback_of_a_celery_chord_may_store_nothing_for_long(caplog:
         backend.unwatch("callback", patient)
 
 
+async def test_a_waiter_that_answers_every_question_with_an_error_harms_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Own:
+        def receive(self, task_id: str, outcome: Outcome) -> None:
+            raise AssertionError
+
+        def __getattr__(self, name: str) -> Any:
+            raise KeyError(name)
+
+    async with aioresult.connect("memory://") as backend:
+        backend._hub.unheard.after = 0.02
+        own = Own()
+        backend.watch("own", own)
+        waiting = wait(backend, "t")
+        await until(lambda: bool(warnings(caplog)))
+        assert "tasks own, t." in warnings(caplog)[0]
+        await cancel(waiting)
+        backend.unwatch("own", own)
+
+
 async def test_a_deadline_holds_while_it_is_not_known_whether_the_task_exists() -> None:
     harness = MemoryHarness()
     backend = harness.make()
