@@ -233,13 +233,15 @@ class WorkerLostError(AioResultError):
 class Retry(AioResultError):
     """Raise it in the body of `aioresult.Backend.running` if the task is to run again. It is then stored as RETRY.
 
-    ``exc`` is the reason, and is stored; without it the `Retry` itself is stored. Celery's
-    ``celery.exceptions.Retry`` has the same effect there.
+    ``exc`` is the reason, and is stored; without it the `Retry` itself is stored. ``delay`` is for the worker that
+    catches the `Retry`: the seconds after which its queue should run the task again. The library does not wait.
+    Celery's ``celery.exceptions.Retry`` has the same effect there.
     """
 
-    def __init__(self, message: str = "", exc: BaseException | None = None) -> None:
+    def __init__(self, message: str = "", exc: BaseException | None = None, delay: float | None = None) -> None:
         super().__init__(message)
         self.exc = exc
+        self.delay = delay
 
 
 class ChordClaimLost(AioResultError):

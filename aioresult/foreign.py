@@ -71,8 +71,8 @@ def group_of(
 def from_celery(result: Any, backend: ResultStore, nesting: int = 0) -> ResultBase:
     """The handle for a result of Celery, with its parents and members.
 
-    :raises UsageError: a parent or a member is not a result of Celery. A mock of one, which a test may use, has mocks as
-        parents, without end.
+    :raises UsageError: a parent or a member is not a result of Celery. A mock of a result, which a test may use, has
+        mocks as parents, without end.
     """
     check_nesting(nesting)
     above: ResultBase | None = None

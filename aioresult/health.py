@@ -20,7 +20,8 @@ class BackendStats:
     is_open: bool
     #: Whether the server could be reached the last time that the backend tried. `Backend.ping` tries now.
     connected: bool
-    #: How many waits are under way, for results, chords and running tasks.
+    #: How many waits are under way, for results, chords and running tasks; also those of the library itself, such as
+    #: for the news that a worker has died.
     waiters: int
     #: How many different ids they wait for.
     waited_ids: int

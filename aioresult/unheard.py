@@ -1,4 +1,4 @@
-"""A warning for waits that may never end, because nothing has been stored under the id for a minute."""
+"""A warning for waits that may never end, because no worker has stored anything under the id for a minute."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from .meta import TaskMeta
+from .states import PENDING
 from .tasks import EMPTY, SLICE, chunked
 
 __all__ = ["Unheard"]
@@ -33,10 +34,11 @@ class _Topic(Protocol):
 class Unheard:
     """Looks at the ids in ``topics`` from time to time, and warns once of each id that stays empty for `after` seconds.
 
-    An id is empty if nothing is stored under it. One timer serves all ids, and runs only while there are ids. A look
-    does not ask the server: it uses what the last read has found, and the messages since. The hub's own task does it,
-    between its calls to the server. At that moment, each id that is in none of the ``queues`` has been read. During an
-    outage all ids are in a queue, so no look counts. ``wake()`` makes the hub call `look` soon.
+    An id is empty if no worker has stored anything under it: nothing is stored, or PENDING from its submission. One
+    timer serves all ids, and runs only while there are ids. A look does not ask the server: it uses what the last read
+    has found, and the messages since. The hub's own task does it, between its calls to the server. At that moment, each
+    id that is in none of the ``queues`` has been read. During an outage all ids are in a queue, so no look counts.
+    ``wake()`` makes the hub call `look` soon.
 
     The time counts while the id has a waiter. If one wait follows another without a pause, they count as one wait.
     """
@@ -84,7 +86,10 @@ class Unheard:
     def _is_overdue(self, task_id: str) -> bool:
         topic = self._topics.get(task_id)
         # A topic that is not a task begins with NUL.
-        if topic is None or topic.looks >= _LOOKS or topic.known is not None or task_id[0] == "\x00":
+        if topic is None or topic.looks >= _LOOKS or task_id[0] == "\x00":
+            return False
+        # PENDING says that the task was submitted, and nothing of a worker.
+        if topic.known is not None and not (isinstance(topic.known, TaskMeta) and topic.known.status == PENDING):
             return False
         for queue in self._queues:
             if task_id in queue:
@@ -99,11 +104,11 @@ class Unheard:
     def _warn(self, task_ids: Sequence[str]) -> None:
         more = len(task_ids) - _NAMED
         logger.warning(
-            "after %g seconds of waiting, nothing is stored in %s under the id of %s %s%s. The task may still be "
-            "queued, or its worker stores nothing before the end (Celery without task_track_started). Otherwise the "
-            "wait never ends: check that the task was submitted; that a worker serves its queue; that the task has no "
-            "ignore_result and was not run eagerly (task_always_eager); and that the worker stores its results in "
-            "this database, with the same global_keyprefix or table",
+            "after %g seconds of waiting, no worker has stored anything in %s under the id of %s %s%s. The task may "
+            "still be queued, or its worker stores nothing before the end (Celery without task_track_started). "
+            "Otherwise the wait never ends: check that the task was submitted; that a worker serves its queue; that "
+            "the task has no ignore_result and was not run eagerly (task_always_eager); and that the worker stores "
+            "its results in this database, with the same global_keyprefix or table",
             self.after,
             self._where,
             "task" if len(task_ids) == 1 else "tasks",

@@ -113,6 +113,7 @@ def types_of_ones_own() -> None:
 
 
 async def storing(backend: Backend) -> None:
+    assert_type(aioresult.Retry("later", exc=OSError(), delay=3).delay, float | None)
     request = TaskRequest(id="a", task="add", args=(1, 2), kwargs={}, group="g", children=[backend.result("b")])
     assert_type(await backend.store_result("a", 1, "PROGRESS", traceback=None, request=request, expires=5), bool)
     assert_type(await backend.mark_as_pending("a"), bool)

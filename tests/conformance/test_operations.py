@@ -77,15 +77,24 @@ async def test_many_waits_are_warned_of_in_one_line(harness: Harness, caplog: py
     await cancel(*waiting)
 
 
-async def test_only_ids_without_anything_stored_are_warned_of(
+async def test_a_task_that_is_only_registered_is_warned_of(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    web, worker = await harness.pair()
+    look_soon(web)
+    await worker.mark_as_pending("pending")
+    waiting = wait(web, "pending")
+    await until(lambda: bool(warnings(caplog)))
+    assert "no worker has stored anything" in warnings(caplog)[0]
+    await cancel(waiting)
+
+
+async def test_only_ids_of_which_no_worker_has_stored_anything_are_warned_of(
     harness: Harness, caplog: pytest.LogCaptureFixture
 ) -> None:
     web, worker = await harness.pair()
     look_soon(web)
-    await worker.mark_as_pending("pending")
     await worker.mark_as_started("started")
-    waiting = [wait(web, task_id) for task_id in ("pending", "started", "later", "forgotten")]
-    await idle(web, 4)
+    waiting = [wait(web, task_id) for task_id in ("started", "later", "forgotten")]
+    await idle(web, 3)
     await worker.store_result("later", {"done": 1}, "PROGRESS")
     await worker.mark_as_started("forgotten")
     await until(lambda: all(topic.known for topic in web._hub._topics.values()))
