@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, Thread, get_ident
 
 import httpx
 import pytest
@@ -15,6 +15,7 @@ import aioresult
 from aioresult import Backend, BackendClosedError, BackendConnectionError, ImproperlyConfigured, PerLoop
 from aioresult.backends.memory import MemoryBackend, MemoryStore
 from aioresult.tasks import EMPTY
+from aioresult.waiter import Outcome
 
 from .harness import until
 from .test_readme import lay_out, run
@@ -142,6 +143,27 @@ def test_a_callback_in_one_thread_does_not_hinder_the_timers_of_another() -> Non
 
     EMPTY.context.run(callback)
     assert not errors
+
+
+async def test_a_shared_memory_store_tells_each_loop_in_its_own_thread() -> None:
+    store, told = MemoryStore(), asyncio.Event()
+    threads: list[int] = []
+
+    class Noting:
+        def receive(self, task_id: str, outcome: Outcome) -> None:
+            threads.append(get_ident())
+            told.set()
+
+    async def main() -> None:
+        async with MemoryBackend(store=store) as backend:
+            await backend.mark_as_done("t", 1)
+
+    async with MemoryBackend(store=store) as backend:
+        backend.watch("t", Noting())
+        await until(lambda: bool(store.listeners))
+        await asyncio.to_thread(asyncio.run, main())
+        await told.wait()
+    assert threads == [get_ident()]
 
 
 def test_threads_with_loops_of_their_own_do_not_meet() -> None:

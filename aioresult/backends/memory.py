@@ -11,6 +11,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from time import monotonic
 from time import time as wall_clock
 from types import NoneType
@@ -102,7 +103,8 @@ class _Chord:
 class MemoryStore:
     """Holds what a server would hold: the values, their expiry, and the backends that listen to each channel.
 
-    To share results between several backends of one event loop, pass the same store to each of them.
+    To share results between several backends, pass the same store to each of them. Their event loops may differ, also in
+    threads: for tests of code that opens a backend for each loop. Only one of the backends may store at a time.
     """
 
     def __init__(self) -> None:
@@ -261,11 +263,19 @@ class MemoryBackend(KeyValueStoreBackend):
         return True
 
     def _publish(self, channel: str, value: bytes) -> None:
-        for backend in self.store.listeners.get(channel, ()):
-            # Deliver in a later turn of the event loop: a waiter must never run inside the store's atomic step.
-            if not backend._messages:
-                asyncio.get_running_loop().call_soon(backend._deliver_some)
-            backend._messages.append((channel, value))
+        for backend in tuple(self.store.listeners.get(channel, ())):
+            loop = backend._loop
+            if loop is self._loop or loop is asyncio.get_running_loop():
+                backend._post(channel, value)
+            elif loop is not None:
+                with suppress(RuntimeError):  # that event loop has ended
+                    loop.call_soon_threadsafe(backend._post, channel, value)
+
+    def _post(self, channel: str, value: bytes) -> None:
+        """Deliver a message in a later turn of the event loop: a waiter must never run inside the store's atomic step."""
+        if not self._messages:
+            asyncio.get_running_loop().call_soon(self._deliver_some)
+        self._messages.append((channel, value))
 
     def _deliver_some(self) -> None:
         """Deliver messages for a few milliseconds. The event loop has its turn before the rest is delivered."""
