@@ -294,7 +294,7 @@ def _remedy(cls: type, grammar: Grammar) -> str:
     other.append("pass types=[StoredType(...)] or json_default= to connect()")
     if cls.__module__.partition(".")[0] not in sys.stdlib_module_names:
         other.append("give the class a __json__ method")
-    if not grammar.fixed:
+    if not grammar.fixed and not issubclass(cls, _UNPICKLED):
         other.append('use serializer="pickle"')
     return ", or ".join(filter(None, [", ".join(other[:-1]), other[-1]]))
 
@@ -317,6 +317,8 @@ def _instead(cls: type) -> str | None:
     return found
 
 
+#: Of the types below, those that pickle refuses, too.
+_UNPICKLED: Final = (memoryview, GeneratorType, CoroutineType)
 _INSTEAD: Final[tuple[tuple[type, str], ...]] = (
     (Enum, "value.value"),
     (PathLike, "str(value)"),

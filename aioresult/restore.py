@@ -187,10 +187,10 @@ def _instantiate(cls: type[Exception], args: tuple[Any, ...], stored: Mapping[st
         return spare
     if issubclass(cls, BaseExceptionGroup):
         return f"its members were stored as text, or there are none ({reason})"
-    return (
-        f"it cannot be built from the stored arguments ({reason}); "
-        f"let its constructor pass all of its arguments to super().__init__()"
+    remedy = (
+        "" if nearest_builtin(cls) is cls else "; let its constructor pass all of its arguments to super().__init__()"
     )
+    return f"it cannot be built from the stored arguments ({reason}){remedy}"
 
 
 def _construct(cls: type[Exception], args: tuple[Any, ...]) -> Exception:

@@ -199,6 +199,13 @@ def test_a_stand_in_says_why_it_is_one(module: Any, name: str, why: str) -> None
     assert note in "".join(traceback.format_exception(exc))
 
 
+def test_of_pythons_own_class_nobody_is_told_to_change_the_constructor() -> None:
+    stored = {"exc_type": "UnicodeDecodeError", "exc_module": "builtins", "exc_message": ["utf-8", "x", 0, 1, "r"]}
+    (note,) = load_exception(stored, FAILURE, None).__notes__
+    assert "cannot be built from the stored arguments (TypeError: " in note
+    assert "constructor" not in note
+
+
 def test_its_own_class_has_no_such_note() -> None:
     assert notes_of(described("Plain")) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, make_dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -304,6 +304,8 @@ def test_what_kombu_refuses_we_refuse_and_name_what_to_store_instead(serializer:
     assert said.startswith(f"result[0] is an object of type {type(value).__qualname__}; {remedy}")
     own = type(value).__module__ in {__name__, "numpy"}  # to other classes nobody adds a method
     assert (METHOD in said) is own
+    refused_by_pickle = isinstance(value, (memoryview, Generator))
+    assert ("pickle" in said) is not refused_by_pickle
 
 
 def test_a_coroutine_that_was_not_awaited_is_named_as_that() -> None:
