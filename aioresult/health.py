@@ -44,9 +44,9 @@ class Outage:
     __slots__ = ("left", "restored", "since")
 
     def __init__(self, since: float, left: int) -> None:
-        self.since = since
-        self.left = left
-        self.restored = 0
+        self.since: float = since
+        self.left: int = left
+        self.restored: int = 0
 
 
 class Health:
