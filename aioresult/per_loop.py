@@ -9,7 +9,9 @@ from threading import Lock
 from typing import Unpack
 
 from .backends.base import Backend
+from .exceptions import ImproperlyConfigured
 from .registry import ConnectOptions, connect
+from .remedies import kind_of
 from .tasks import SingleFlight
 
 __all__ = ["PerLoop", "per_loop"]
@@ -34,6 +36,15 @@ def per_loop(url: str | Callable[[], Backend], **options: Unpack[ConnectOptions]
     :raises ImproperlyConfigured: the same as from `aioresult.connect`. It is raised by this call, which does no I/O.
     """
     if not isinstance(url, str):
+        if not callable(url):
+            raise ImproperlyConfigured(
+                f"per_loop takes a URL, or a function without arguments that returns a new backend; not {kind_of(url)}"
+            )
+        if options:
+            raise ImproperlyConfigured(
+                f"per_loop takes options beside a URL alone; give {', '.join(sorted(options))} to the backend in your "
+                f"function"
+            )
         return PerLoop(url)
     connect(url, **options)  # so that a mistake raises here, and not in the first request
     return PerLoop(lambda: connect(url, **options))
@@ -55,6 +66,7 @@ class PerLoop:
         this opens it again.
 
         :raises BackendConnectionError: the server cannot be reached. The next call tries again.
+        :raises BackendClosedError: `aclose` was called meanwhile. The next call opens a new backend.
         """
         loop = asyncio.get_running_loop()
         held = self._held.get(loop)

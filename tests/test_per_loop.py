@@ -6,6 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 from threading import Barrier, Thread, get_ident
+from typing import Any
 
 import httpx
 import pytest
@@ -79,6 +80,19 @@ async def test_a_backend_that_was_closed_is_opened_again() -> None:
     await backend.aclose()
     assert (await backends.current()).is_open
     await backends.aclose()
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "told"),
+    [
+        (MemoryBackend(), {}, r"takes a URL, or a function .*; not aioresult\.backends\.memory\.MemoryBackend"),
+        (MemoryBackend, {"retry_for": 5, "expires": 5}, "give expires, retry_for to the backend in your function"),
+    ],
+    ids=["a backend", "options"],
+)
+def test_a_mistake_is_told_before_the_first_request(given: Any, options: Any, told: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=told):
+        aioresult.per_loop(given, **options)
 
 
 async def test_closing_during_the_opening_ends_it_and_the_next_call_opens_anew() -> None:
