@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 __all__ = ["INSTEAD", "Missing", "kind_of", "not_an_id"]
@@ -68,6 +69,7 @@ def not_an_id(value: object) -> str:
     """The text of the error for a ``value`` that is not an id."""
     told = f"an id must be a str or a UUID, not {kind_of(value)}"
     for attribute in ("id", "task_id"):
-        if isinstance(getattr(value, attribute, None), str):
-            return f"{told}; pass its {attribute}"
+        with suppress(Exception):  # it may be a property that raises, as of a detached row of an ORM
+            if isinstance(getattr(value, attribute, None), str):
+                return f"{told}; pass its {attribute}"
     return f"{told}; await it first" if isinstance(value, (Coroutine, asyncio.Future)) else told

@@ -168,6 +168,16 @@ def public(kind: type) -> set[str]:
     return {name for name in dir(kind) if not name.startswith("_")}
 
 
+def test_an_object_whose_id_raises_is_told_to_be_none() -> None:
+    class Detached:
+        @property
+        def id(self) -> str:
+            raise LookupError("the row is not bound to a session")
+
+    with pytest.raises(UsageError, match="an id must be a str or a UUID, not "):
+        aioresult.connect("memory://").result(cast("str", Detached()))
+
+
 def test_a_mock_of_a_result_of_celerys_has_no_parents_without_end() -> None:
     backend = aioresult.connect("memory://")
     mocked = Mock(spec=CeleryResult, id="t")
