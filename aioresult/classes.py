@@ -34,11 +34,11 @@ def find_class(module: object, qualname: str) -> type[Exception] | str:
         return "its module was not stored"
     found = _look_up(module, qualname)
     if module == CELERY and qualname in TWINS:
-        theirs = found if isinstance(found, type) and issubclass(found, Exception) else None
-        return _twin(qualname, theirs)  # type: ignore[arg-type] # mypy considers a class object unhashable
-    if isinstance(found, str):
+        theirs = None if type(found) is str or not issubclass(cast("type", found), Exception) else found
+        return _twin(qualname, theirs)
+    if type(found) is str:
         return found
-    return why_unusable(found) or cast("type[Exception]", found)
+    return why_unusable(cast("type", found)) or cast("type[Exception]", found)
 
 
 def why_unusable(cls: type) -> str:

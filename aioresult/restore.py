@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from .classes import find_class, why_unusable
 from .exceptions import RemoteError, RemoteTraceback, TaskRevokedError
@@ -100,15 +100,17 @@ def _of_class(module: object, name: str, args: tuple[Any, ...], stored: Mapping[
     found = find_class(module, name)
     is_group = (
         "exc_members" in stored
-        and (isinstance(found, str) or issubclass(found, BaseExceptionGroup))
+        and (type(found) is str or issubclass(cast("type", found), BaseExceptionGroup))
         and _are_members(stored["exc_members"])
     )
     if is_group:
         members = [_build(member, "") for member in stored["exc_members"]]
         args = (args[0] if args and isinstance(args[0], str) else "", members)
-    built = found if isinstance(found, str) else _instantiate(found, args, stored)
-    if isinstance(built, str):
+    # `isinstance` would ask an exception for its ``__class__``, and a class may answer with an error.
+    built = found if type(found) is str else _instantiate(cast("type[Exception]", found), args, stored)
+    if type(built) is str:
         return _stand_in(module, name, args, built, stored, is_group)
+    built = cast("Exception", built)
     if "exc_notes" in stored:
         _restore_notes(built, stored["exc_notes"])
     return built

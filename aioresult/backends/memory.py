@@ -103,8 +103,8 @@ class _Chord:
 class MemoryStore:
     """Holds what a server would hold: the values, their expiry, and the backends that listen to each channel.
 
-    To share results between several backends, pass the same store to each of them. Their event loops may differ, also in
-    threads: for tests of code that opens a backend for each loop. Only one of the backends may store at a time.
+    To share results between several backends, pass the same store to each of them. Their event loops may differ, even
+    in threads: for tests of code that opens a backend for each loop. Only one of the backends may store at a time.
     """
 
     def __init__(self) -> None:
@@ -272,7 +272,7 @@ class MemoryBackend(KeyValueStoreBackend):
                     loop.call_soon_threadsafe(backend._post, channel, value)
 
     def _post(self, channel: str, value: bytes) -> None:
-        """Deliver a message in a later turn of the event loop: a waiter must never run inside the store's atomic step."""
+        """Deliver a message in a later turn of the event loop: no waiter may run inside the store's atomic step."""
         if not self._messages:
             asyncio.get_running_loop().call_soon(self._deliver_some)
         self._messages.append((channel, value))
