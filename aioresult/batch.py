@@ -1,16 +1,17 @@
 """The batcher: concurrent calls become one round trip.
 
-The batcher sends all calls of one turn of the event loop together in one batch. While the maximum number of batches is
-in flight, it collects the calls that arrive and sends them together in the next batch. A lone call therefore pays one
-round trip and no delay; a thousand concurrent calls pay a few round trips. No call waits for a timer. If the caller
-provides a way to send at once, a call that follows a batch of one does not even wait for the end of the turn.
+The batcher sends all calls of one turn of the event loop together in one batch. The number of batches in flight has a
+maximum. While it is reached, the batcher collects the calls that arrive, and sends them together in the next batch. A
+lone call therefore pays one round trip and no delay; a thousand concurrent calls pay a few round trips. No call waits
+for a timer. If the batcher was given a function that sends a single call immediately (``at_once``), a call that follows
+a batch of one call does not even wait for the end of the turn.
 
 Calls with the same key take effect in the order in which they were submitted: the batcher does not send a call while an
-earlier call with its key is in another batch. So it may repeat, split or delay a batch, and no call overtakes another
-call with the same key::
+earlier call with the same key is in another batch. So the batcher may repeat, split or delay a batch, and no call
+overtakes another call with the same key::
 
     due:   a1 ── a2 ── a3      b1      c1 ── c2         one chain of calls per key; only its first call is in `_due`
-           └─ sent together ┘                           a batch takes calls from a chain while their type is the same
+           └─ sent together ┘                           a batch takes calls of one chain while their items have one type
 """
 
 from __future__ import annotations
@@ -42,26 +43,29 @@ class _Call(Generic[Item, Out]):
         self.key = key
         self.size = size
         self.next: _Call[Item, Out] | None = None
-        #: Whether this is the last call of its key in its batch. Once it is settled, `next` may be sent.
+        #: True if no later call with the same key is in the same batch. After the outcome of this call, `next` may be
+        #: sent.
         self.last = True
 
 
 class Batcher(Generic[Item, Out]):
     """Gathers the items of concurrent callers, passes them to ``run``, and returns each outcome to its caller.
 
-    ``run(items)`` returns one outcome per item, in order. If an outcome is an exception, only the caller of that item
-    gets it. If ``run`` itself raises, every caller of the batch gets that exception. With a ``persistence``, the
-    batcher repeats and splits the batch instead (see `Persistence.perform`). A batch has at most ``max_items`` items
-    and at most ``max_bytes`` bytes, unless a single item is larger. At most ``parallel`` batches are in flight.
+    ``run(items)`` sends the items in one round trip and returns one outcome per item, in order. If an outcome is an
+    exception, only the caller of that item gets it. If ``run`` itself raises, every caller of the batch gets that
+    exception. With a ``persistence`` (a `Persistence` object), the batcher repeats and splits the batch instead; see
+    `Persistence.perform`. A batch has at most ``max_items`` items and at most ``max_bytes`` bytes, unless a single item
+    is larger. At most ``parallel`` batches are in flight.
 
-    Each batch runs in its own task. When a caller is cancelled, it stops waiting and its item is not sent any more; the
-    cancellation never reaches the I/O.
+    Batches run in asyncio tasks of the batcher. When a caller is cancelled, it stops waiting. Its item is dropped if it
+    was not sent yet. The cancellation never reaches the I/O.
 
-    The batcher tries ``at_once(item, done)`` for an item that arrives while no call is in flight, if the last batch had
-    one item. ``at_once`` either sends the item within the call and returns true, or does nothing and returns false.
-    After it has returned true, it calls ``done`` once: with the outcome, or with ``None`` after any failure. After a
-    failure the batcher passes the item to ``run``. It holds back later items until ``done`` is called, so that a
-    failure cannot change the order of items.
+    ``at_once(item, done)`` is an optional function that sends a single item without a task. The batcher tries it for an
+    item that arrives while no call is in flight, if the last batch had one item. ``at_once`` either sends the item
+    within the call and returns true, or does nothing and returns false. If it has returned true, it later calls
+    ``done`` exactly one time: with the outcome, or with ``None`` after any failure. After a failure the batcher passes
+    the item to ``run``. The batcher holds back later items until ``done`` is called, so that a failure cannot change
+    the order of items.
 
     While more than ``max_held`` bytes are queued or in flight, `full` is true. Callers then wait in `wait_for_room`
     before they submit more.
@@ -94,14 +98,15 @@ class Batcher(Generic[Item, Out]):
         self._tasks: set[asyncio.Task[None]] = set()
         #: The call that was sent at once and is not answered yet.
         self._lone: _Call[Item, Out] | None = None
-        #: Whether the last batch had more than one call: then the next one most likely has more than one, too.
+        #: True if the last batch had more than one call. Then the next batch most likely has more than one call, too.
         self._expect_company = True
         self._working = 0
-        #: A task that has not begun to run. When it begins, it takes all calls that were submitted until then.
+        #: An asyncio task that has not begun to run. When it begins, it takes all calls that were submitted until then.
         self._starting: asyncio.Task[None] | None = None
         self._closed: Exception | None = None
-        #: The bytes of all calls that are queued or in flight, and the callers that wait until there are fewer bytes.
+        #: The bytes of all calls that are queued or in flight.
         self._held = 0
+        #: The futures of callers that wait until fewer bytes are held, in order of arrival.
         self._waiting: dict[asyncio.Future[None], None] = {}
         #: The future of the caller that may submit now and has not submitted yet.
         self._admitted: asyncio.Future[None] | None = None
@@ -111,8 +116,9 @@ class Batcher(Generic[Item, Out]):
     def submit(self, item: Item, key: Hashable = None, size: int = 0) -> asyncio.Future[Out]:
         """Queue ``item`` and return a future of its outcome.
 
-        The future gets what ``run`` returns or raises for the item, or the error given to `close` or `fail_queued`.
-        ``size`` is in bytes. After `close`, this raises the error given to `close`.
+        The future gets what ``run`` returns or raises for the item, or the error passed to `close` or `fail_queued`.
+        Items with the same ``key`` keep their order; items with the key ``None`` have no order. ``size`` is in bytes.
+        After `close`, `submit` raises the error that was passed to `close`.
         """
         if self._closed is not None:
             raise twin(self._closed)
@@ -132,25 +138,25 @@ class Batcher(Generic[Item, Out]):
 
     @property
     def queued(self) -> int:
-        """How many calls are queued or in flight."""
+        """The number of calls that are queued or in flight."""
         waiting = sum(1 for first in self._due for _ in _chain(first))
         behind = sum(1 for sent in self._in_flight if sent.last for _ in _chain(sent.next))
         return waiting + len(self._in_flight) + behind
 
     @property
     def held(self) -> int:
-        """How many bytes the calls hold that are queued or in flight."""
+        """The size in bytes of all calls that are queued or in flight."""
         return self._held
 
     @property
     def full(self) -> bool:
-        """Whether a caller should wait in `wait_for_room` before it submits."""
+        """True if a caller should wait in `wait_for_room` before it submits."""
         if self._max_held is None:
             return False
         return self._held > self._max_held or self._admitted is not None or bool(self._waiting)
 
     async def wait_for_room(self) -> None:
-        """Return when it is this caller's turn to submit. Raises the error given to `close` or `fail_queued`."""
+        """Return when it is this caller's turn to submit. Raises the error passed to `close` or `fail_queued`."""
         turn: asyncio.Future[None] = self._loop.create_future()
         self._waiting[turn] = None
         self._admit()
@@ -160,8 +166,8 @@ class Batcher(Generic[Item, Out]):
             self._waiting.pop(turn, None)
             if turn is self._admitted:
                 self._admitted = None
-            # A caller submits directly after this returns, without another await. So by the time of this callback it
-            # has submitted, or it never will, and the next caller may have its turn.
+            # A caller submits directly after `wait_for_room` returns, without another await. So when this callback
+            # runs, the caller has either submitted or never will. Then the next caller may have its turn.
             self._loop.call_soon(self._admit)
 
     def _admit(self) -> None:
@@ -225,11 +231,11 @@ class Batcher(Generic[Item, Out]):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled():  # by a shutdown handler, for example; its calls are queued again
+        if task.cancelled():  # by a shutdown handler, for example; `_perform` has queued the task's calls again
             self._working -= 1
             if self._starting is task:
                 self._starting = None
-            # `asyncio.run` cancels all tasks when it ends, the callers among them. Then this timer never fires.
+            # When `asyncio.run` ends, it cancels all tasks, also those of the callers. Then this timer never fires.
             self._loop.call_later(RESTART_AFTER, self._start_again, context=EMPTY.context)
 
     def _start_again(self) -> None:
@@ -249,14 +255,14 @@ class Batcher(Generic[Item, Out]):
                 self._start()
             if calls:
                 await self._perform(calls)
-        self._working -= 1  # no await since the queue was found empty, so no call was submitted since
+        self._working -= 1  # no await came after the check for an empty queue, so the queue is still empty
 
     def _take(self) -> list[_Call[Item, Out]]:
         due, most, room = self._due, self._max_items, self._max_bytes
         calls: list[_Call[Item, Out]] = []
         while due and len(calls) < most and (room is None or not calls or due[0].size <= room):
             call = due.popleft()
-            if call.future.done():  # its caller was cancelled
+            if call.future.done():  # the caller was cancelled
                 self._discard(call)
                 continue
             call.last = True
@@ -281,12 +287,12 @@ class Batcher(Generic[Item, Out]):
                     room -= call.size
         self._expect_company = len(calls) > 1
         self._in_flight.update(calls)
-        if self._waiting:  # the calls that were left out have made room
+        if self._waiting:  # the calls that were dropped have made room
             self._admit()
         return calls
 
     def _discard(self, call: _Call[Item, Out]) -> None:
-        """Drop a queued call whose caller has gone."""
+        """Drop a queued call whose caller was cancelled."""
         self._held -= call.size
         if call.next is not None:
             self._due.appendleft(call.next)
@@ -294,7 +300,7 @@ class Batcher(Generic[Item, Out]):
             del self._tails[call.key]
 
     def _release(self, call: _Call[Item, Out]) -> None:
-        """Note that a call in flight is over, and queue the next call of its key."""
+        """Record that a call in flight is over, and queue the next call with its key."""
         self._in_flight.discard(call)
         self._held -= call.size
         if call.last and call.key is not None:
@@ -320,7 +326,7 @@ class Batcher(Generic[Item, Out]):
                         failed = outcome
                     else:
                         future.set_result(outcome)
-                if call.next is None and call.last:  # the same as `_release`, but faster, for the usual case
+                if call.next is None and call.last:  # the usual case: does the same as `_release`, but faster
                     in_flight.discard(call)
                     self._held -= call.size
                     if call.key is not None:
@@ -329,7 +335,7 @@ class Batcher(Generic[Item, Out]):
                     self._release(call)
             if self._waiting:
                 self._admit()
-            if self._due and len(indexes) < len(calls):  # the rest of this batch may take long
+            if self._due and len(indexes) < len(calls):  # the rest of this batch may take long; send due calls now
                 self._start()
 
         try:
@@ -355,30 +361,30 @@ class Batcher(Generic[Item, Out]):
                 else:
                     settle(everybody, outcomes)
         except asyncio.CancelledError:
-            # Cancelled by `close`, or by a shutdown handler that cancels every task of the loop. In the second case
-            # another task of this batcher sends these calls.
+            # `close` has cancelled this asyncio task, or a shutdown handler has cancelled every task of the loop. In
+            # the second case another asyncio task of this batcher sends these calls.
             left = [call for call in calls if call in self._in_flight]
             if self._closed is not None:
                 fail_all([call.future for call in left], self._closed)
             for call in left:
                 if not call.last and call.next not in self._in_flight:
-                    # No caller waits for this call, and the next call of its key is already settled. So this call
-                    # belongs to no chain any more.
+                    # No caller waits for this call, and the next call with its key has its outcome already. So this
+                    # call belongs to no chain any more.
                     call.next = call.key = None
             self._put_back(left)
             raise
         for call in calls:
-            if call in self._in_flight:  # it was not settled, because its caller has gone
+            if call in self._in_flight:  # the call was left without an outcome, because its caller was cancelled
                 self._release(call)
 
     def _put_back(self, calls: Sequence[_Call[Item, Out]]) -> None:
-        """Queue calls that were in flight again, in front: of each chain only the first call."""
+        """Queue calls again that were in flight, before all other calls. `_due` gets only the first call per key."""
         self._in_flight.difference_update(calls)
         behind = {call.next for call in calls if not call.last}
         self._due.extendleft(call for call in reversed(calls) if call not in behind)
 
     async def close(self, error: Exception) -> None:
-        """Refuse new items, fail the queued ones with ``error``, and give those in flight one second to finish."""
+        """Refuse new items, fail the queued items with ``error``, and give items in flight one second to finish."""
         self._closed = error
         self.fail_queued(error)
         under_way: list[asyncio.Future[Any]] = [*self._tasks]
@@ -395,7 +401,7 @@ class Batcher(Generic[Item, Out]):
 
 
 def _chain(call: _Call[Item, Out] | None) -> Iterator[_Call[Item, Out]]:
-    """``call`` and all later calls with its key."""
+    """Yield ``call`` and all later calls with its key."""
     while call is not None:
         yield call
         call = call.next

@@ -1,4 +1,4 @@
-"""The rest of a chain: the tasks that come after a failed task, and therefore fail with it."""
+"""Finds the rest of a Celery chain: the tasks that come after a failed task, and therefore fail with it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ __all__ = ["links_of"]
 
 
 def links_of(chain: Any) -> list[SimpleNamespace]:
-    """Make a request for each link of ``chain``, as ``celery.backends.base.Backend._fail_chain`` does.
+    """Make a request object for each later task of a chain, as ``celery.backends.base.Backend._fail_chain`` does.
 
-    ``chain`` is the attribute of Celery's requests: signatures in any order, or ``None``. A waiter of a chord waits for
-    the id of the chord's body, so the body is a link, too. A link without an id has no result, and is skipped.
+    ``chain`` is the attribute ``chain`` of Celery's request: the signatures of the later tasks in any order, or
+    ``None``. If such a task is a chord, its body (the callback) gets a request, too: waiters of the chord wait for the
+    id of the body. A signature without a task id is skipped, because its task has no result.
 
-    :raises UsageError: a link is not a signature, so that the id of its result is unknown.
+    :raises UsageError: an item is not a signature, so that the id of its result is unknown.
     """
     links: list[SimpleNamespace] = []
     left: deque[Any] = deque(chain if isinstance(chain, Iterable) else ())
@@ -31,7 +32,7 @@ def links_of(chain: Any) -> list[SimpleNamespace]:
             )
         options = options or {}
         if (task_id := options.get("task_id")) is not None:
-            # The queue of a request is the one that the task was taken from, and this task was never sent.
+            # `queue` names the queue that a worker took the task from. This task was never sent, so it has none.
             named = {"retries": 0, "id": task_id, "group": options.get("group_id"), "queue": None}
             links.append(SimpleNamespace(**{**_texts(signature), **_texts(options), **named}))
         kwargs = signature.get("kwargs")

@@ -1,9 +1,9 @@
 """Chords: a group (the header) whose completion triggers one callback (the body), with the results in order.
 
-A part is the result of one task of the header. A store does one atomic step, `ChordStep` → `ChordState`. It keeps the
-parts as a set, so a part that is stored twice counts once. The step that adds the last part also decides which process
-gets the *claim* to dispatch the callback. The claim is a lease: it runs out if its holder dies. This module does
-everything else, the same for every backend.
+A part is the result of one task of the header. A backend executes one atomic step, `ChordStep` → `ChordState`. It keeps
+the parts as a set: a part that is stored twice counts as one part. The step that adds the last part also decides which
+process gets the *claim* to dispatch the callback. The claim is a lease: it runs out if its holder dies. This module
+does everything else, the same for every backend.
 
 Only one process at a time holds the claim. The callback is dispatched exactly once, with two exceptions: the holder of
 the claim dies between dispatching and leaving ``async with``, or its lease runs out because it cannot renew it. Then
@@ -55,7 +55,7 @@ __all__ = [
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: The hub's topic of a chord is this and the group's id. No task id begins with NUL.
+#: Prefix of the hub's topic for one chord; the group's id follows it. No task id begins with NUL.
 CHORD_TOPIC = "\x00chord "
 #: The hub's topic for the news of all completed chords.
 READY_TOPIC = "\x00chords"
@@ -64,23 +64,23 @@ READY_TOPIC = "\x00chords"
 class ChordOp(enum.Enum):
     """What a `ChordStep` does."""
 
-    #: Set the size and the body. If the chord is finished, begin a new run of it.
+    #: Set the number of parts and the body (the callback). If the chord is finished, begin a new run of it.
     CREATE = "create"
-    #: Set the size.
+    #: Set the number of parts.
     SIZE = "size"
-    #: Add a part, if it is new.
+    #: Add a part (the result of one task of the header), if it is new.
     PART = "part"
-    #: Claim the completed chord.
+    #: Claim the completed chord, to dispatch its callback.
     CLAIM = "claim"
-    #: Renew the lease of a claim, or claim again after it ran out. The holder has got the body with CLAIM.
+    #: Renew the lease of a claim, or claim again after it ran out. Does not return the body, as CLAIM does.
     RENEW = "renew"
-    #: Give the claim back.
+    #: Give the claim back, so that another process can claim the chord.
     RELEASE = "release"
-    #: The callback was dispatched: keep the parts, remove everything else.
+    #: Record that the callback was dispatched: keep the parts, remove everything else.
     FINISH = "finish"
-    #: Change nothing.
+    #: Change nothing, and return the state.
     READ = "read"
-    #: Change nothing, and return the parts.
+    #: Change nothing, and return the state and the parts.
     PARTS = "parts"
 
 
@@ -88,34 +88,34 @@ class ChordOp(enum.Enum):
 class ChordStep:
     """One atomic change of one chord. Every step is idempotent: a repeated step gives the same answer.
 
-    CREATE, SIZE and PART also claim the chord for `token`, if a token is given and the step completes the chord. A step
-    that completes the chord, makes it fail, or gives a claim back notifies the waiters and the dispatchers. Only CREATE
-    changes a finished chord.
+    CREATE, SIZE and PART also claim the chord for `token`, if a token is given and the step completes the chord.
+    Waiters and dispatchers are notified when a step completes the chord, makes it fail, or gives a claim back. Only
+    CREATE changes a finished chord.
     """
 
     op: ChordOp
     group_id: str
-    #: The id of the claim; empty to claim nothing.
+    #: The id of the claim; an empty text claims nothing.
     token: str = ""
     #: Seconds that a claim lasts.
     lease: float = 0.0
-    #: Seconds that the whole chord lives at least, counted from the last CREATE, SIZE, PART or claim; 0 for ever.
+    #: The chord is kept at least so many seconds after its last CREATE, SIZE, PART or claim. 0 keeps it for ever.
     expires: float = 0.0
-    #: The same for the saved group with that id, if there is one. Nested results lose their shape without that group.
+    #: The same for the saved group with the id `group_id`, if there is one. It gives nested results their shape.
     group_expires: float = 0.0
     #: The id of the run that a CREATE begins. A repeated CREATE with the same id does not restart a finished chord.
     run: str = ""
     size: int | None = None
-    #: The callback, kept until the chord is finished. The first body that is given counts.
+    #: The callback, kept until the chord is finished. If several steps give a body, the first one counts.
     body: bytes | None = None
-    #: The id of the body's result, for waiters of chords that Celery may finish. The first id that is given counts.
+    #: The id of the callback's result, for waiters of chords that Celery may finish. The first id given counts.
     body_id: str = ""
     task_id: str = ""
-    #: The place in the list of results. Parts with ``None`` follow those with an index, in order of arrival.
+    #: The place in the list of results. Parts with the index ``None`` come last, in order of arrival.
     index: int | None = None
     #: The part, encoded.
     part: bytes = b""
-    #: Whether the part failed.
+    #: True if the part failed.
     failed: bool = False
 
 
@@ -125,28 +125,28 @@ class ChordState:
 
     #: The number of parts that are stored.
     count: int = 0
-    #: The number of parts in all; ``None`` while it is not known.
+    #: The number of parts that the chord needs; ``None`` while it is not known.
     size: int | None = None
-    #: Whether the step's token holds the claim now. For FINISH: whether it held the claim before the step.
+    #: True if the step's token holds the claim now. After FINISH: true if it held the claim before the step.
     claimed: bool = False
-    #: Whether the callback was dispatched.
+    #: True if the callback was dispatched.
     done: bool = False
-    #: The callback, for a step that has claimed the chord.
+    #: The callback; set only if the step has claimed the chord.
     body: bytes | None = None
-    #: The first part that failed, for READ and PARTS.
+    #: The part that failed first; set only by READ and PARTS.
     failure: bytes | None = None
     #: Seconds until the present claim runs out; ``None`` if no process holds the claim.
     lease_left: float | None = None
-    #: The parts in order, for `ChordOp.PARTS`.
+    #: The parts in order; set only by `ChordOp.PARTS`.
     parts: tuple[bytes, ...] = ()
-    #: Whether this library created the chord. Then a message always announces its end.
+    #: True if this library created the chord, and not Celery. Then a message always announces the chord's end.
     ours: bool = field(default=False, compare=False)
-    #: The `ChordStep.body_id` that a step has set, for READ of a chord that is not `ours`.
+    #: The `ChordStep.body_id` of an earlier step; set only by READ of a chord that is not `ours`.
     body_id: str = field(default="", compare=False)
 
     @property
     def complete(self) -> bool:
-        """Whether all parts are stored."""
+        """True if all parts are stored."""
         return self.done or (self.size is not None and self.count >= self.size)
 
 
@@ -159,7 +159,7 @@ class ChordProgress(NamedTuple):
 
 
 class ChordStore(LookoutStore, Protocol):
-    """What chords need of a backend."""
+    """The attributes and methods of a backend that chords use."""
 
     codec: Codec
     expires: float
@@ -175,7 +175,7 @@ class ChordStore(LookoutStore, Protocol):
 
 
 class Chords:
-    """The chords of one backend: encodes the steps, sends them, and makes handles of the states that come back."""
+    """The chords of one backend: encodes steps, sends them, and turns the states that come back into objects."""
 
     def __init__(self, store: ChordStore) -> None:
         self._store = store
@@ -183,7 +183,7 @@ class Chords:
 
     @property
     def group_expires(self) -> float:
-        """Seconds that the saved group of a chord is kept. The group has readers of its own. As in Celery."""
+        """Seconds that the saved group of a chord is kept, as in Celery: long enough for readers of the group, too."""
         kept = self._store.chord_expires, self._store.expires
         return max(kept) if all(kept) else 0.0
 
@@ -207,8 +207,8 @@ class Chords:
     ) -> ReadyChord | None:
         """See `aioresult.backends.base.Backend.on_chord_part_return`. With a ``lease`` of 0 this never claims."""
         codec, what = self._store.codec, f"the part {task_id} of chord {group_id}"
-        # The first item is a number; Celery writes 1, and its readers skip it. A sorted set in Redis holds equal parts
-        # only once. So our script appends a space to them; readers of msgpack refuse that, so there the number differs.
+        # A part begins with a number: Celery writes 1, and readers skip it. A sorted set in Redis drops equal members.
+        # So our script appends spaces to equal parts. Readers of msgpack refuse spaces; there the number differs.
         number = 1 if index is None or codec.serializer != "msgpack" else 2 + index
         step = ChordStep(
             ChordOp.PART,
@@ -224,7 +224,7 @@ class Chords:
         return ready
 
     async def claim(self, group_id: str) -> tuple[ReadyChord | None, ChordState]:
-        """See `Chord.claim`. Also returns the state that the step has found."""
+        """See `Chord.claim`. Also returns the state of the chord after the step."""
         return await self._claim_with(ChordStep(ChordOp.CLAIM, group_id), self._store.chord_lease)
 
     async def _claim_with(self, step: ChordStep, lease: float) -> tuple[ReadyChord | None, ChordState]:
@@ -244,12 +244,12 @@ class Chords:
         return await self._store.chord_step(replace(step, expires=expires, group_expires=group_expires))
 
     async def _results(self, group_id: str) -> tuple[list[Any], ChordError | None]:
-        """The values of all stored parts, exceptions in their places; and the error of the chord if it failed."""
+        """Return the values of all stored parts, with exceptions as values; and the chord's error if it failed."""
         state = await self._step(ChordStep(ChordOp.PARTS, group_id))
         parts = [self._unpack(group_id, part) for part in state.parts]
         group = await self._store.restore_group(group_id)
         gone = not parts and state.size != 0
-        # Celery may have finished the chord and removed its parts. The results of its tasks are stored on their own.
+        # Celery may have finished the chord and removed its parts. But each task also has a result under its own id.
         asked = gone or (not state.complete and self._is_beside(state))
         from_results = asked and group is not None and await group.ready()
         if gone and not from_results:
@@ -266,7 +266,7 @@ class Chords:
             values = [_shaped(member, by_id) for member in group]
         else:
             values = [value for _, _, value in parts]
-        if state.failure is not None:  # the failure that was stored first; it need not be the first in the list
+        if state.failure is not None:  # the part that failed first may have a later place in the list
             parts = [self._unpack(group_id, state.failure)]
         for task_id, status, value in parts:
             if status in PROPAGATE_STATES:
@@ -283,7 +283,7 @@ class Chords:
         raise DecodeError(f"a part of chord {group_id} cannot be read: it is not [1, task id, state, result]")
 
     def chord(self, group_id: str) -> Chord:
-        """Make a handle on a chord. No I/O."""
+        """Make a handle on a chord, without I/O."""
         return Chord(self, group_id)
 
     async def wait(self, group_id: str, timeout: Timeout, propagate: bool) -> list[Any]:
@@ -310,7 +310,7 @@ class Chords:
         return self._store.chords_beside and not state.ours
 
     async def _is_over(self, group_id: str, propagate: bool) -> bool:
-        """Whether there is nothing to wait for. With ``propagate`` raises the error of a part that Celery stored."""
+        """True if there is nothing to wait for. With ``propagate``, raises the error of a part that Celery stored."""
         state = await self.read(group_id)
         if state.complete or (propagate and state.failure is not None):
             return True
@@ -322,7 +322,7 @@ class Chords:
         return group is not None and await group.ready()
 
     async def _find_failure(self, group_id: str, seen: set[int]) -> ChordError | None:
-        """The error of the first failed part that is not in ``seen``. Adds the parts that it reads to ``seen``."""
+        """Return the error of the first failed part. Skips parts whose hash is in ``seen``; adds all others to it."""
         state = await self._step(ChordStep(ChordOp.PARTS, group_id))
         now = asyncio.get_running_loop().time
         pause_at = now() + TURN
@@ -332,7 +332,7 @@ class Chords:
             seen.add(mark)
             try:
                 task_id, status, value = self._unpack(group_id, part)
-            except DecodeError:  # `_results` raises it when it reads all parts in the end
+            except DecodeError:  # `_results` raises the error later, when it reads all parts
                 continue
             if status in PROPAGATE_STATES:
                 return part_failed(group_id, task_id, value)
@@ -353,19 +353,19 @@ class Chords:
         return ChordProgress(state.count, state.size)
 
     async def read(self, group_id: str) -> ChordState:
-        """The present state."""
+        """Return the present state of the chord."""
         return await self._step(ChordStep(ChordOp.READ, group_id))
 
     async def finish(self, group_id: str, token: str) -> bool:
-        """Note that the callback was dispatched. Returns whether ``token`` still held the claim."""
+        """Record that the callback was dispatched. Returns true if ``token`` still held the claim."""
         return (await self._step(ChordStep(ChordOp.FINISH, group_id, token))).claimed
 
     async def release(self, group_id: str, token: str) -> None:
-        """Give the claim back."""
+        """Give back the claim with the id ``token``."""
         await self._step(ChordStep(ChordOp.RELEASE, group_id, token))
 
     async def renew(self, group_id: str, token: str, lease: float) -> bool:
-        """Renew the lease. Returns whether ``token`` still held the claim, or has got it again."""
+        """Renew the claim's lease. Returns true if ``token`` still held the claim, or has got the claim again."""
         return (await self._step(ChordStep(ChordOp.RENEW, group_id, token, lease))).claimed
 
 
@@ -384,10 +384,10 @@ class Chord:
     async def get(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
         """Wait until all parts are stored, and return the results of the header in order.
 
-        A message announces the last part, unless a worker of Celery's stores it. In that case the wait ends when the
-        result of the body arrives, if this library stored a part; otherwise within ``heartbeat`` seconds.
+        A message announces the last part, unless a Celery worker stores it. Then the wait ends when the result of the
+        callback arrives, if this library stored a part; otherwise within ``heartbeat`` seconds (a backend option).
 
-        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 checks once.
+        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 does not wait.
         :param propagate: raise as soon as a part fails. If false, wait for all parts and return exceptions as values.
         :raises ChordError: a part failed; ``__cause__`` is its exception.
         :raises BackendGetMetaError: Celery has dispatched the callback and removed the parts, and the group was not
@@ -397,7 +397,7 @@ class Chord:
         return await self._chords.wait(self.id, timeout, propagate)
 
     async def progress(self) -> ChordProgress:
-        """How many parts are stored, and how many there are."""
+        """Return how many parts are stored, and how many there are."""
         return await self._chords.progress(self.id)
 
     async def claim(self) -> ReadyChord | None:
@@ -412,9 +412,9 @@ class Chord:
 class ReadyChord:
     """A completed chord that this process has claimed. Dispatch its callback inside ``async with``.
 
-    Entering renews the claim, or raises `ChordClaimLost`. Inside, the claim is renewed in the background. Leaving
-    without an exception marks the callback as dispatched. An exception gives the claim back; then `ready_chords` yields
-    the chord again, in this process or another one.
+    ``__aenter__`` renews the claim, or raises `ChordClaimLost`. Inside the block, the claim is renewed in the
+    background. If the block ends without an exception, the callback counts as dispatched. An exception gives the claim
+    back; then `ready_chords` yields the chord again, in this process or another one.
     """
 
     def __init__(
@@ -428,9 +428,9 @@ class ReadyChord:
         lease: float,
     ) -> None:
         self.id: str = group_id
-        #: The body that `create_chord` or a part was given, such as a signature of Celery's.
+        #: The callback as it was passed to `create_chord` or with a part, such as a signature of Celery's.
         self.body = body
-        #: The error if a part failed, so that there is nothing to dispatch; otherwise ``None``. `results` raises it.
+        #: The error if a part failed; then there is nothing to dispatch, and `results` raises it. Otherwise ``None``.
         self.error = error
         self._chords = chords
         self._results = results
@@ -441,7 +441,7 @@ class ReadyChord:
 
     @property
     def results(self) -> list[Any]:
-        """The results in order. If a part failed, raises `error`. Leaving ``async with`` with it finishes the chord."""
+        """The results in order. Raises `error` if a part failed. If `error` leaves ``async with``, the chord ends."""
         if self.error is not None:
             raise self.error
         return self._results
@@ -462,7 +462,7 @@ class ReadyChord:
     async def _leave(self, exc: BaseException | None) -> None:
         self._leaving.set()
         if self._renewing is not None:
-            await self._renewing.finish()  # a renewal in flight would claim the chord again after it is given back
+            await self._renewing.finish()  # otherwise a renewal in flight could claim the chord again after its release
         if exc is None or exc is self.error:
             if not await self._chords.finish(self.id, self._token):
                 logger.warning("the claim to chord %s was lost: its callback may be dispatched twice", self.id)
@@ -494,5 +494,5 @@ def _shaped(member: ResultBase, values: dict[str, Any]) -> Any:
 
 
 def chord_meta(state: ChordState) -> TaskMeta:
-    """A chord's state as the hub delivers it: a meta that is ready once all parts are stored."""
+    """Wrap a chord's state in the form that the hub delivers: a meta that is ready if all parts are stored."""
     return TaskMeta("", SUCCESS if state.complete else "PROGRESS", state)

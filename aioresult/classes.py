@@ -1,11 +1,12 @@
 """Finds the class of a stored exception. The stored data must never choose which code runs.
 
-A class is used only under three conditions. CVE-2021-23727 shows what happens otherwise.
+A class is used only under three conditions. CVE-2021-23727, a vulnerability of Celery, shows what happens otherwise.
 
-- Its module is already imported.
-- The lookup runs no code. So it does not use ``getattr``: the ``__getattr__`` of a module could import something.
-- It is an ordinary `Exception`. A `SystemExit`, `KeyboardInterrupt` or `asyncio.CancelledError` from a database must
-  not stop the reader.
+- The module of the class is already imported.
+- Finding the class runs no code. So this module does not use ``getattr``: the ``__getattr__`` of a module could import
+  something.
+- The class is an ordinary `Exception`. A `SystemExit`, `KeyboardInterrupt` or `asyncio.CancelledError` from a database
+  must not stop the process that reads the result.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from .failure import CELERY, TWINS, namespace_of
 
 __all__ = ["find_class", "why_unusable"]
 
-#: If a coroutine raises one of these, Python turns it into a `RuntimeError`. So they are not raised for a failed task.
+#: If a coroutine raises one of these, Python turns it into a `RuntimeError`. So a reader never raises them.
 _CONTROL_FLOW = (StopIteration, StopAsyncIteration)
-#: The namespace of a module. `vars` and `isinstance` could run code: a lazy module or proxy computes its ``__dict__``,
-#: and even its ``__class__``, and may import or connect to something while doing so.
+#: Returns the namespace of a module without running code of the module. `vars` and `isinstance` could run such code: a
+#: lazy module or a proxy computes its ``__dict__``, and even its ``__class__``. It may import something or connect to a
+#: server while doing so.
 _names_in: Callable[[object], Mapping[str, object]] = vars(ModuleType)["__dict__"].__get__
 
 
 def find_class(module: object, qualname: str) -> type[Exception] | str:
-    """Find a class by its module and name. Returns the class; or the reason why none can be used, as a clause."""
+    """Find a class by its module and name. Returns the class, or the reason why no class can be used.
+
+    The reason is a clause, such as ``"its module was not stored"``.
+    """
     if not isinstance(module, str) or not module:
         return "its module was not stored"
     found = _look_up(module, qualname)
@@ -42,11 +47,12 @@ def find_class(module: object, qualname: str) -> type[Exception] | str:
 
 
 def why_unusable(cls: type) -> str:
-    """The reason why no instance of ``cls`` may be raised in the reader, as a clause; empty if it may be raised.
+    """Return the reason why the reader must not raise an instance of ``cls``; or an empty text if it may.
 
-    Most classes of this library may not be raised, because they tell the reader what happened to its own call. For
-    instance, a task that waited for another task may have failed with our `TimeoutError`. If the reader raised that, it
-    would mean that the reader's own deadline has passed.
+    The reason is a clause, such as ``"that is not an exception class"``. The reader must not raise most classes of this
+    library, because they say what happened to the reader's own call. For instance, a task that waited for another task
+    may have failed with our `TimeoutError`. If the reader raised this error, it would mean that the reader's own
+    deadline has passed.
     """
     if not issubclass(cls, BaseException):
         return "that is not an exception class"
@@ -86,7 +92,11 @@ def _missing(module: str) -> str:
 
 @cache
 def _twin(name: str, theirs: type[Exception] | None) -> type[Exception]:
-    """Our class. If Celery is imported, a subclass of it that ``except celery.exceptions.…`` catches, too."""
+    """Return our class with this name, such as `TaskRevokedError`.
+
+    ``theirs`` is Celery's class with the same name, or ``None`` if Celery is not imported. With ``theirs``, return a
+    subclass of both classes, so that ``except celery.exceptions.TaskRevokedError`` catches it, too.
+    """
     ours = TWINS[name]
     if theirs is None:
         return ours

@@ -1,7 +1,7 @@
-"""`Completions`: waits for many results at once, on any number of backends, in the order in which they finish.
+"""`Completions`: waits for many results at once, on any number of backends, and yields them as they finish.
 
-Joins, groups and `as_completed` all use it. It needs one waiter per backend, and for a large join also one task per
-backend. It needs no waiter or task per result.
+Joins (`gather`, `wait`), groups and `as_completed` all use it. It needs one waiter per backend, and for a large join
+also one asyncio task per backend. It needs no waiter or asyncio task per result.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from .waiter import FINAL_READ, Outcome, timed_out
 
 __all__ = ["Completions"]
 
-#: Up to so many results are left to the hub, which reads them together with the results of other joins.
+#: A join of at most so many results does not read them itself. The hub (the backend's single listener) reads them
+#: together with the results of other joins.
 _FEW = 100
 
 L = TypeVar("L", bound=Leaf)
 
 
 class _Inbox(Generic[L]):
-    """The waiter at one store. It passes each outcome to the handles with that id: members and their ancestors."""
+    """The waiter at one backend. It passes each outcome to the handles with its task id: leaves and ancestors.
+
+    A leaf is a single result that the join waits for. An ancestor is a result that leaves depend on.
+    """
 
     def __init__(self, owner: Completions[L]) -> None:
         self._owner = owner
@@ -45,29 +49,29 @@ class _Inbox(Generic[L]):
             self._owner.finish(self.pending.pop(task_id, ()), outcome)
 
     def leaves(self) -> Iterator[L]:
-        """The members that are not over yet."""
+        """Return the leaves (single results of the join) that have no outcome yet."""
         return (each for waiting in self.pending.values() for each in waiting if not isinstance(each, Ancestor))
 
 
 class Completions(Generic[L]):
-    """An async iterator: each step gives the leaves that have finished since the last step, as ``(leaf, outcome)``.
+    """An async iterator: each step yields a list of the leaves that have finished since the last step.
 
-    A leaf is a handle on a single result. Its outcome is a final meta, or an error because of which there will be none.
-    The meta may be that of an ancestor (a parent in a chain, for example) that has failed, so that the leaf never runs
-    or has failed with it. Before a failed leaf is given, its ancestors are read once. So which failure is given does
-    not depend on when the caller asks.
+    An item of that list is ``(leaf, outcome)``. A leaf is a handle on a single result. Its outcome is its final meta,
+    or an error that prevents a final meta. The outcome may also be the meta of an ancestor that has failed, such as a
+    parent in a chain. Then the leaf never runs, or has failed with its ancestor. Before a failed leaf is yielded, its
+    ancestors are read. So the failure that is yielded does not depend on when the caller asks.
 
     Use it in ``with``, which ends the remaining subscriptions. ``timeout`` is in seconds from now. After it, the next
-    step that would have to wait raises `aioresult.TimeoutError`. A timeout of 0 reads everything once. A stored result
-    takes precedence over a deadline that has passed: at the end of a timeout below one second, the missing results are
-    read once more.
+    step that would have to wait raises `aioresult.TimeoutError`. With a timeout of 0, each result is read one time. A
+    stored result takes precedence over a deadline that has passed: at the end of a timeout below one second, the
+    missing results are read again.
 
-    If there are many leaves, they are read first, a chunk at a time, and the hub is needed only for leaves that are not
-    over. After that, the ancestors of these leaves are watched, too.
+    If there are many leaves, the join itself reads them first, a chunk at a time. Then it needs the hub (the backend's
+    single listener) only for leaves that are not over. After that, it also watches the ancestors of these leaves.
     """
 
     def __init__(self, lineage: Lineage[L], timeout: Timeout = None) -> None:
-        #: Of several stores, the one of the first leaf decides how long to wait without a ``timeout``.
+        #: Without a ``timeout``, the ``default_timeout`` of this leaf's backend decides how long to wait.
         first = next((leaf.store for leaf in lineage.leaves if leaf.store is not None), None)
         self._timeout = checked_timeout(timeout, None if first is None else first.default_timeout)
         self._once = self._timeout is not None and self._timeout <= 0
@@ -77,7 +81,7 @@ class Completions(Generic[L]):
         #: The error of `_look_once`, if it has failed.
         self._error: Exception | None = None
         self._finished: list[tuple[L, Outcome]] = []
-        #: Leaves that failed, each with the failure that is known so far; see `_settle`.
+        #: Leaves that failed, each with the failure that is known so far. An ancestor may be the cause; see `_settle`.
         self._doubtful: list[tuple[L, TaskMeta]] = []
         self._settler: StandingTask | None = None
         self._followed: set[Ancestor[L]] = set()
@@ -175,7 +179,7 @@ class Completions(Generic[L]):
             self._add_ancestors(inboxes)
         for store, inbox in tuple(self._inboxes.items()):
             await self._look_up(store, inbox, inbox.pending)
-        for store, task_ids in self._add_ancestors(inboxes).items():  # nothing is left if there were only a few
+        for store, task_ids in self._add_ancestors(inboxes).items():  # empty if they were added above
             await self._look_up(store, self._inboxes[store], task_ids)
 
     async def _look_through(self, store: ResultStore, inbox: _Inbox[L]) -> None:
@@ -184,7 +188,7 @@ class Completions(Generic[L]):
 
     async def _look_and_watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
         for some in chunked(task_ids, store.fetch_chunk):
-            # An error of this read is ignored: the ids are watched in any case, and the hub reports lasting errors.
+            # Ignore an error of this read: the hub reads the ids again, and reports an error that lasts.
             with suppress(Exception):
                 await self._look_up(store, inbox, some)
             self._watch(store, inbox, [task_id for task_id in some if task_id in inbox.pending], read_first=False)
@@ -199,13 +203,13 @@ class Completions(Generic[L]):
         for task_id in task_ids:
             try:
                 store.watch(task_id, inbox, read_first)
-            except AioResultError as exc:  # the backend was closed meanwhile, or the id is not valid
+            except AioResultError as exc:  # the backend was closed in the meantime, or the id is not valid
                 inbox.receive(task_id, exc)
 
     # -- ancestors --------------------------------------------------------------------------------------------------
 
     def _follow(self, inboxes: Sequence[_Inbox[L]]) -> None:
-        """Watch the ancestors of the leaves in these inboxes."""
+        """Watch the ancestors (results that a leaf depends on) of the leaves in these inboxes."""
         for store, task_ids in self._add_ancestors(inboxes).items():
             inbox = self._inboxes[store]
             if len(task_ids) > _FEW:
@@ -214,7 +218,7 @@ class Completions(Generic[L]):
                 self._watch(store, inbox, task_ids, read_first=True)
 
     def _add_ancestors(self, inboxes: Sequence[_Inbox[L]]) -> dict[ResultStore, list[str]]:
-        """Wait for the ancestors of the leaves in these inboxes, too. Returns the ids that are new."""
+        """Add the ancestors of the leaves in these inboxes to the ids that the join waits for. Returns the new ids."""
         fresh: dict[ResultStore, list[str]] = {}
         if not self._lineage.ancestors:
             return fresh
@@ -230,7 +234,7 @@ class Completions(Generic[L]):
         return fresh
 
     def _fell(self, ancestor: Ancestor[L], failure: TaskMeta) -> None:
-        """Note that an ancestor has failed: the leaves below it that are not over will never run."""
+        """Record that an ancestor has failed: the leaves that depend on it and are not over will never run."""
         for leaf in self._lineage.below(ancestor):
             inbox = None if leaf.store is None else self._inboxes.get(leaf.store)
             waiting = () if inbox is None else inbox.pending.get(leaf.id, ())
@@ -245,7 +249,7 @@ class Completions(Generic[L]):
                 leaf.store.unwatch(leaf.id, inbox)
 
     def _is_doubtful(self, leaf: L) -> bool:
-        """Whether an ancestor may be the cause of the leaf's failure."""
+        """True if an ancestor may be the cause of the leaf's failure."""
         return not is_over(leaf) or (leaf.failure is None and self._lineage.has_parents(leaf))
 
     def _start_to_settle(self) -> None:
@@ -254,10 +258,10 @@ class Completions(Generic[L]):
             self._settler.start()
 
     async def _settle(self) -> None:
-        """Read the ancestors of the failed leaves, and give these leaves to the caller.
+        """Read the ancestors of the failed leaves, and pass these leaves to the caller.
 
-        A leaf that failed only because of an ancestor is read as well, because a stored success always counts. A result
-        that cannot be read within one second counts as unknown.
+        If a leaf has no outcome of its own and counts as failed because of an ancestor, it is read, too: a stored
+        success always takes precedence. A result that cannot be read within one second counts as unknown.
         """
         while self._doubtful:
             some = [leaf for leaf, _ in self._doubtful[:_FEW]]
@@ -279,7 +283,7 @@ class Completions(Generic[L]):
                         handle.set_outcome(outcome)
 
     def _conclude(self, count: int) -> None:
-        """Give the first ``count`` doubtful leaves to the caller, with the failure that is known now."""
+        """Pass the first ``count`` leaves in `_doubtful` to the caller, with the failure that is known now."""
         some = self._doubtful[:count]
         del self._doubtful[:count]
         for (leaf, failure), cause in zip(some, self._lineage.causes([leaf for leaf, _ in some]), strict=True):
@@ -310,7 +314,7 @@ class Completions(Generic[L]):
         return finished
 
     def finish(self, handles: Iterable[L | Ancestor[L]], outcome: Outcome) -> None:
-        """Note that these handles are over. Called by an inbox."""
+        """Record that these handles are over. An `_Inbox` calls this."""
         failure = outcome if self._lineage.ancestors and isinstance(outcome, TaskMeta) and outcome.propagates else None
         for each in handles:
             if isinstance(each, Ancestor):

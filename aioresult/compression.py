@@ -1,9 +1,9 @@
-r"""Compressed payloads in the format of Celery 5.7 (``celery/backends/base.py``: ``compress_payload``).
+r"""Compresses stored values in the format of Celery 5.7 (``celery/backends/base.py``: ``compress_payload``).
 
-A stored value has no headers, so the name of the method stands in front of the body:
-``\x00celery-compressed\x00`` + content type + ``\x00`` + body. No serializer's output begins with a NUL. A reader
-decides by that marker alone, and ignores its own setting for compression. It never unpacks more than a maximum size,
-because a few kilobytes can unpack to gigabytes.
+A stored value has no headers. So a marker and the content type, which names the compression, precede the compressed
+bytes: ``\x00celery-compressed\x00`` + content type + ``\x00`` + compressed bytes. No serializer's output begins with a
+NUL. A reader decides by the marker alone, and ignores its own setting for compression. It never unpacks more than a
+maximum size, because a few kilobytes can unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAGIC = b"\x00celery-compressed\x00"
 
 
 class _Decompressor(Protocol):
-    """What `bz2`, `lzma` and `zstd` offer."""
+    """The attributes of the decompressors of `zlib`, `bz2`, `lzma` and `zstd` that this module uses."""
 
     @property
     def eof(self) -> bool: ...
@@ -44,7 +44,8 @@ def _zstd() -> Any:
     return zstd
 
 
-#: Content type → (compress, make a decompressor). The types are those of kombu, whose "gzip" is a plain zlib stream.
+#: Content type → (function that compresses, function that makes a decompressor). The content types are the same as in
+#: kombu, whose "gzip" is a plain zlib stream.
 _METHODS: Mapping[str, tuple[Callable[[bytes], bytes], Callable[[], _Decompressor]]] = {
     "application/x-gzip": (zlib.compress, zlib.decompressobj),
     "application/x-bz2": (bz2.compress, bz2.BZ2Decompressor),
@@ -65,7 +66,10 @@ _ALIASES = {
 
 
 def compressor(name: str) -> str:
-    """The content type for the name of a compression. Raises `ImproperlyConfigured` if the name is not known."""
+    """Return the content type for the name of a compression: ``application/x-gzip`` for ``gzip``.
+
+    Raises `ImproperlyConfigured` if the name is not known, or a package that the compression needs is not installed.
+    """
     content_type = _ALIASES.get(name, name)
     if content_type not in _METHODS:
         raise ImproperlyConfigured(f"unknown compression {name!r}; known are {', '.join(sorted(_ALIASES))}")
@@ -75,15 +79,16 @@ def compressor(name: str) -> str:
 
 
 def compress(data: bytes, content_type: str) -> bytes:
-    """Compress ``data`` and put the marker in front. ``content_type`` is the result of `compressor`."""
+    """Compress ``data`` and return it with the marker in front. ``content_type`` is a return value of `compressor`."""
     return b"".join((_MAGIC, content_type.encode(), b"\x00", _METHODS[content_type][0](data)))
 
 
 def decompress(data: bytes, max_size: int) -> bytes:
     """Unpack ``data`` if it begins with the marker; otherwise return it unchanged.
 
-    Raises `ResultTooLargeError` if the returned data would be larger than ``max_size`` bytes, `ValueError` for an
-    unknown or incomplete stream, and the errors of the method's library for a broken stream.
+    Raises `ResultTooLargeError` if the returned data would be larger than ``max_size`` bytes. Raises `ValueError` if
+    the compression is unknown or the compressed data is incomplete. If the data is damaged, the error comes from the
+    library that unpacks it, such as `zlib.error`.
     """
     if data.startswith(_MAGIC):
         content_type, _, body = data[len(_MAGIC) :].partition(b"\x00")
