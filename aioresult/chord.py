@@ -99,7 +99,7 @@ class ChordStep:
     token: str = ""
     #: Seconds that a claim lasts.
     lease: float = 0.0
-    #: The chord is kept at least so many seconds after its last CREATE, SIZE, PART or claim. 0 keeps it for ever.
+    #: Seconds that the chord is kept, at least, after its last CREATE, SIZE, PART or claim. 0 keeps it for ever.
     expires: float = 0.0
     #: The same for the saved group with the id `group_id`, if there is one. It gives nested results their shape.
     group_expires: float = 0.0
@@ -441,7 +441,7 @@ class ReadyChord:
 
     @property
     def results(self) -> list[Any]:
-        """The results in order. Raises `error` if a part failed. If `error` leaves ``async with``, the chord ends."""
+        """The results in order. If a part failed, raises `error`. If the block raises it, the chord is finished."""
         if self.error is not None:
             raise self.error
         return self._results

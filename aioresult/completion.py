@@ -25,7 +25,7 @@ from .waiter import FINAL_READ, Outcome, timed_out
 
 __all__ = ["Completions"]
 
-#: A join of at most so many results does not read them itself. The hub (the backend's single listener) reads them
+#: The most results that a join leaves to the hub, the listener that all waiters of a backend share. The hub reads them
 #: together with the results of other joins.
 _FEW = 100
 
@@ -66,8 +66,9 @@ class Completions(Generic[L]):
     stored result takes precedence over a deadline that has passed: at the end of a timeout below one second, the
     missing results are read again.
 
-    If there are many leaves, the join itself reads them first, a chunk at a time. Then it needs the hub (the backend's
-    single listener) only for leaves that are not over. After that, it also watches the ancestors of these leaves.
+    If there are many leaves, the join itself reads them first, a chunk at a time. Then it needs the hub (the listener
+    that all waiters of a backend share) only for leaves that are not over. After that, it also watches the ancestors of
+    these leaves.
     """
 
     def __init__(self, lineage: Lineage[L], timeout: Timeout = None) -> None:

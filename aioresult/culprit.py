@@ -1,9 +1,9 @@
-"""Why a value cannot be stored: the path to the part at fault, and what to do about it.
+"""Explains why a value cannot be stored: the path to the part at fault, and what to do about it.
 
-Nothing here runs before a serializer has failed. Then `explain` walks through the value in the order of the serializer
-and stops at the first part that the serializer cannot write. It calls the same functions as the serializer, so a user's
-``__json__`` may be called a second time. The number of parts and the time of the walk are limited, because it blocks
-the event loop.
+This module runs only after a serializer has failed. Then `explain` walks through the value in the order of the
+serializer, and stops at the first part that the serializer cannot write. It calls the same functions as the serializer,
+so a user's ``__json__`` may be called a second time. The walk blocks the event loop, so its time and the number of
+parts that it visits are limited.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ __all__ = ["Grammar", "UnknownType", "explain"]
 
 _MAX_PARTS: Final = 50_000
 _MAX_SECONDS: Final = 0.1
-#: How many steps of a path are shown from its beginning, and how many from its end.
+#: How many steps of a long path are shown from its beginning, and how many from its end. The middle is left out.
 _SHOWN_STEPS: Final = 10
+#: The most characters of a dict's key that a path shows.
 _SHOWN_KEY: Final = 60
 
 _MARKERS = {"__type__", "__value__"}
@@ -42,27 +43,31 @@ class UnknownType(TypeError):
 
 
 class Grammar(NamedTuple):
-    """How a serializer writes, as far as `explain` needs to know."""
+    """Describes to `explain` what a serializer can write, and how it writes."""
 
     serializer: str
-    #: The classes that it writes by itself, subclasses included, apart from containers.
+    #: The classes that the serializer writes by itself, including their subclasses, but without containers.
     scalars: tuple[type, ...]
-    #: The classes that it allows for the keys of a dict.
+    #: The classes that the serializer allows for the keys of a dict.
     keys: tuple[type, ...]
     #: Writes a value, or raises.
     write: Callable[[Any], bytes]
-    #: Raises if no reader could read what was written.
+    #: Takes the bytes that `write` has returned, and raises if no reader could read them.
     check: Callable[[bytes], object] | None = None
-    #: Returns the value to write in place of an unknown one. ``None``: the serializer knows every type.
+    #: Takes a value of an unknown type, and returns the value to write instead. ``None``: every type is known.
     replace: Callable[[Any], Any] | None = None
-    #: Returns the name of the function that `replace` calls for a value, and how the path shows it.
+    #: Returns the name of the function that `replace` calls for a value, and how a path shows that call. For instance
+    #: ``("its __json__", "{}.__json__()")``.
     replaced_by: Callable[[Any], tuple[str, str]] | None = None
-    #: Whether the caller may change the serializer.
+    #: True if the caller cannot choose another serializer.
     fixed: bool = False
 
 
 def explain(roots: Mapping[str, Any], grammar: Grammar, error: BaseException) -> str:
-    """Why writing ``roots`` raised ``error``, as the rest of a sentence. ``roots`` are values by name."""
+    """Return why writing the values of ``roots`` raised ``error``, as a clause that completes an error message.
+
+    ``roots`` maps the name of each value, which begins the path, to the value.
+    """
     try:
         found = _Search(grammar).search(roots)
     except KeyboardInterrupt:
@@ -76,16 +81,16 @@ def explain(roots: Mapping[str, Any], grammar: Grammar, error: BaseException) ->
     return "it nests too deeply" if isinstance(error, RecursionError) else safe_text(error) or type(error).__name__
 
 
-#: The name of the function that replaced a value, and how the path shows it, if neither is known.
+#: The return value of `_Search._by` if it cannot find out which function replaced a value.
 _UNKNOWN = ("its class", "{}")
 
 
 class _Gone(Exception):
-    """The walk has reached its limit of parts or of time."""
+    """Ends the walk, because it has reached its limit of parts or of time."""
 
 
 class _Step(NamedTuple):
-    """A step of the walk, from a value to a part of it, or to the value that replaces it."""
+    """One step of a path: from a value to a part of the value, or to the value that is written in its place."""
 
     #: The key or the index of the part. Not used with a `template`.
     key: object = None
@@ -94,7 +99,7 @@ class _Step(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """A value whose parts the walk goes through. It keeps the value alive, because `_Search` uses the value's id."""
+    """A value whose parts the walk visits. It keeps the value alive, because `_Search` stores the value's ``id()``."""
 
     value: Any
     parts: Iterator[tuple[_Step, Any]]
@@ -105,7 +110,7 @@ class _Search:
         self._grammar = grammar
         self._steps: list[_Step] = []
         self._root = ""
-        #: The ids of the values that contain the present one → how many steps lead to each.
+        #: The ``id()`` of each value that contains the present value → how many steps lead to that value.
         self._around: dict[int, int] = {}
         self._left = _MAX_PARTS
         self._end = monotonic() + _MAX_SECONDS
@@ -146,16 +151,19 @@ class _Search:
             met = self._meet(value)
 
     def _meet(self, value: Any) -> str | Iterator[tuple[_Step, Any]] | None:
-        """Why ``value`` cannot be written; or its parts; or ``None`` if it can be written and has no parts."""
+        """Visit ``value``. Return why it cannot be written; or its parts; or ``None`` if it is fine and has no parts.
+
+        A returned text is the explanation, and ends the walk. Parts are ``(step, part)`` pairs.
+        """
         self._left -= 1
         if self._left < 0 or monotonic() > self._end:
             raise _Gone
         grammar = self._grammar
-        cls = type(value)  # not `isinstance`, which would read the `__class__` of the value
+        cls = type(value)  # `isinstance` would read the `__class__` of the value, and so could run code
         if cls in (bool, NoneType, float):
             return None
         if (depth := self._around.get(id(value))) is not None:
-            if grammar.replace is None:  # pickle writes circles
+            if grammar.replace is None:  # pickle can write a value that contains itself
                 return None
             return f"{self._path()} is {self._path(depth)} again, so the value contains itself: it nests too deeply"
         if issubclass(cls, dict):
@@ -193,7 +201,7 @@ class _Search:
             return None
         try:
             data = self._grammar.write(value)
-        except BaseException as exc:  # one of its parts is at fault
+        except BaseException as exc:  # a part of the value is at fault, and the walk will visit it
             _go_on(exc)
             return None
         try:
@@ -241,7 +249,7 @@ class _Search:
         by = self._grammar.replaced_by
         try:
             return _UNKNOWN if by is None else by(value)
-        except BaseException as exc:  # the class of the value raises when it is asked for an attribute
+        except BaseException as exc:  # the class of the value raises when `by` reads an attribute
             _go_on(exc)
             return _UNKNOWN
 
@@ -259,7 +267,7 @@ class _Search:
             elif step.template is not None:
                 path, template = template.replace("{}", path), step.template
             elif template != "{}" and type(step.key) is str and step.key.isidentifier():
-                # Show a key as a field of the object: a function has turned the object into a dict.
+                # A function has turned an object into this dict. So show the key as a field of that object.
                 path, template = f"{path}.{step.key}", "{}"
             else:
                 path, template = f"{template.replace('{}', path)}[{_shown(step.key)}]", "{}"
@@ -272,7 +280,7 @@ def _go_on(exc: BaseException) -> None:
 
 
 def _shown(key: object) -> str:
-    """The text of a key or an index, made without calling any method of the key's class."""
+    """Return the text that shows a key or an index in a path. Calls no method of a class of the user."""
     if issubclass(type(key), str):
         text = json.dumps(str.__str__(key), ensure_ascii=False)
         return text if len(text) <= _SHOWN_KEY else f'{text[:_SHOWN_KEY]}…"'
@@ -300,7 +308,10 @@ def _remedy(cls: type, grammar: Grammar) -> str:
 
 
 def _instead(cls: type) -> str | None:
-    """The expression to store in place of an instance of ``cls``; ``None`` if none is known."""
+    """Return an expression to store in place of an instance of ``cls``, such as ``list(value)`` for a set.
+
+    Returns ``None`` if no such expression is known.
+    """
     names = {name for each in cls.__mro__ for name in vars(each)}
     found = next((text for base, text in _INSTEAD if issubclass(cls, base)), None)
     if found is None:

@@ -1,8 +1,8 @@
 """Reads and writes values in kombu's dialect of JSON (``kombu/utils/json.py``, 5.7), and in msgpack in the same way.
 
-A value of a type that JSON lacks is stored as ``{"__type__": name, "__value__": value}``. Three tables map the names to
-types. The ``types`` of the backend take precedence; next comes kombu's table, if the process has imported kombu; the
-table in this module is last.
+A value of a type that JSON lacks is stored as ``{"__type__": name, "__value__": value}``; this dict is called a tagged
+value. Three tables map the names to types. The option ``types`` of the backend takes precedence. kombu's table is next,
+if the process has imported kombu. The table in this module is last.
 """
 
 from __future__ import annotations
@@ -27,40 +27,41 @@ __all__ = ["Dialect", "Reader", "StoredType", "msgspec"]
 T = TypeVar("T")
 
 _MARKERS = frozenset({"__type__", "__value__"})
-#: The names for which kombu's decoders are not used: kombu's decoder of base64 accepts text that is not base64. kombu's
-#: table of encoders does not have these names.
+#: The names of types for which kombu's decoders are not used: kombu's decoder of base64 accepts text that is not
+#: base64. kombu's table of encoders does not have these names.
 _KEPT = frozenset({"bytes", "base64"})
 _JSON_SCALARS = (str, int, float, NoneType)
 _MSGPACK_SCALARS = (str, int, float, bytes, NoneType)
-#: Serializer → the classes that it writes by itself, subclasses included. It would not call ``encode`` for them.
+#: Serializer → the classes that it writes by itself, including their subclasses. It does not call the ``encode`` of a
+#: `StoredType` for them.
 _NATIVE: Final[Mapping[str, tuple[type, ...]]] = {
     "json": (dict, list, tuple, *_JSON_SCALARS),
     "msgpack": (dict, list, tuple, *_MSGPACK_SCALARS),
 }
 
 
-@dataclass(frozen=True)  # with slots, StoredType[…](…) raises in Python 3.11
+@dataclass(frozen=True)  # no slots: in Python 3.11, StoredType[…](…) would raise
 class StoredType(Generic[T]):
-    """Describes a class whose instances a backend stores and reads. For the option ``types``.
+    """Describes a class whose instances a backend stores and reads. Pass it in the backend's option ``types``.
 
     >>> from fractions import Fraction
     >>> fraction = StoredType(Fraction, "fraction", str, Fraction)
 
-    JSON and msgpack then hold ``{"__type__": "fraction", "__value__": "1/3"}``. kombu's ``register_type`` takes the
-    same arguments in the same order and stores the same form, so each side reads the values of the other. pickle stores
-    instances by itself and ignores the types.
+    JSON and msgpack then store ``Fraction(1, 3)`` as ``{"__type__": "fraction", "__value__": "1/3"}``. kombu's
+    ``register_type`` takes the same arguments in the same order and stores the same form. So aioresult and Celery read
+    each other's values. pickle stores instances by itself and ignores the types.
 
     An instance of a subclass is written with the most specific type that fits. Two types may have the same class, for
-    instance after a change of the name: the first one in the list is written, and both are read.
+    instance after a change of the name. Then the first one in the list is written, and both are read.
 
     :param cls: the class. JSON writes `dict`, `list`, `tuple`, `str`, `int`, `float` and their subclasses by itself, so
-        those are refused.
+        these classes are refused.
     :param name: the name in the store. It may also replace a name that aioresult knows by itself, such as ``datetime``.
-    :param encode: turns an instance into a value that the serializer, or another type, can write. If it raises, storing
-        raises `EncodeError`.
-    :param decode: turns that value, in which tuples have become lists, into an instance. If it raises, reading this one
-        result raises `DecodeError`. Other programs may write to the store, so it must be safe for any value. Storing
-        does not call it.
+    :param encode: a function that turns an instance into a value that the serializer, or another type, can write. If
+        the function raises, storing raises `EncodeError`.
+    :param decode: a function that turns that value, in which tuples have become lists, into an instance. If the
+        function raises, reading this one result raises `DecodeError`. Other programs may write to the store, so the
+        function must be safe for any value. Storing does not call it.
     :raises ImproperlyConfigured: an argument is wrong. The message says what to change.
     """
 
@@ -76,7 +77,7 @@ class StoredType(Generic[T]):
             )
         try:
             issubclass(NoneType, self.cls)
-        except TypeError as exc:  # a Protocol
+        except TypeError as exc:  # `cls` is a Protocol
             raise ImproperlyConfigured(
                 f"{self.cls.__qualname__} does not support isinstance ({exc}); pass a class that implements it"
             ) from exc
@@ -114,9 +115,10 @@ def _checked(types: Iterable[StoredType[Any]], serializer: str) -> tuple[StoredT
 
 # -- the types that every backend has -------------------------------------------------------------------------------
 #
-# If the process has imported kombu, the types that were registered with ``kombu.utils.json.register_type`` are written
-# and read as Celery does it. kombu's table takes precedence, so it may also override a type of ours. The table has no
-# public name; it has the same form in kombu 5.3 to 5.7. Values that JSON itself can write never get here.
+# If the process has imported kombu, this module also uses the types that were registered with
+# ``kombu.utils.json.register_type``, in the same way as Celery. kombu's table takes precedence, so it may also override
+# a type of this module. The table has no public name; it has the same form in kombu 5.3 to 5.7. Values that JSON itself
+# can write never get here.
 
 
 def _tag(name: str, value: Any) -> dict[str, Any]:
@@ -124,13 +126,20 @@ def _tag(name: str, value: Any) -> dict[str, Any]:
 
 
 def _lazy_text() -> type | tuple[()]:
-    """The class of Django's lazy translations. kombu stores them as texts if Django is installed."""
+    """Return the class of Django's lazy translations, or ``()`` if Django is not imported.
+
+    kombu stores such translations as texts, too.
+    """
     django = sys.modules.get("django.utils.functional")
     return getattr(django, "Promise", ())
 
 
 def _default(value: Any, unknown: Callable[[Any], Any] | None = None) -> Any:
-    """The value to write in place of one that the serializer does not know. ``unknown`` does the rest."""
+    """Return the value to write in place of ``value``, whose type the serializer does not know.
+
+    If this function does not know the type either, it calls ``unknown`` (the user's ``json_default``). Without
+    ``unknown`` it raises `UnknownType`.
+    """
     reduce = getattr(value, "__json__", None)
     if reduce is not None:
         return reduce()
@@ -157,7 +166,7 @@ def _default(value: Any, unknown: Callable[[Any], Any] | None = None) -> Any:
             except UnicodeDecodeError:
                 return _tag("base64", base64.b64encode(value).decode())
     reduce = getattr(value, "as_tuple", None)
-    if reduce is not None:  # a result handle; Celery stores a task that returns one in the same way
+    if reduce is not None:  # a result handle: Celery stores a handle that a task returns in the same form
         return reduce()
     if unknown is not None:
         return unknown(value)
@@ -185,19 +194,24 @@ def _decoder(kind: str) -> Callable[[Any], Any] | None:
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
-# A hook costs a Python call for every object in the document. Most documents have no tagged value, and need no hook.
+# Reads JSON without tagged values. The hook that decodes tagged values costs a Python call for every object in the
+# document, and most documents have no tagged value.
 _plain = json.JSONDecoder().raw_decode
 
 
 class Reader:
-    """Reads JSON and msgpack. The ``own`` decoders, by name, take precedence over those that every backend has."""
+    """Reads JSON and msgpack.
+
+    ``own`` maps the names of a backend's own types to their decoders. These take precedence over the decoders that
+    every backend has.
+    """
 
     def __init__(self, own: Mapping[str, Callable[[Any], Any]]) -> None:
         self._own = own
         self._tagged = json.JSONDecoder(object_hook=self._hook).raw_decode
 
     def json(self, data: bytes) -> Any:
-        """The value in ``data``. Raises any exception of the parser or of a decoder; so does `msgpack`."""
+        """Return the value in ``data``, which is JSON. Raises any exception of the parser or of a decoder."""
         text = data.decode().strip(" \t\n\r")  # `json.loads` would also take UTF-16 and UTF-32
         value, end = self._tagged(text) if "__type__" in text else _plain(text)
         if end != len(text):
@@ -205,7 +219,7 @@ class Reader:
         return value
 
     def msgpack(self, data: bytes) -> Any:
-        """The value in ``data``, which is msgpack."""
+        """Return the value in ``data``, which is msgpack. Raises any exception of the parser or of a decoder."""
         return self._untagged(msgspec().msgpack.decode(data))
 
     def _untagged(self, value: Any) -> Any:
@@ -229,7 +243,8 @@ class Reader:
 class _Checker(Reader):
     """Checks whether data can be read. It calls only the decoders of the types that every backend has.
 
-    The decoder of a registered type is written for readers: it may be slow, or need something that a worker lacks.
+    The check runs in the worker that stores the data. The decoder of another type is written for readers: it may be
+    slow, or need something that the worker lacks.
     """
 
     def _decoder(self, kind: str) -> Callable[[Any], Any] | None:
@@ -245,11 +260,12 @@ def _as_it_is(value: Any) -> Any:
 
 
 class Dialect:
-    """Writes JSON and msgpack with the ``types`` of one backend. ``serializer`` is the one that the backend uses.
+    """Writes JSON and msgpack with the types of one backend.
 
-    ``json_default`` is called for a value of an unknown type; it returns a value to write instead.
+    ``types`` are the backend's own types, and ``serializer`` is the serializer that it uses. ``json_default`` is called
+    for a value of an unknown type; it returns a value to write instead.
 
-    Raises `ImproperlyConfigured` if ``types`` are wrong or ``json_default`` cannot be called.
+    Raises `ImproperlyConfigured` if ``types`` is wrong or ``json_default`` cannot be called.
     """
 
     def __init__(
@@ -267,13 +283,16 @@ class Dialect:
         self._has_default = json_default is not None
         last = _default if json_default is None else partial(_default, unknown=json_default)
         self._default: Callable[[Any], Any] = _default_with(types, last) if types else last
-        #: Writes a value as JSON. The check for circles is not needed: a circle ends in a `RecursionError`.
+        #: Writes a value as JSON. A value that contains itself ends in a `RecursionError` without json's own check.
         self.text: Callable[[Any], str] = json.JSONEncoder(default=self._default, check_circular=False).encode
         self.reader: Reader = Reader({each.name: each.decode for each in types})
         self.checker: Reader = _Checker({each.name: each.decode for each in types})
 
     def grammar(self, serializer: str, fixed: bool) -> Grammar:
-        """Describes how JSON or msgpack writes, for `aioresult.culprit.explain`."""
+        """Describe to `aioresult.culprit.explain` how ``serializer`` ("json" or "msgpack") writes.
+
+        ``fixed`` is true if the caller cannot choose another serializer.
+        """
         scalars = _MSGPACK_SCALARS if serializer == "msgpack" else _JSON_SCALARS
         write, check = (
             (self.msgpack, self.checker.msgpack) if serializer == "msgpack" else (self.json, self.checker.json)
@@ -281,7 +300,10 @@ class Dialect:
         return Grammar(serializer, scalars, scalars, write, check, self._default, self._replaced_by, fixed)
 
     def _replaced_by(self, value: Any) -> tuple[str, str]:
-        """The function that `_default` calls for ``value``, and an expression for it with ``{}`` for the value."""
+        """Name the function that `_default` calls for ``value``, and return an expression for that call.
+
+        In the expression, ``{}`` stands for the value: ``("its __json__", "{}.__json__()")``.
+        """
         fitting = [each for each in self._types if isinstance(value, each.cls)]
         if fitting:
             name = next((each.name for each in fitting if each.cls is type(value)), fitting[0].name)
@@ -294,15 +316,15 @@ class Dialect:
         return "its encoder", "encode({})"
 
     def json(self, value: Any) -> bytes:
-        """``value`` as JSON. Raises any exception of an encoder; so does `msgpack`."""
+        """Return ``value`` as JSON. Raises any exception of an encoder."""
         return self.text(value).encode()
 
     def msgpack(self, value: Any) -> bytes:
-        """``value`` as msgpack.
+        """Return ``value`` as msgpack. Raises any exception of an encoder.
 
-        msgspec would take sets, durations, dataclasses and more, but return lists, texts and mappings for them. No
-        value must change its type silently. So msgspec gets msgpack's own types only; any other value is tagged or
-        refused, as in JSON.
+        The package msgspec would also write sets, durations, dataclasses and more. But reading would return lists,
+        texts and mappings in their place, and no value must change its type silently. So msgspec gets msgpack's own
+        types only. Any other value is stored as a tagged value or refused, as in JSON.
         """
         return bytes(msgspec().msgpack.encode(self._tagged(value)))
 
@@ -320,9 +342,10 @@ class Dialect:
 
 
 def _default_with(types: Iterable[StoredType[Any]], last: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function that encodes these types, and calls ``last`` for all others.
+    """Return a function that encodes instances of ``types``, and calls ``last`` for all other values.
 
-    The most specific class decides, then the order of the list.
+    If several types fit a value, the one with the most specific class is used. If these are equal, the first one in
+    the list is used.
     """
     default = singledispatch(last)
     by_class: dict[type, StoredType[Any]] = {}
@@ -338,7 +361,7 @@ def _encoder(stored: StoredType[Any]) -> Callable[[Any], Any]:
 
 
 def msgspec() -> Any:
-    """The package msgspec. Raises `ImproperlyConfigured` if it is not installed."""
+    """Import and return the package msgspec. Raises `ImproperlyConfigured` if it is not installed."""
     try:
         import msgspec
     except ImportError:

@@ -1,9 +1,10 @@
-"""Dispatching chords: this process finds complete chords and claims them one after the other.
+"""Dispatches chords: finds complete chords and claims them one after the other, for this process.
 
-A chord is complete when all its parts (the results of its header tasks) are stored. A message announces each chord that
-becomes complete. If no dispatcher was subscribed at that time, the dispatcher finds the chord in the list of open
-chords, which it reads after every reconnect. A claim is a lease on dispatching the callback. A timer (a reminder) finds
-a chord whose claim has run out, because the process that held the claim died.
+A chord is complete when all its parts (the results of its header tasks) are stored. A claim is a lease: for some
+seconds, only the process that holds the claim may dispatch the chord's callback. A dispatcher learns of a chord in
+three ways. A message announces each chord that becomes complete. If the dispatcher was not subscribed at that time, it
+finds the chord in the list of open chords, which it reads at the start and after every reconnect. If the process that
+held the claim died, a timer (a reminder) makes the dispatcher try the chord again.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ __all__ = ["ready_chords"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: How many open chords a dispatcher checks in one step, between two announced chords.
+#: The most open chords that a dispatcher checks in one step. After each step it claims the announced chords.
 _SCAN_CHUNK = 500
-#: How many chords that cannot be dispatched a dispatcher remembers.
+#: The most chords that a dispatcher remembers as impossible to dispatch.
 _MAX_ASIDE = 10_000
 
 
@@ -55,20 +56,23 @@ async def ready_chords(chords: Chords, store: ChordStore) -> AsyncGenerator[Read
 
 
 class _Dispatcher:
-    """Checks and claims one chord after the other. A chord that cannot be dispatched is logged once and set aside."""
+    """Checks and claims one chord after the other.
+
+    A chord that this process cannot dispatch is logged one time, and then ignored until its state changes.
+    """
 
     def __init__(self, chords: Chords, store: ChordStore, waiter: _ReadyWaiter) -> None:
         self._chords = chords
         self._store = store
         self._waiter = waiter
-        #: The chords that cannot be dispatched here, each with its state at the last check.
+        #: The chords that this process cannot dispatch → the state of the chord at the last check, if there was one.
         self._aside: dict[str, ChordState | None] = {}
 
     async def step(self) -> ReadyChord | None:
-        """Take the next step. Returns a chord to dispatch if the step has claimed one.
+        """Take the next step: claim one announced chord, read the list of open chords, or check some of that list.
 
-        Announced chords come first: however many chords are open, they wait for one round trip at most. Raises
-        `BackendConnectionError`; the caller then calls `step` again.
+        Returns a chord to dispatch if the step has claimed one. Announced chords come first. They wait for one round
+        trip at most, even if very many chords are open. Raises `BackendConnectionError`; then call `step` again.
         """
         waiter = self._waiter
         if waiter.announced:
@@ -96,20 +100,20 @@ class _Dispatcher:
         except (BackendClosedError, UsageError):
             raise
         except Exception as exc:
-            # The claim may have succeeded. Then its lease runs out, and another process may be able to read the chord.
+            # The server may hold the claim nevertheless. Its lease runs out; then another process can try the chord.
             self._set_aside(group_id, exc)
             return None
         if ready is not None:
             self._aside.pop(group_id, None)
         elif group_id in self._aside:
-            return None  # it is claimed, perhaps by the attempt that failed here; other processes will try it again
+            return None  # a claim exists, perhaps from the attempt that failed here; other processes try the chord again
         left = state.lease_left if ready is None else self._store.chord_lease
         if left is not None:
-            self._waiter.remind(group_id, left)  # if the process that holds the claim dies, no message says so
+            self._waiter.remind(group_id, left)  # no message would announce the death of the process with the claim
         return ready
 
     async def _check(self, group_ids: Sequence[str]) -> None:
-        """Read these open chords, and announce the complete ones, so that they are claimed next."""
+        """Read the states of these open chords, and announce the complete chords, so that they are claimed next."""
         states = await self._store.chord_steps([ChordStep(ChordOp.READ, group_id) for group_id in group_ids])
         for state in states:
             if isinstance(state, (BackendConnectionError, BackendClosedError)):
@@ -119,7 +123,8 @@ class _Dispatcher:
             if isinstance(state, BaseException):
                 self._set_aside(group_id, state)
             elif state.done or state == ChordState():
-                # The chord has expired or is finished: a step that claims nothing removes it from the list.
+                # The chord has expired or is finished. A CLAIM without a token claims nothing, but removes the chord
+                # from the list of open chords.
                 over.append(ChordStep(ChordOp.CLAIM, group_id, expires=self._store.chord_expires))
             elif state.complete:
                 likeness = replace(state, lease_left=None)
@@ -146,11 +151,12 @@ class _ReadyWaiter:
     """Gathers the chords to check, from messages, reminders and the list of open chords."""
 
     def __init__(self) -> None:
-        #: The chords to claim, in the order in which they were announced.
+        #: The group ids of the chords to claim, in the order in which they were announced.
         self.announced: dict[str, None] = {}
-        #: Whether to read the list of open chords: chords may have become complete while this was not subscribed.
+        #: True if the dispatcher must read the list of open chords. It was not subscribed for some time, and chords may
+        #: have become complete in that time.
         self.list_all = False
-        #: The chords of the list that are not checked yet.
+        #: The group ids from the list of open chords that are not checked yet.
         self.open: deque[str] = deque()
         self._error: Exception | None = None
         self._reminders: dict[str, asyncio.TimerHandle] = {}
@@ -166,18 +172,18 @@ class _ReadyWaiter:
         self._wake.set()
 
     def announce(self, group_id: str) -> None:
-        """Have the chord claimed as soon as possible."""
+        """Make the dispatcher claim the chord as soon as possible."""
         self.announced[group_id] = None
         self._wake.set()
 
     def take(self) -> str:
-        """Remove and return the chord that was announced first. If it is announced again, it is claimed again."""
+        """Remove and return the chord that was announced first. A later announcement of the chord adds it again."""
         group_id = next(iter(self.announced))
         del self.announced[group_id]
         return group_id
 
     def remind(self, group_id: str, seconds: float) -> None:
-        """Announce the chord after ``seconds``. This replaces an earlier reminder for the same chord."""
+        """Announce the chord after ``seconds``. The call replaces an earlier reminder for the same chord."""
         if (former := self._reminders.get(group_id)) is not None:
             former.cancel()
         self._reminders[group_id] = asyncio.get_running_loop().call_later(
