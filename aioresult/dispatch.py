@@ -106,7 +106,7 @@ class _Dispatcher:
         if ready is not None:
             self._aside.pop(group_id, None)
         elif group_id in self._aside:
-            return None  # a claim exists, perhaps from the attempt that failed here; other processes try the chord again
+            return None  # it is claimed, perhaps by the call that failed here; other processes try the chord again
         left = state.lease_left if ready is None else self._store.chord_lease
         if left is not None:
             self._waiter.remind(group_id, left)  # no message would announce the death of the process with the claim

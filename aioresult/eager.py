@@ -38,29 +38,29 @@ class EagerResult(AsyncResult[T]):
         on_lost: OnLost = "wait",
         must_exist: bool = False,
     ) -> T:
-        """Return the value, or raise the exception. Never waits."""
+        """Return the value, or raise the exception. With ``propagate=False``, return the exception. Never waits."""
         checked_timeout(timeout)
         return cast("T", raise_or_return(self.outcome) if propagate else self.value())
 
     @property
     def backend(self) -> ResultStore:
-        """There is none: this raises `UsageError`."""
+        """Raises `UsageError`, because an eager result belongs to no backend."""
         raise UsageError(
             f"{self!r} is in no backend: the task was run on the spot. Its value is known; there are no states and no "
             f"output to follow"
         )
 
     async def fetch(self) -> TaskMeta:
-        """The meta that this result was made with."""
+        """Return the meta with the value, the state and the traceback that this result was made with."""
         return cast("TaskMeta", self.meta)
 
     async def ready(self) -> bool:
-        """Always true."""
+        """Return true: an eager result is always ready."""
         return True
 
     async def exists(self) -> bool:
-        """Always true."""
+        """Return true: an eager result always has its value."""
         return True
 
     async def forget(self) -> None:
-        """Nothing is stored, so nothing is removed."""
+        """Do nothing, because nothing is stored."""

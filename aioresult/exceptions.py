@@ -10,28 +10,28 @@
     ├── BackendError                the server or the connection failed
     │   ├── BackendClosedError      the backend was closed before or during the call
     │   ├── BackendConnectionError  the server cannot be reached; the same call may succeed later    (ConnectionError)
-    │   ├── BackendRefusedError     the server refuses, and a retry will not help: password, permission, setup
+    │   ├── BackendRefusedError     the server refuses the call, and a retry will not help: password, permission, setup
     │   ├── BackendStoreError       this result was not stored
     │   └── BackendGetMetaError     this result could not be read
     ├── SerializationError          a value could not be turned into bytes, or bytes into a value
     │   ├── EncodeError             the value cannot be stored                                       (TypeError)
     │   ├── DecodeError             what is stored cannot be read                                    (ValueError)
-    │   │   └── ContentDisallowed   … because its serializer is not in ``accept``
+    │   │   └── ContentDisallowed   what is stored has a serializer that is not in ``accept``
     │   └── ResultTooLargeError     the result is larger than ``max_result_size``
     ├── TimeoutError                the caller's own deadline passed                                 (TimeoutError)
-    ├── OutputError                 the output of a running task; ``cursor`` says where to go on
-    │   ├── OutputRestarted         another attempt writes the output from the beginning
-    │   ├── OutputGap               chunks are gone: trimmed, evicted, or lost with the server
-    │   ├── OutputSuperseded        the producer must stop: another attempt writes the output
-    │   ├── OutputFull              the buffer of unsent chunks, or the log of the output, is full
-    │   └── InvalidCursor           the cursor is not one of this library                            (ValueError)
+    ├── OutputError                 the output (chunks that a running task sends) cannot be read or written
+    │   ├── OutputRestarted         the task runs again, and that attempt writes the output from the beginning
+    │   ├── OutputGap               chunks of the output are gone: trimmed, evicted, or lost with the server
+    │   ├── OutputSuperseded        the producer must stop: another attempt of the task writes the output
+    │   ├── OutputFull              too many chunks are not sent yet, or the stored output is full
+    │   └── InvalidCursor           a text is not a cursor (a position in the output)                (ValueError)
     ├── TaskNotFoundError           nothing is stored under the id, and ``must_exist`` was set           (LookupError)
-    ├── WorkerLostError             the process that ran the task has died; another one may run it
+    ├── WorkerLostError             the process that ran the task has died; another process may run the task again
     ├── Retry                       a task raises it to run again
     ├── ChordClaimLost              the claim to a chord ran out before its callback was dispatched
     ├── IncompleteStream            a tree of results was walked before all of it had finished
     ├── CyclicResultError           stored results refer to each other in a circle, or nest too deep (ValueError)
-    └── TaskError                   what happened to the task, as opposed to the call
+    └── TaskError                   the task failed or was revoked; all other errors concern the call
         ├── RemoteError             stands in for the task's exception if its class cannot be used here
         ├── TaskRevokedError        the task was revoked
         └── ChordError              a part of a chord failed; ``__cause__`` is that part's exception
@@ -85,7 +85,7 @@ __all__ = [
 
 
 class AioResultError(Exception):
-    """The base class: ``except aioresult.AioResultError`` catches every error that this library raises itself."""
+    """The base class of the errors that this library raises itself: ``except AioResultError`` catches all of them."""
 
 
 class ImproperlyConfigured(AioResultError, ValueError):
@@ -111,12 +111,12 @@ class WrongEventLoopError(UsageError):
 class BackendError(AioResultError):
     """The server or the connection to it failed."""
 
-    #: Whether the error concerns the server, and not the single request. Then splitting a batch does not help.
+    #: True if the error concerns the server, and not a single request. Then splitting a batch does not help.
     of_server: bool = False
 
 
 class BackendClosedError(BackendError):
-    """The backend was closed with `aclose`. All waiters get this error, so that none waits for ever."""
+    """The backend was closed with `aclose`. All waiters get this error, so that no waiter waits for ever."""
 
     of_server = True
 
@@ -124,22 +124,23 @@ class BackendClosedError(BackendError):
 class BackendConnectionError(BackendError, ConnectionError):
     """The server cannot be reached, or the connection was lost and not restored within ``retry_for`` seconds.
 
-    The same call may succeed later. A store that raised this error may have been stored; it is safe to repeat it.
+    The same call may succeed later. If storing a result raised this error, the server may hold the result nevertheless.
+    It is safe to repeat the call.
     """
 
     of_server = True
-    #: Whether the connection was lost during the call. If that happens twice, the call itself may be the cause.
+    #: True if the connection was lost during the call. If that happens two times, the call itself may be the cause.
     in_flight: bool = False
 
 
 class BackendRefusedError(BackendError):
-    """The server refuses, and a retry will not help: wrong password, no permission, wrong setup."""
+    """The server refuses the call, and a retry will not help: wrong password, no permission, wrong setup."""
 
     of_server = True
 
 
 class BackendStoreError(BackendError):
-    """The server refused to store this result (out of memory, read-only replica, …). It is not stored."""
+    """The server refused to store this result, which is not stored. It may be out of memory or a read-only replica."""
 
 
 class BackendGetMetaError(BackendError):
@@ -147,7 +148,7 @@ class BackendGetMetaError(BackendError):
 
 
 class SerializationError(AioResultError):
-    """A value could not be turned into stored bytes, or the bytes into a value."""
+    """A value could not be turned into bytes to store, or stored bytes could not be turned into a value."""
 
 
 class EncodeError(SerializationError, TypeError):
@@ -159,7 +160,7 @@ class EncodeError(SerializationError, TypeError):
 
 
 class DecodeError(SerializationError, ValueError):
-    """The stored bytes cannot be read. Only the callers that wait for this id or read it get this error."""
+    """The stored bytes of a result cannot be read. Only callers that read this result or wait for it get the error."""
 
 
 class ContentDisallowed(DecodeError):
@@ -179,9 +180,8 @@ class OutputError(AioResultError):
 
 
 class OutputRestarted(OutputError):
-    """Another attempt of the task writes the output from the beginning. Discard what you have read.
-
-    ``cursor`` is the beginning of the new output.
+    """The task runs again, and this attempt writes the output from the beginning. Discard all chunks read so far.
+    ``cursor`` is the position before the first chunk of the new output.
     """
 
     def __init__(self, message: str, cursor: str = "") -> None:
@@ -193,7 +193,10 @@ class OutputRestarted(OutputError):
 
 
 class OutputGap(OutputError):
-    """``missed`` chunks are gone: trimmed, evicted, or lost with the server. ``cursor`` continues after them."""
+    """Chunks of the output are gone: trimmed, evicted, or lost with the server.
+
+    ``missed`` is their number. ``cursor`` is the position after them; pass it as ``after`` to continue there.
+    """
 
     def __init__(self, message: str, missed: int = 0, cursor: str = "") -> None:
         super().__init__(message, missed, cursor)
@@ -205,37 +208,45 @@ class OutputGap(OutputError):
 
 
 class OutputSuperseded(OutputError):
-    """The producer gets this error when another attempt of the task has opened the output. It must stop."""
+    """Another attempt of the task has opened the output. The worker that gets this error must stop writing."""
 
 
 class OutputFull(OutputError):
-    """More of the output is unsent than `Output.send_nowait` allows. Or the log is full, with ``on_full="fail"``."""
+    """The output takes no more chunks.
+
+    Either `Output.send_nowait` was called while too many chunks were not sent yet; or, with ``on_full="fail"``, the
+    stored output has reached its maximum size.
+    """
 
 
 class InvalidCursor(OutputError, ValueError):
-    """The text is not a cursor of this library. Cursors come from browsers, so they may be anything."""
+    """A text is not a cursor, the position in an output that this library returns.
+
+    Programs often get cursors back from browsers, so the text may be anything.
+    """
 
 
 class TaskNotFoundError(AioResultError, LookupError):
     """Nothing is stored under the id, and the caller has passed ``must_exist=True``.
 
-    When a task is submitted, nothing is stored for it, unless the submitter calls `aioresult.Backend.mark_as_pending`.
+    Submitting a task stores nothing under its id, unless the submitter calls `aioresult.Backend.mark_as_pending`.
     """
 
 
 class WorkerLostError(AioResultError):
-    """The process that ran the task has given no sign of life for the length of its lease.
+    """The worker that ran the task has given no sign of life for the length of its lease.
 
-    This is not stored, and the task has not ended: the queue may run it again. To wait for that, await it again.
+    The error is not stored, and the task has not ended: the queue may run the task again. To wait for the next attempt,
+    await the result again.
     """
 
 
 class Retry(AioResultError):
-    """Raise it in the body of `aioresult.Backend.running` if the task is to run again. It is then stored as RETRY.
+    """Raise it inside ``async with backend.running(…)`` if the task is to run again. The state RETRY is then stored.
 
-    ``exc`` is the reason, and is stored; without it the `Retry` itself is stored. ``delay`` is for the worker that
-    catches the `Retry`: the seconds after which its queue should run the task again. The library does not wait.
-    Celery's ``celery.exceptions.Retry`` has the same effect there.
+    ``exc`` is the reason. It is stored with the state; without ``exc`` the `Retry` itself is stored. ``delay`` tells
+    the worker, which catches the `Retry`, after how many seconds its queue should run the task again. The library
+    itself does not wait. ``celery.exceptions.Retry`` has the same effect inside ``async with backend.running(…)``.
     """
 
     def __init__(self, message: str = "", exc: BaseException | None = None, delay: float | None = None) -> None:
@@ -245,7 +256,10 @@ class Retry(AioResultError):
 
 
 class ChordClaimLost(AioResultError):
-    """The claim to dispatch a chord's callback ran out, and another process holds it now. Do not dispatch."""
+    """This process's claim to dispatch a chord's callback ran out, and another process holds the claim now.
+
+    Do not dispatch the callback.
+    """
 
 
 class IncompleteStream(AioResultError):
@@ -261,21 +275,22 @@ class TaskError(AioResultError):
 
 
 class RemoteError(TaskError):
-    """Stands in for the exception of a task if its class is not imported here, or cannot be used here.
+    """Stands in for the exception of a task if the exception's class is not imported, or cannot be used, in the reader.
 
-    Each such class gets its own subclass of `RemoteError`, with the name and the module of the original. A note (PEP
-    678), which every traceback shows, gives the reason and the remedy. The usual remedy is to import the module that
-    defines the class before you await the result. Then the original class is raised. The stand-in for an exception
-    group is an `ExceptionGroup`, too.
+    Each such class gets its own subclass of `RemoteError`, with the name and the module of the original. The exception
+    has a note (PEP 678) with the reason and the remedy; every traceback shows it. The usual remedy is to import the
+    module that defines the class before you await the result. Then the original class is raised. The stand-in for an
+    exception group is an `ExceptionGroup`, too.
 
     A task may have stored something else instead of an exception, such as a dict passed to Celery's
     ``update_state("FAILURE", meta={…})``. Then ``args[0]`` is that value.
     """
 
-    #: What is stored for the exception: the mapping that describes it, or any other value. ``None`` if nothing is
-    #: stored, or a pickled exception. Do not change it, because several readers may share it.
+    #: What is stored for the exception: a dict such as ``{"exc_type": …, "exc_message": …, "exc_module": …}``, or any
+    #: other value. ``None`` if nothing is stored, or if a pickled exception is stored. Several readers may share the
+    #: value, so do not change it.
     stored: Any = None
-    #: The text of an exception that has no arguments to make a text of.
+    #: The text of the original exception, if that exception has no arguments.
     _text: str = ""
 
     def __str__(self) -> str:
@@ -291,7 +306,7 @@ class ChordError(TaskError):
 
 
 class RemoteTraceback(Exception):
-    """Shows the worker's traceback: it is the ``__cause__`` of an exception that is raised again in the reader."""
+    """Shows the worker's traceback in the reader: it is the ``__cause__`` of the exception that the reader gets."""
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""

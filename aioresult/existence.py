@@ -1,4 +1,4 @@
-"""The parameter ``must_exist``: a wait that begins only if something is stored under the id."""
+"""Implements the parameter ``must_exist``: a wait begins only if something is stored under the task id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class _Store(Protocol):
-    """What this module needs of a backend."""
+    """The attributes and methods of a backend that this module uses."""
 
     @property
     def default_timeout(self) -> float | None: ...
@@ -25,10 +25,10 @@ class _Store(Protocol):
 
 
 async def when_stored(store: _Store, task_id: str, timeout: Timeout, wait: Callable[[float], Awaitable[T]]) -> T:
-    """Await ``wait(seconds)`` if anything is stored under ``task_id``. ``seconds`` is the rest of ``timeout``.
+    """Check that something is stored under ``task_id``; then await ``wait(seconds)`` and return its result.
 
-    Raises `TaskNotFoundError` if nothing is stored. The check itself raises `TimeoutError`, or the errors of
-    `Backend.exists`.
+    ``seconds`` is what the check has left of ``timeout``. Raises `TaskNotFoundError` if nothing is stored. Also raises
+    `TimeoutError` if the check takes too long, and the errors of `Backend.exists`.
     """
     now = asyncio.get_running_loop().time
     began, seconds = now(), checked_timeout(timeout, store.default_timeout)

@@ -6,14 +6,14 @@ The stored form is Celery's (``Backend.prepare_exception``, 5.7)::
 
 Storing an exception never fails because of the exception: an argument that cannot be serialized becomes text. Celery's
 form does not hold everything. The rest is stored under the following keys, which Celery's readers ignore. A key is
-omitted if there is nothing to store under it, and all that is stored under these keys has limits (see the constants):
+omitted if there is nothing to store under it. The constants of this module limit what is stored under these keys:
 
 ``exc_members``
-    the members of an exception group, each in this form; in a member that is a group, ``exc_message`` is only its text
+    the members of an exception group, each in this form; if a member is a group, its ``exc_message`` is only its text
 ``exc_notes``
-    its notes (PEP 678)
+    the notes of the exception (PEP 678)
 ``exc_state``
-    its public attributes whose values are plain: text, numbers, dates
+    the public attributes of the exception whose values are plain: text, numbers, dates
 ``exc_text``
     ``str(exc)``, if the exception has no arguments and its text is not empty
 """
@@ -61,35 +61,41 @@ __all__ = [
 ]
 
 CELERY = "celery.exceptions"
-#: The classes of ours that Celery has, too. They are stored under Celery's name, so that its readers raise its classes.
+#: The classes of this library that Celery has, too. They are stored under Celery's module, so that Celery's readers
+#: raise Celery's classes.
 TWINS: Mapping[str, type[Exception]] = {"TaskRevokedError": TaskRevokedError, "ChordError": ChordError}
-#: The beginning of the note that `aioresult.restore` adds to a stand-in, an exception that replaces one whose class
-#: cannot be used. Such a note applies to one reader only, so it is never stored.
+#: The beginning of the note that `aioresult.restore` adds to a stand-in. A stand-in is an exception that replaces an
+#: exception whose class cannot be used. Such a note applies to one reader only, so it is never stored.
 STAND_IN = "aioresult: this is a stand-in for "
 
-#: The most members of an exception group, including those of groups in it; and the deepest nesting of groups.
+#: The most members of an exception group that are stored, including the members of groups in it.
 MAX_MEMBERS = 1000
+#: The deepest nesting of exception groups that is stored.
 MAX_DEPTH = 20
-#: The most notes of one exception, and the most characters of a note.
+#: The most notes of one exception that are stored.
 MAX_NOTES = 50
+#: The most characters of a note that are stored.
 MAX_NOTE = 4000
 #: The most characters of ``exc_text``.
 MAX_TEXT = 10_000
-#: The most attributes of one exception, and the most characters of a name and of a value.
+#: The most attributes of one exception that are stored.
 MAX_ATTRIBUTES = 32
+#: An attribute with a longer name, in characters, is not stored.
 _MAX_NAME = 100
+#: An attribute whose value is a longer text, in characters, is not stored.
 _MAX_VALUE = 1000
 
-#: The types that every serializer returns unchanged, and that run no code of the user when compared or copied.
+#: The types whose values every serializer returns unchanged. Comparing or copying them runs no code of the user.
 _PLAIN = frozenset({NoneType, bool, int, float, str, Decimal, UUID, datetime, date})
 _BUILTIN = frozenset(cls for cls in vars(builtins).values() if isinstance(cls, type))
 
-# Read the slots of Python's own classes directly. A class may override each with an attribute that runs any code.
+# These functions read an attribute of an exception directly from Python's own class. `exc.args` would not be safe: the
+# exception's class may override `args` with a property that runs any code.
 args_of: Callable[[BaseException], tuple[Any, ...]] = vars(BaseException)["args"].__get__
 attributes_of: Callable[[BaseException], dict[str, Any]] = vars(BaseException)["__dict__"].__get__
 message_of: Callable[[BaseException], Any] = vars(BaseExceptionGroup)["message"].__get__
 members_of: Callable[[BaseException], tuple[BaseException, ...]] = vars(BaseExceptionGroup)["exceptions"].__get__
-#: The namespace of a class, read without running code of its metaclass.
+#: Returns the namespace of a class without running code of its metaclass.
 namespace_of: Callable[[object], Mapping[str, object]] = vars(type)["__dict__"].__get__
 _filename_of: Callable[[BaseException], Any] = vars(OSError)["filename"].__get__
 _filename2_of: Callable[[BaseException], Any] = vars(OSError)["filename2"].__get__
@@ -99,33 +105,47 @@ Check = Callable[[Any], object]
 
 
 def dump_exception(exc: BaseException, check: Check) -> dict[str, Any]:
-    """Turn ``exc`` into plain data. ``check`` serializes one argument; if it raises, the argument becomes its repr."""
+    """Turn ``exc`` into plain data that can be stored.
+
+    ``check`` is a function that serializes one value. If it raises for an argument of ``exc``, the ``repr()`` of the
+    argument is stored instead.
+    """
     return _dump(exc, check, 0, iter(range(MAX_MEMBERS)))
 
 
 def as_celery(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `dump_exception`'s result that Celery itself would store. For results that are too large."""
+    """Return the part of ``data`` that Celery itself would store. Used for results that are too large.
+
+    ``data`` is a return value of `dump_exception`.
+    """
     return {key: data[key] for key in ("exc_type", "exc_message", "exc_module")}
 
 
 def _dump(exc: BaseException, check: Check, depth: int, room: Iterator[int]) -> dict[str, Any]:
-    """Dump ``exc`` at this nesting depth. ``room`` yields one item for each member that may still be stored."""
+    """Turn ``exc`` into plain data; see `dump_exception`.
+
+    ``depth`` is the number of exception groups around ``exc``. ``room`` yields one item for each member of a group that
+    may still be stored.
+    """
     cls = type(exc)
     module = CELERY if TWINS.get(cls.__name__) is cls else cls.__module__
     args = complete_args(exc)
     is_group = issubclass(cls, BaseExceptionGroup)
     if depth and is_group:
-        args = args[:1]  # Celery's readers ignore nested groups, and the text of a group contains that of its members
+        args = args[:1]  # only the group's text: its members are stored under `exc_members`
     message = [_safe(arg, check) for arg in args]
     data = {"exc_type": cls.__qualname__, "exc_message": message, "exc_module": module}
-    if not message or attributes_of(exc) or is_group:  # most have none of these
-        with suppress(BaseException):  # this runs code of the user; what was added before the error is well-formed
+    if not message or attributes_of(exc) or is_group:  # false for most exceptions, which saves time
+        with suppress(BaseException):  # the call may run code of the user; if it raises, `data` is still well-formed
             _add_extras(data, exc, check, depth, room)
     return data
 
 
 def complete_args(exc: BaseException) -> tuple[Any, ...]:
-    """The arguments to build ``exc`` again. Those of an `OSError` lack its file names (see its ``__reduce__``)."""
+    """Return all arguments that are needed to build ``exc`` again.
+
+    They are ``exc.args``, and the file names of an `OSError`, which its ``args`` lack (see ``OSError.__reduce__``).
+    """
     args = args_of(exc)
     if len(args) == 2 and is_a(exc, OSError) and (name := _filename_of(exc)) is not None:
         second = _filename2_of(exc)
@@ -174,7 +194,7 @@ def _notes(notes: object, check: Check) -> list[str]:
 
 
 def _state(exc: BaseException, attributes: Mapping[str, Any], check: Check) -> dict[str, Any]:
-    """The attributes to store. For a stand-in these are the stored attributes of the exception that it replaces."""
+    """Return the attributes to store. For a stand-in, these are the stored attributes of the original exception."""
     cls = type(exc)
     if is_a(exc, RemoteError):
         origin = attributes.get("stored")
@@ -188,10 +208,10 @@ def _state(exc: BaseException, attributes: Mapping[str, Any], check: Check) -> d
 
 
 def is_attribute(cls: type[BaseException], name: object, value: object) -> bool:
-    """Whether this attribute may be stored, and later be set in the ``__dict__`` of an instance of ``cls``.
+    """True if this attribute may be stored, and later be set in the ``__dict__`` of an instance of ``cls``.
 
-    It may only override a default value of the class, so that data never replaces a method. No attribute is stored if
-    the class defines its own state with ``__getstate__`` or ``__setstate__``.
+    If the class has an attribute with this name, that must be a plain default value. So stored data never replaces a
+    method. No attribute is stored if the class defines its own state with ``__getstate__`` or ``__setstate__``.
     """
     if type(name) is not str or name.startswith("_") or not name.isidentifier() or len(name) > _MAX_NAME:
         return False
@@ -205,7 +225,7 @@ def is_attribute(cls: type[BaseException], name: object, value: object) -> bool:
 
 
 def nearest_builtin(cls: type[BaseException]) -> type[BaseException]:
-    """The builtin class that ``cls`` is, or the nearest one that it derives from."""
+    """Return ``cls`` if it is a builtin class; otherwise the nearest builtin class that it derives from."""
     return next(base for base in cls.__mro__ if base in _BUILTIN)
 
 
@@ -226,12 +246,12 @@ def _safe(arg: Any, check: Check) -> Any:
 
 
 def is_a(exc: BaseException, cls: type[BaseException]) -> bool:
-    """Whether the type of ``exc`` derives from ``cls``. `isinstance` could run code: it also reads ``__class__``."""
+    """True if the type of ``exc`` derives from ``cls``. `isinstance` could run code: it also reads ``__class__``."""
     return issubclass(type(exc), cls)
 
 
 def safe_repr(value: object) -> str:
-    """``repr(value)``, or a fixed text if that raises."""
+    """Return ``repr(value)``, or a fixed text if ``repr`` raises."""
     try:
         return repr(value)
     except BaseException:  # from the user's __repr__
@@ -239,7 +259,7 @@ def safe_repr(value: object) -> str:
 
 
 def safe_text(exc: BaseException) -> str:
-    """``str(exc)``, or a fixed text if that raises."""
+    """Return ``str(exc)``, or a fixed text if ``str`` raises."""
     try:
         return str(exc)
     except BaseException:  # from the user's __str__
@@ -247,16 +267,17 @@ def safe_text(exc: BaseException) -> str:
 
 
 def traceback_of(exc: BaseException, given: str | None = None) -> str | None:
-    """The traceback to store with ``exc``: ``given``, or that of ``exc``. ``None`` if ``exc`` was never raised.
+    """Return the traceback to store with ``exc``: the text ``given``, or the formatted traceback of ``exc``.
 
-    Raises `UsageError` if ``exc`` is not an exception.
+    Returns ``None`` if nothing is given and ``exc`` was never raised. Raises `UsageError` if ``exc`` is not an
+    exception.
     """
     if not isinstance(exc, BaseException):
         raise UsageError(f"a task fails with an exception, not with {exc!r}; to store any value, call store_result")
     if given is not None:
         return given
     try:
-        # Bypass an attribute of the class: storing an exception must never fail because of the exception.
+        # The class may override `__traceback__`, and reading it could raise. So read it from Python's own class.
         raised = vars(BaseException)["__traceback__"].__get__(exc) is not None
         return "".join(tracebacks.format_exception(exc)) if raised else None
     except Exception:

@@ -1,4 +1,7 @@
-"""`Following`: the base of the iterators over a running task. Each has one reader at a time, and a subscription."""
+"""`Following`: the base class of the iterators that follow a running task (of the queue): its states, or its output.
+
+Such an iterator has a subscription at the backend, and one reader (an asyncio task that iterates over it) at a time.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,32 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Following(AsyncIterator[T_co], Generic[T_co]):
-    """An async iterator that holds a subscription from its first steps until it is closed or garbage-collected."""
+    """An async iterator with a subscription. The subscription ends when the iterator is closed or garbage-collected."""
 
     def __init__(self) -> None:
         self._closed = self._busy = False
-        #: A call that ends the subscription, while there is one; and the event loop of the subscription.
+        #: The function that ends the subscription; ``None`` while there is no subscription.
         self._leave: Callable[[], None] | None = None
+        #: The event loop in which the subscription was made.
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __aiter__(self) -> Self:
         return self
 
     def _begin(self) -> None:
-        """Raise `UsageError` if another reader is at work. Callers reset `_busy` when they are done.
+        """Begin a read. Raises `UsageError` if another asyncio task reads from this iterator at the same time.
 
-        This is no context manager, because that would cost more time than taking a chunk.
+        The caller sets `_busy` to false at the end of the read. A context manager would cost more time than the read.
         """
         if self._busy:
             raise UsageError(f"{self!r} can have only one reader at a time; open one for each reader")
         self._busy = True
 
     def _hold(self, leave: Callable[[], None]) -> None:
-        """Note that there is a subscription now, which ``leave`` ends. ``leave`` must not refer to this iterator."""
+        """Record that there is a subscription now, and that calling ``leave`` ends it.
+
+        ``leave`` must not refer to this iterator. Otherwise the iterator could never be garbage-collected.
+        """
         self._leave, self._loop = leave, asyncio.get_running_loop()
 
     def _close(self) -> None:
@@ -50,10 +57,10 @@ class Following(AsyncIterator[T_co], Generic[T_co]):
 
     @abstractmethod
     def _wake(self) -> None:
-        """Wake a waiting reader, so that it notices that another task has closed this."""
+        """Wake the reader (an asyncio task) if it waits, so that it notices that the iterator was closed."""
 
     async def aclose(self) -> None:
-        """End the subscription. The task goes on. A second call does nothing."""
+        """End the subscription. The task (of the queue) goes on. A second call does nothing."""
         self._close()
 
     async def __aenter__(self) -> Self:

@@ -1,4 +1,7 @@
-"""Makes handles from Celery's results, and takes handles of aioresult in place of ids. It does not import Celery."""
+"""Makes handles of aioresult from Celery's result objects. It does not import Celery.
+
+Where a function takes Celery's results, it also takes handles of aioresult.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,29 @@ __all__ = ["from_celery", "group_of", "is_celerys", "not_a_handle", "single"]
 
 
 def is_celerys(value: object, *names: str, module: str = "celery.result") -> bool:
-    """Whether ``value`` is an instance of one of Celery's classes with these names; without names, of any result.
+    """True if ``value`` is an instance of one of the classes ``names`` in Celery's ``module``.
 
-    Such a value can exist only if the process has imported Celery.
+    Without ``names``: true if ``value`` is any result object of Celery. Such a value can exist only if the process has
+    imported Celery, so there is no need to import Celery here.
     """
     classes = sys.modules.get(module)
     return classes is not None and isinstance(value, tuple(getattr(classes, name) for name in names or ("ResultBase",)))
 
 
 def not_a_handle(value: object) -> str:
-    """The text of the error for a ``value`` that is not a handle."""
+    """Return the text of an error: ``value`` is not a handle, and how to make one."""
     make = "group" if is_celerys(value, "ResultSet") else "result"
     given = "it" if is_celerys(value) else "task_id"
     return f"{kind_of(value)} is not a handle of aioresult; make one with backend.{make}({given})"
 
 
 def single(given: object, backend: ResultStore, parent: ResultBase | None = None) -> AsyncResult[Any]:
-    """The handle for one result of Celery. A handle of aioresult is returned as it is.
+    """Return the handle for ``given``, a single result of Celery. A handle of aioresult is returned unchanged.
 
-    :raises UsageError: ``given`` is neither, or is a group, or is a handle of another backend.
+    ``parent`` must be ``None``, because ``given`` has its own parent.
+
+    :raises UsageError: ``given`` is not a result, or is a group, or is a handle of another backend, or ``parent`` is
+        given.
     """
     ours = isinstance(given, ResultBase)
     if not ours and not is_celerys(given):
@@ -58,7 +65,11 @@ def group_of(
     backend: ResultStore,
     id: str | UUID | None = None,
 ) -> GroupResult:
-    """A group of the given ``results``, which are handles, Celery's results or ids; or the group for Celery's group."""
+    """Return the handle for a group.
+
+    ``results`` are its members: handles, results of Celery, or task ids. Or ``results`` is a group of Celery. ``id`` is
+    the id of the new group; by default, it is that of Celery's group or a new one.
+    """
     if is_celerys(results):
         group = from_celery(results, backend)
         if isinstance(group, ResultSet):
@@ -69,10 +80,12 @@ def group_of(
 
 
 def from_celery(result: Any, backend: ResultStore, nesting: int = 0) -> ResultBase:
-    """The handle for a result of Celery, with its parents and members.
+    """Return the handle for ``result``, a result of Celery, with its parents and members.
 
-    :raises UsageError: a parent or a member is not a result of Celery. A mock of a result, which a test may use, has
-        mocks as parents, without end.
+    ``nesting`` is the number of groups around ``result``.
+
+    :raises UsageError: a parent or a member is not a result of Celery. For instance, a test may use a mock of a result:
+        its parent is a mock, too, and so is the parent of that mock, without end.
     """
     check_nesting(nesting)
     above: ResultBase | None = None

@@ -1,4 +1,7 @@
-"""The protocols between handles and backends: what a handle needs of a backend, and what joins need of a handle."""
+"""The protocols between handles (results of tasks) and backends.
+
+`ResultStore` lists what a handle uses of a backend. `Leaf` lists what a join, such as `gather`, uses of a handle.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,18 @@ T = TypeVar("T")
 
 
 class ResultStore(Protocol):
-    """What result handles need of a backend (`aioresult.backends.base.Backend` is one)."""
+    """The attributes and methods of a backend that handles use. `aioresult.backends.base.Backend` implements them."""
 
     #: The maximum number of ids in one round trip.
     fetch_chunk: int
 
     @property
     def default_timeout(self) -> float | None:
-        """Seconds for a wait without a timeout."""
+        """The timeout, in seconds, of a wait for which the caller passes no timeout. ``None`` waits for ever."""
 
     @property
     def store_id(self) -> Hashable:
-        """Equal for two backends that keep their results in the same place."""
+        """A value that is equal for two backends if they keep their results in the same place."""
 
     def check(self) -> None: ...
     def result(self, task_id: str) -> Any: ...
@@ -52,46 +55,52 @@ class ResultStore(Protocol):
 
 
 class Leaf(Protocol):
-    """A handle on one task: `aioresult.result.AsyncResult`. Equal handles have the same id and the same store."""
+    """A handle on one task; `aioresult.result.AsyncResult` implements it.
 
-    #: Whether the task stores no result. Such a task has no waiters, and never counts as failed.
+    Two handles are equal if they have the same task id and the same store (backend).
+    """
+
+    #: True if the task stores no result. Such a task has no waiters, and never counts as failed.
     ignored: bool
 
     @property
     def id(self) -> str: ...
     @property
     def store(self) -> ResultStore | None:
-        """The backend of the result; ``None`` if the handle was made with its outcome and nothing is stored."""
+        """The backend of the result; ``None`` if the handle was made with its outcome, and nothing is stored."""
 
     @property
     def meta(self) -> TaskMeta | None:
-        """The last known meta of the task itself, as it is stored."""
+        """The last known meta of the task itself, as it is stored; ``None`` if it was never read."""
 
     @property
     def failure(self) -> TaskMeta | None:
-        """The failure that `set_failure` was given."""
+        """The failure that was last passed to `set_failure`; ``None`` if there was none."""
 
     @property
     def outcome(self) -> Outcome | None:
-        """The last known outcome: of the task itself, or the failure of a parent, which takes precedence."""
+        """The last known outcome of the task. If a parent failed, it is the failure of that parent."""
 
     def set_outcome(self, outcome: Outcome) -> None:
-        """Note the last known outcome of the task itself."""
+        """Record the last known outcome of the task itself."""
 
     def set_failure(self, failure: TaskMeta) -> None:
-        """Note the failure that awaiting raises: the task's own, or a parent's. A success of the task undoes it."""
+        """Record the failure that awaiting the handle raises: the task's own failure, or that of a parent.
+
+        If the task later turns out to have succeeded, that success replaces the failure.
+        """
 
 
 def is_over(leaf: Leaf) -> bool:
-    """Whether the task itself is known to be over, whatever happened to its parents."""
+    """True if the task itself is known to be over. Failures of its parents do not matter here."""
     meta = leaf.meta
     return meta is not None and meta.ready
 
 
 async def refresh(leaves: Iterable[Leaf]) -> None:
-    """Read every leaf that is not known to be ready, in one call per store.
+    """Read the result of every leaf (single handle) that is not known to be ready, in one call per backend.
 
-    Raises the same errors as `aioresult.backends.base.Backend.get_task_meta`.
+    The leaves then know their outcomes. Raises the same errors as `aioresult.backends.base.Backend.get_task_meta`.
     """
     by_store: dict[ResultStore, list[Leaf]] = {}
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""What is known of the server and the way to it, without asking: for the log, and for `Backend.stats`."""
+"""Records whether a backend can reach its server, without asking the server: for log messages and `Backend.stats`."""
 
 from __future__ import annotations
 
@@ -14,32 +14,39 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 @dataclass(frozen=True, slots=True)
 class BackendStats:
-    """What a backend is doing at this moment, from `Backend.stats`. Everything counts from `Backend.open` on."""
+    """What a backend is doing at this moment, as `Backend.stats` returns it. All numbers count since `Backend.open`."""
 
-    #: Whether the backend is open in this process.
+    #: True if the backend is open in this process.
     is_open: bool
-    #: Whether the server could be reached the last time that the backend tried. `Backend.ping` tries now.
+    #: True if the server could be reached when the backend last tried. `Backend.ping` tries now.
     connected: bool
-    #: How many waits are under way, for results, chords and running tasks; also those of the library itself, such as
-    #: for the news that a worker has died.
+    #: The number of waits that are under way: for results, for chords and for running tasks. It includes waits of the
+    #: library itself, such as the wait for the news that a worker has died.
     waiters: int
-    #: How many different ids they wait for.
+    #: The number of different ids that these waits are for.
     waited_ids: int
-    #: How many subscriptions stand or are being made.
+    #: The number of subscriptions that exist or are being made.
     subscriptions: int
-    #: How many stores are queued or in flight: results, parts of chords, steps and output of running tasks.
+    #: The number of writes that are queued or in flight: results, parts of chords, and states and output of running
+    #: tasks.
     queued_stores: int
-    #: How many bytes these hold. `max_pending_bytes` bounds them.
+    #: The size of these writes in bytes. The option `max_pending_bytes` limits it.
     queued_bytes: int
-    #: How many times a lost connection was made anew. An outage counts once for waits and once for all other calls.
+    #: How many times the backend has reconnected. An outage of the server counts up to two times: one time for the
+    #: connection of the waits, and one time for all other calls.
     reconnects: int
-    #: The text of the last error of the server or of a connection, and when it occurred (UTC).
+    #: The text of the last error of the server or of a connection.
     last_error: str | None
+    #: The time of that error, in UTC.
     last_error_at: datetime | None
 
 
 class Outage:
-    """A time in which waits hear nothing, and how many ids must be subscribed again before it is over."""
+    """A time in which waits get no news, because the listener (the connection that carries messages) is lost.
+
+    ``since`` is its beginning, by `time.monotonic`. It is over when ``left`` ids are subscribed again; ``restored`` of
+    them already are.
+    """
 
     __slots__ = ("left", "restored", "since")
 
@@ -50,48 +57,58 @@ class Outage:
 
 
 class Health:
-    """The troubles of one open backend. ``where`` is its URL, without the password."""
+    """Records the errors and the outages of one open backend. ``where`` is the backend's URL without the password."""
 
     def __init__(self, where: str) -> None:
         self.where: str = where
         self.reconnects: int = 0
         self.last_error: str | None = None
         self.last_error_at: datetime | None = None
-        #: Whether the server could be reached when the backend last tried.
+        #: True if the server could be reached when the backend last tried.
         self.connected: bool = True
-        #: The outage that the waits are in.
+        #: The present outage, in which waits get no news; ``None`` if there is none.
         self.outage: Outage | None = None
 
     def failed(self, error: BaseException) -> None:
-        """The server, or the way to it, has raised ``error``."""
+        """Record ``error``, an error of the server or of a connection to it."""
         self.last_error = str(error) or type(error).__name__
         self.last_error_at = datetime.now(UTC)
 
     def lost(self, error: BaseException) -> None:
-        """The server could not be reached: ``error`` says why."""
+        """Record that the server could not be reached; ``error`` says why."""
         self.failed(error)
         self.connected = False
 
     def back(self) -> None:
-        """A connection that was lost is there again."""
+        """Record that a lost connection was made again."""
         self.connected = True
         self.reconnects += 1
 
     def listener_lost(self, subscriptions: int) -> None:
-        """The listener broke, and so many subscriptions must be made anew. May be called again during an outage."""
-        if subscriptions:  # otherwise nobody needs the listener, and nobody has tried to connect it
+        """Record that the listener is lost, the connection that carries messages. Begins an outage, or restarts it.
+
+        ``subscriptions`` is the number of subscriptions that must be made again.
+        """
+        if subscriptions:  # otherwise no waiter needs the listener, and no attempt to connect has failed
             self.connected = False
         self.outage = Outage(monotonic() if self.outage is None else self.outage.since, subscriptions)
 
     def subscribed(self, outage: Outage, count: int) -> None:
-        """So many subscriptions stand that were begun during ``outage``. The last one ends the outage."""
+        """Record that ``count`` subscriptions were made again. The last subscription that was lost ends the outage.
+
+        ``outage`` is the value of `outage` when these subscriptions were begun. If it has changed, the call does
+        nothing, because these subscriptions were lost, too.
+        """
         if outage is self.outage:
             outage.restored += count
             if outage.restored >= outage.left:
                 self.all_subscribed()
 
     def all_subscribed(self) -> None:
-        """No subscription is missing. An outage in which nothing was subscribed goes on: the server was not asked."""
+        """Record that no subscription is missing. This ends an outage if a subscription was made again during it.
+
+        Otherwise the outage goes on, because the server was not asked.
+        """
         outage = self.outage
         if outage is not None and outage.restored:
             self.outage = None
