@@ -14,7 +14,7 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 @dataclass(frozen=True, slots=True)
 class BackendStats:
-    """What a backend is doing at this moment, as `Backend.stats` returns it. All numbers count since `Backend.open`."""
+    """What a backend is doing at this moment, and its troubles since `Backend.open`. `Backend.stats` returns it."""
 
     #: True if the backend is open in this process.
     is_open: bool
@@ -85,9 +85,10 @@ class Health:
         self.reconnects += 1
 
     def listener_lost(self, subscriptions: int) -> None:
-        """Record that the listener is lost, the connection that carries messages. Begins an outage, or restarts it.
+        """Record that the listener (the connection that carries messages) is lost, which begins an outage.
 
-        ``subscriptions`` is the number of subscriptions that must be made again.
+        ``subscriptions`` is the number of subscriptions that must be made again. A call during an outage replaces this
+        number; the outage goes on.
         """
         if subscriptions:  # otherwise no waiter needs the listener, and no attempt to connect has failed
             self.connected = False

@@ -1,12 +1,12 @@
 """The hub: it maps each *topic*, which is a task id or the name of an event, to its waiters, and notifies them.
 
-One task and one connection serve all waiters of a backend. The hub registers the waiter, subscribes, gets the
+One asyncio task and one connection serve all waiters of a backend. The hub registers the waiter, subscribes, gets the
 confirmation of the server, and *then* reads. So no wake-up is lost: the read finds a result that was stored before it,
 and a result that is stored after it arrives as a message. After a lost connection the hub does the same again for every
 topic, so nothing is missed during a reconnect either.
 
-The read before the subscription is only a fast path: a result that is stored already needs no subscription. A caller
-that has just read the result enters at "to subscribe".
+The read before the subscription is only a fast path: a result that is stored already needs no subscription. If the
+caller has just read the result, the topic starts at "to subscribe".
 
 ::
 
@@ -15,9 +15,9 @@ that has just read the result enters at "to subscribe".
                                                         ▲                               │
                                                         └──────────── lost() ───────────┘
 
-Each waiter receives the state that is known when it comes, and then each change, and no state twice. For this, the hub
-remembers the last state of each id and passes it to waiters that join later. And every state has a *mark*, which is
-equal for equal stored bytes: the hub does not pass on a state again that a read has found again.
+Each waiter first receives the state that is known when it joins, then each change, and no state two times. For this,
+the hub remembers the last state of each id and passes it to waiters that join later. And every state has a *mark*, a
+value that is equal for equal stored bytes: if a read finds the same state again, the hub does not pass it on.
 
 A fault affects only its cause. If a waiter raises, the hub drops that waiter alone. If the server refuses a batch, the
 hub splits it until the bad id is alone, and only the waiters of that id get the error.
@@ -49,44 +49,44 @@ Finding: TypeAlias = tuple[Outcome, Hashable]
 
 
 class Source(Protocol):
-    """What the hub needs of a backend. Each method raises `BackendConnectionError` if a retry may help."""
+    """The methods of a backend that the hub calls. Each method raises `BackendConnectionError` if a retry may help."""
 
     async def subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
-        """Pass all later news of these ids to `Hub.receive`. Return once the server has confirmed the subscriptions.
+        """Pass all later news of these ids to `Hub.receive`. Return when the server has confirmed the subscriptions.
 
-        Connects the listener, the connection that carries messages, if it is not connected. Confirms an id again that
-        is subscribed already. Returns the error of each id that the server refuses alone.
+        Connects the listener (the connection that carries messages), if it is not connected. Ids that are subscribed
+        already are confirmed again. If the server refuses single ids, returns a mapping of these ids to their errors.
         """
 
     async def unsubscribe(self, task_ids: Sequence[str]) -> None:
         """End the subscriptions to these ids. Ids that are not subscribed are ignored."""
 
     async def read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
-        """Read what is stored, in the order of the ids: ``None`` for nothing, an error for what cannot be read."""
+        """Read the state of each id, in the order of the ids. ``None`` means that nothing is stored under the id."""
 
 
 class _Topic:
-    """The waiters of one id, and what they know. There may be 100,000 topics, most of them with a single waiter."""
+    """The waiters of one id, and the state that they received. 100,000 topics may exist, most with a single waiter."""
 
     __slots__ = ("_more", "heard", "known", "looks", "mark", "newcomers", "queued", "sole", "subscribed")
 
     def __init__(self, waiter: Waiter) -> None:
-        #: The waiter, as long as there has only been one.
+        #: The waiter, as long as the topic has had only one.
         self.sole: Waiter | None = waiter
-        #: Otherwise all waiters by identity, in order of arrival. So removing a waiter takes constant time.
+        #: All waiters, if the topic has had several: ``{id(waiter): waiter}``, so that removing one is fast.
         self._more: dict[int, Waiter] | None = None
-        #: Whether the hub has asked for a subscription, which it must end when the last waiter leaves.
+        #: True if the hub has asked for a subscription. The hub must end it when the last waiter leaves.
         self.subscribed = False
         #: The last state that the waiters received, and its mark.
         self.known: Outcome | None = None
         self.mark: Hashable = None
-        #: Waiters that came after that state, and have not received it yet.
+        #: Waiters that joined after that state was delivered, and have not received it yet.
         self.newcomers: list[Waiter] | None = None
-        #: How many messages have arrived. If one arrives during a read, what the read finds may be older.
+        #: The number of messages for this topic. If one arrives during a read, the read may find an older state.
         self.heard = 0
-        #: How many pieces of news are being delivered, a slice of the waiters at a time.
+        #: The number of news items in delivery. A topic with many waiters delivers to some of them at a time.
         self.queued = 0
-        #: How many looks have found that nothing is stored under the id; see `Unheard`.
+        #: How many times a check of `Unheard` has found that nothing is stored under the id.
         self.looks = 0
 
     def __len__(self) -> int:
@@ -96,14 +96,14 @@ class _Topic:
         return self.sole is waiter if self._more is None else id(waiter) in self._more
 
     def add(self, waiter: Waiter) -> None:
-        """Add a waiter. One that is present already keeps its place."""
+        """Add a waiter. A waiter that is present already keeps its place."""
         if self._more is None:
             self._more = {} if self.sole is None else {id(self.sole): self.sole}
             self.sole = None
         self._more[id(waiter)] = waiter
 
     def discard(self, waiter: Waiter) -> bool:
-        """Remove a waiter. Returns whether it was present."""
+        """Remove a waiter. Returns true if it was present."""
         if self._more is not None:
             return self._more.pop(id(waiter), None) is not None
         found = self.sole is waiter
@@ -112,17 +112,17 @@ class _Topic:
         return found
 
     def waiters(self) -> tuple[Waiter, ...]:
-        """A copy of the present waiters, in order of arrival."""
+        """Return a copy of the present waiters, in order of arrival."""
         if self._more is not None:
             return tuple(self._more.values())
         return () if self.sole is None else (self.sole,)
 
 
 class Hub:
-    """Connects waiters to a `Source`, with one task that subscribes and reads for all of them.
+    """Connects waiters to ``source``, a backend, with one asyncio task that subscribes and reads for all waiters.
 
-    A call of the source gets at most ``chunk`` ids. Every ``recheck`` seconds the hub reads all ids again that have
-    waiters, in case a message was lost; with 0 it does not. ``health`` records outages and their ends.
+    The hub passes at most ``chunk`` ids to one call of the source. Every ``recheck`` seconds the hub reads all ids with
+    waiters again, in case a message was lost; 0 turns this off. ``health`` records outages and their ends.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Hub:
     ) -> None:
         self._source = source
         self._chunk = chunk
-        #: The present limit. It shrinks while connections die, because one of the ids may be the cause.
+        #: The most ids for one call at present. It shrinks while connections die: one of the ids may be the cause.
         self._limit = chunk
         self._deaths = 0
         self._recheck = recheck
@@ -144,7 +144,7 @@ class Hub:
         self._backoff = backoff or Backoff()
         self._health = health or Health("the store")
         self._topics: dict[str, _Topic] = {}
-        # Dicts, because they keep the order: first come, first served.
+        # Dicts serve as ordered sets: the ids are served in order of arrival.
         self._to_read_first: dict[str, None] = {}
         self._to_read: dict[str, None] = {}
         self._to_subscribe: dict[str, None] = {}
@@ -154,15 +154,15 @@ class Hub:
         self._work = asyncio.Event()
         self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_unsubscribe))
         self._closed: Exception | None = None
-        #: News for more waiters than one step can notify, each with the waiters that have not received it yet.
+        #: News for many waiters: ``(id, topic, news, waiters that have not received it)``. See `_notify_some`.
         self._crowds: deque[tuple[str, _Topic, Outcome, deque[Waiter]]] = deque()
 
     def __len__(self) -> int:
-        """How many ids have waiters."""
+        """The number of ids that have waiters."""
         return len(self._topics)
 
     def counts(self) -> tuple[int, int, int]:
-        """The number of waiters, of topics that have waiters, and of topics that are subscribed."""
+        """Return the numbers of waiters, of ids that have waiters, and of ids that are subscribed."""
         waiters = subscribed = 0
         for topic in self._topics.values():
             waiters += 1 if topic._more is None else len(topic._more)
@@ -170,12 +170,12 @@ class Hub:
         return waiters, len(self._topics), subscribed
 
     def start(self) -> None:
-        """Start the hub's task. Needs a running event loop."""
+        """Start the hub's asyncio task. Needs a running event loop."""
         self._task.start()
         self._set_timer()
 
     async def close(self, error: Exception) -> None:
-        """End the task and pass ``error`` to every waiter. Later calls of `watch` raise it."""
+        """End the hub's asyncio task and pass ``error`` to every waiter. Later calls of `watch` raise ``error``."""
         self._closed = error
         if self._timer is not None:
             self._timer.cancel()
@@ -186,7 +186,7 @@ class Hub:
             await asyncio.sleep(0)
         told = 0
         for task_id, topic in tuple(self._topics.items()):
-            if self._topics.get(task_id) is topic:  # its waiters have not left in the meantime
+            if self._topics.get(task_id) is topic:  # the topic's waiters have not left in the meantime
                 told += len(topic)
                 self._finish(task_id, topic, error)
             while self._crowds or told >= SLICE:
@@ -196,10 +196,10 @@ class Hub:
     # -- the waiters' side: plain calls, no await, nothing to cancel ------------------------------------------------
 
     def watch(self, task_id: str, waiter: Waiter, read_first: bool = True) -> None:
-        """Pass ``waiter`` the stored state of ``task_id``, and then each change. A final state or an error is the last.
+        """Pass the stored state of ``task_id`` to ``waiter``, and then each change, up to a final state or an error.
 
         With ``read_first=False`` the hub subscribes before it reads. Pass it when you have just read the result.
-        Raises the error that `close` was given, if `close` was called.
+        After `close`, raises the error that was passed to `close`.
         """
         if self._closed is not None:
             raise twin(self._closed)
@@ -213,7 +213,7 @@ class Hub:
                 topic.newcomers.append(waiter)
         else:
             topic = self._topics[task_id] = _Topic(waiter)
-            if task_id in self._to_unsubscribe:  # the subscription still stands; the new topic takes it over
+            if task_id in self._to_unsubscribe:  # the subscription still exists; the new topic takes it over
                 del self._to_unsubscribe[task_id]
                 topic.subscribed = True
             (self._to_read_first if read_first else self._to_subscribe)[task_id] = None
@@ -222,7 +222,7 @@ class Hub:
             self._wake()
 
     def unwatch(self, task_id: str, waiter: Waiter) -> None:
-        """Remove ``waiter``. If it was the last one, the subscription ends. Does nothing if its wait has ended."""
+        """Remove ``waiter``. If it was the last waiter, end the subscription. Does nothing if its wait has ended."""
         topic = self._topics.get(task_id)
         if topic is not None and topic.discard(waiter):
             if not topic:
@@ -235,7 +235,7 @@ class Hub:
 
     def _wake(self) -> None:
         self._work.set()
-        self._task.start()  # does nothing unless code outside the library has cancelled the task
+        self._task.start()  # restarts the hub's task if code outside the library has cancelled it
 
     def _detach(self, task_id: str) -> None:
         del self._topics[task_id]
@@ -255,14 +255,14 @@ class Hub:
     # -- the source's side: also plain calls, made when bytes arrive ------------------------------------------------
 
     def has_waiters(self, task_id: str) -> bool:
-        """Whether ``task_id`` has waiters. Otherwise its messages need not be decoded."""
+        """True if ``task_id`` has waiters. Otherwise its messages need not be decoded."""
         return task_id in self._topics
 
     def receive(self, task_id: str, outcome: Outcome, mark: Hashable = None, remember: bool = True) -> None:
-        """Pass a meta, or the error in its place, to the waiters of ``task_id``.
+        """Pass ``outcome``, a meta or the error in its place, to the waiters of ``task_id``.
 
-        With ``remember=False`` it is an event and not a state. Waiters that come later do not receive it, and it does
-        not make the outcome of a read out of date.
+        With ``remember=False``, ``outcome`` is an event and not a state: waiters that join later do not receive it.
+        What a read finds is not out of date if an event arrives during the read.
         """
         topic = self._topics.get(task_id)
         if topic is not None:
@@ -273,13 +273,13 @@ class Hub:
                 self._notify(task_id, topic, outcome)
 
     def mark_stale(self, task_id: str) -> None:
-        """Read ``task_id`` soon, because it has changed. For sources whose messages do not carry the value."""
+        """Read ``task_id`` soon, because its state has changed. For backends whose messages do not carry the state."""
         if task_id in self._topics:
             self._to_read[task_id] = None
             self._wake()
 
     def lost(self) -> None:
-        """The listener's connection is lost, and all subscriptions with it: subscribe to all ids again, and read."""
+        """Subscribe to all ids again and read them, because the listener has lost its connection and subscriptions."""
         for topic in self._topics.values():
             topic.subscribed = False
         self._to_subscribe.update(dict.fromkeys(self._topics))
@@ -298,7 +298,7 @@ class Hub:
             self._notify(task_id, topic, outcome)
 
     def _finish(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
-        """Deliver the last news of a topic, and drop it. A waiter that comes later starts a new topic."""
+        """Deliver the last news of a topic, and drop the topic. A waiter that joins later starts a new topic."""
         self._detach(task_id)
         self._notify(task_id, topic, outcome)  # first, so that the waiters run before the hub ends the subscription
         self._end_subscription(task_id, topic)
@@ -317,7 +317,7 @@ class Hub:
             self._give(task_id, topic, waiter, outcome)
 
     def _notify_some(self) -> None:
-        """Notify the next few hundred waiters of a crowd, and then give the event loop a turn."""
+        """Notify some of the many waiters of a topic, and schedule the rest, so that the event loop is not blocked."""
         if not self._crowds:
             return
         task_id, topic, outcome, crowd = self._crowds[0]
@@ -330,7 +330,7 @@ class Hub:
             asyncio.get_running_loop().call_soon(self._notify_some)
 
     def _give(self, task_id: str, topic: _Topic, waiter: Waiter, outcome: Outcome) -> None:
-        """Notify one waiter, unless it has left. If it raises, it is dropped, and other waiters are not affected."""
+        """Notify one waiter, unless it has left. If the waiter raises, drop it; other waiters are not affected."""
         if waiter is not topic.sole and waiter not in topic:
             return
         try:
@@ -359,7 +359,7 @@ class Hub:
         self._set_timer()
 
     async def _run(self) -> None:
-        # If code outside the library has cancelled this task, the work that was in progress begins again.
+        # If code outside the library has cancelled the hub's task, the work that was in progress begins again.
         self._to_subscribe.update(
             dict.fromkeys(task_id for task_id in self._topics if task_id not in self._to_read_first)
         )
@@ -369,7 +369,7 @@ class Hub:
             self._work.clear()
             try:
                 while self._has_work():
-                    # One chunk of each kind in turn, so that a flood of one kind does not delay the others.
+                    # Do one chunk of each kind of work in turn, so that a flood of one kind does not delay the others.
                     await self._read(self._take(self._to_read))
                     await self._read_first()
                     await self._add()
@@ -383,7 +383,7 @@ class Hub:
                 self._deaths += exc.in_flight
                 if self._deaths > 1:
                     self._limit = max(1, self._limit // 2)
-                # Subscribe to all ids again. Not through `lost`: if only a read failed, the subscriptions still stand.
+                # Subscribe to all ids again. Do not call `lost`: if only a read failed, the subscriptions still exist.
                 self._to_subscribe.update(dict.fromkeys(self._topics))
                 self._health.failed(exc)
                 self._health.listener_lost(len(self._to_subscribe))
@@ -393,11 +393,11 @@ class Hub:
                     logger.warning("cannot read or subscribe to results (%s); trying again in %.2f s", exc, pause)
                     await asyncio.sleep(pause)
             except Exception as exc:
-                # The server refuses and a retry will not help, or there is a bug. No waiter may hang because of it.
+                # The server refuses and a retry will not help, or there is a bug. End all waits, so that none hangs.
                 error = _named(exc)
                 self._health.failed(error)
                 for task_id, topic in tuple(self._topics.items()):
-                    if self._topics.get(task_id) is topic:  # a notified waiter may have ended the wait of another
+                    if self._topics.get(task_id) is topic:  # a notified waiter may have ended another waiter's wait
                         self._finish(task_id, topic, error)
 
     def _has_work(self) -> bool:
@@ -430,7 +430,7 @@ class Hub:
             if ids:
                 await self._source.unsubscribe(ids)
         except (BackendConnectionError, asyncio.CancelledError):
-            # A busy server may refuse and keep the connection. Then the subscriptions still stand.
+            # A busy server may refuse the call and keep the connection. Then the subscriptions still exist.
             for task_id in ids:
                 if task_id in self._topics:
                     self._topics[task_id].subscribed = True
@@ -452,17 +452,17 @@ class Hub:
             if finding is None or topic is None:
                 continue
             outcome, mark = finding
-            if isinstance(outcome, BackendConnectionError):  # its waiters go on waiting, however long the outage lasts
+            if isinstance(outcome, BackendConnectionError):  # the waiters of the id wait until the outage ends
                 broken = outcome
                 continue
-            # A message that arrived during the read is at least as new as what was read, unless that is final.
+            # A message that arrived during the read is at least as new as what was read; so only a final read counts.
             if topic.heard == before or isinstance(outcome, Exception) or outcome.ready:
                 self._pass_on(task_id, topic, outcome, mark)
         if broken is not None:
             raise broken
 
     async def _split(self, operation: Callable[[Sequence[str]], Awaitable[None]], ids: Sequence[str]) -> None:
-        """Await ``operation(ids)``. If the server refuses it, split the ids into halves, until the bad id is alone."""
+        """Await ``operation(ids)``. If the server refuses it, do it for each half of the ids, down to single ids."""
         try:
             await operation(ids)
         except BackendConnectionError:
@@ -490,7 +490,7 @@ class Hub:
 
 
 def _named(error: Exception) -> Exception:
-    """``error`` as an error of this library. Any other error is a bug, here or in a backend, and is logged."""
+    """Return ``error`` if it is one of this library. Otherwise it is a bug: log it and wrap it in a `BackendError`."""
     if isinstance(error, AioResultError):
         return error
     logger.error("the listener failed", exc_info=error)

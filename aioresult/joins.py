@@ -1,4 +1,4 @@
-"""`gather`, `wait` and `as_completed`, as in asyncio, for results of any backends."""
+"""`gather`, `wait` and `as_completed`: they do for results, of any backends, what asyncio's functions do for tasks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ __all__ = ["as_completed", "gather", "wait"]
 
 
 async def gather(*results: ResultBase, return_exceptions: bool = False) -> list[Any]:
-    """Wait for all results, and return their values in the order of the arguments. A group gives a nested list.
+    """Wait for all results, and return their values in the order of the arguments. The value of a group is a list.
 
     Raises the exception of the first task that fails, as soon as it fails. With ``return_exceptions`` it waits for all
-    results and returns exceptions as values. A parent that failed ends the wait, too; see `ResultSet.get`.
+    results and returns exceptions as values. If a parent of a result fails, the result counts as failed; see
+    `ResultSet.get`.
     """
     return await ResultSet(_checked(results)).get(propagate=not return_exceptions)
 
@@ -33,10 +34,10 @@ async def wait(
     """Wait for results, and return ``(done, pending)``, as `asyncio.wait` does.
 
     Neither a failed task nor the end of ``timeout`` (in seconds) raises. Without a ``timeout``, the
-    ``default_timeout`` of the first result's backend ends the wait. ``return_when`` is one of asyncio's three
-    constants. A group is done when all its members are done. A result whose parent failed is done, and counts as
-    failed. If handles are equal, each of them gets its result; but a set holds only one of them, which is done as soon
-    as any of them is done.
+    ``default_timeout`` of the first result's backend ends the wait. ``return_when`` is ``ALL_COMPLETED``,
+    ``FIRST_COMPLETED`` or ``FIRST_EXCEPTION``, as in asyncio. A group is done when all its members are done. A result
+    whose parent failed is done, and counts as failed. You may pass several equal handles (the same task twice). Each of
+    them gets its result. But a set holds only one of them, which is done as soon as any of them is done.
     """
     if return_when not in (ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION):
         raise UsageError(
@@ -46,7 +47,9 @@ async def wait(
     checked = _checked(results)
     pending = set(checked)
     lineage = Lineage[AsyncResult[Any]]()
-    # By identity, because equal handles must each get the result. A handle may be in several groups, or twice in one.
+    # The keys of both dicts are `id(handle)`, because equal handles must each get the result. `owners` maps a single
+    # handle to the arguments that contain it: one handle may be in several groups. `missing` maps an argument to the
+    # number of its members that are not done.
     owners: dict[int, list[ResultBase]] = {}
     missing: dict[int, int] = {}
     done: set[ResultBase] = set()
@@ -75,7 +78,10 @@ async def wait(
 
 
 def as_completed(results: Iterable[ResultBase], timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
-    """Iterate over the single results in the order in which they finish; see `ResultSet.as_completed`."""
+    """Iterate over the single results, and the members of groups, in the order in which they finish.
+
+    See `ResultSet.as_completed`.
+    """
     checked_timeout(timeout)
     return ResultSet(_checked(results)).as_completed(timeout)
 

@@ -1,4 +1,4 @@
-"""`Lineage`: the ancestors of the results of a join.
+"""`Lineage`: finds the ancestors of the results that a join waits for. `gather`, for instance, is a join.
 
 The ancestors of a result are its parents (the earlier tasks of its chain), and the parents of the groups that contain
 it. A task whose parent failed or was revoked never runs. So a join must know which results depend on a result that
@@ -31,7 +31,7 @@ class Ancestor(Generic[L]):
         self.handle: L = handle
         #: Its own parents, the topmost first. A dict serves as an ordered set, here and below.
         self.above: dict[_Gate[L], None] = {}
-        #: The gates that it helps to open: each parent that it is itself, or that is a group with it as a member.
+        #: The gates (parents of other results) that it is part of: it is that parent itself, or a member of that group.
         self.opens: dict[_Gate[L], None] = {}
 
     def set_outcome(self, outcome: TaskMeta | Exception) -> None:
@@ -39,44 +39,52 @@ class Ancestor(Generic[L]):
 
     @property
     def failure(self) -> TaskMeta | None:
-        """Its meta, if it is known to have failed. A result that cannot be read does not count as failed."""
+        """The meta of the result, if the result is known to have failed. Otherwise ``None``.
+
+        A result that cannot be read does not count as failed.
+        """
         known = None if self.handle.ignored else self.handle.outcome
         return known if isinstance(known, TaskMeta) and known.propagates else None
 
 
 class _Gate(Generic[L]):
-    """A parent, which is a single result or a group. It opens for the results below it once all of it has succeeded."""
+    """A parent of other results: a single result or a group. Those results' tasks run only if all of it succeeds."""
 
     __slots__ = ("below", "of", "shut")
 
     def __init__(self) -> None:
+        #: The single results of the parent: itself, or the members of the group.
         self.of: dict[Ancestor[L], None] = {}
+        #: The results that have this parent.
         self.below: list[L | Ancestor[L]] = []
-        #: Whether a part of the parent has failed, and the results below it have been told.
+        #: True if a result of the parent has failed, and `Lineage.below` has yielded the leaves that depend on it.
         self.shut = False
 
 
 class Lineage(Generic[L]):
     """The `leaves` (single results) of some results, in order, and the `ancestors` of those leaves.
 
-    A leaf without parents costs nothing here. Each other handle is visited once, and each ancestor is kept once,
-    however many leaves it has below it. Raises `CyclicResultError` if a result is its own parent.
+    A leaf without parents costs nothing here. Each other handle is visited only one time. Each ancestor is kept only
+    one time, even if very many leaves depend on it. Raises `CyclicResultError` if a result is its own parent.
     """
 
     def __init__(self, results: Iterable[ResultBase] = ()) -> None:
         self.leaves: list[L] = []
         self.ancestors: dict[L, Ancestor[L]] = {}
-        #: The parents of each leaf that has any, by the identity of the leaf: equal handles may have different parents.
+        #: ``id(leaf)`` → the leaf's parents, if it has any. Equal leaves may have different parents, so the key is not
+        #: the leaf.
         self._above: dict[int, tuple[_Gate[L], ...]] = {}
         self._gates: dict[object, _Gate[L]] = {}
-        #: The parents that were visited, by identity, and those whose members are still to be visited.
+        #: The parents that were visited: ``{id(parent): parent}``.
         self._met: dict[int, ResultBase] = {}
+        #: The visited parents whose own members are not visited yet.
         self._fresh: list[tuple[_Gate[L], ResultBase]] = []
+        #: The return values of `_line`, by its argument.
         self._lines: dict[tuple[_Gate[L], ...], list[Ancestor[L]]] = {}
         self.add(results)
 
     def add(self, results: Iterable[ResultBase]) -> list[L]:
-        """Add results, and return their leaves."""
+        """Add results, and return their leaves (single results)."""
         before = len(self.leaves)
         self._descend(results, (), self._add_leaf, 0)
         while self._fresh:
@@ -134,7 +142,7 @@ class Lineage(Generic[L]):
         return self._gate(cast("ResultBase", result.parent))
 
     def _gate(self, parent: ResultBase) -> _Gate[L]:
-        # Each member that was read from a store has its own copy of the parent. Equal copies count as one parent.
+        # If a group was read from the backend, each member has its own copy of its parent. Equal copies are one parent.
         key: object = id(parent) if parent.id is None else parent
         gate = self._gates.get(key)
         if gate is None:
@@ -142,18 +150,21 @@ class Lineage(Generic[L]):
         return gate
 
     def has_parents(self, leaf: L) -> bool:
-        """Whether the leaf has ancestors."""
+        """True if the leaf has ancestors."""
         return id(leaf) in self._above
 
     def above(self, leaves: Iterable[L]) -> Iterable[Ancestor[L]]:
-        """The ancestors of these leaves, each once."""
+        """Return the ancestors of these leaves, without repetition."""
         if not self._above:
             return ()
         lines = dict.fromkeys(self._above[id(leaf)] for leaf in leaves if id(leaf) in self._above)
         return dict.fromkeys(ancestor for gates in lines for ancestor in self._line(gates))
 
     def below(self, ancestor: Ancestor[L]) -> Iterator[L]:
-        """The leaves that depend on ``ancestor``, each at least once; without those that an earlier call yielded."""
+        """Yield the leaves that depend on ``ancestor``, except those that an earlier call has yielded.
+
+        A call may yield the same leaf several times.
+        """
         stack: list[L | Ancestor[L]] = [ancestor]
         while stack:
             each = stack.pop()
@@ -166,10 +177,10 @@ class Lineage(Generic[L]):
                     stack += gate.below
 
     def causes(self, leaves: Iterable[L]) -> Iterator[TaskMeta | None]:
-        """For each leaf, the first known failure among its ancestors, or ``None``.
+        """Yield, for each leaf, the first known failure among its ancestors, or ``None``.
 
-        The first failure is the earliest by `TaskMeta.date_done`. If dates are equal or missing, the first one is
-        decided by the order in which Celery looks: from the top of a chain, and along a group.
+        The first failure has the earliest `TaskMeta.date_done`. If dates are equal or missing, the order in which
+        Celery looks for failures decides: from the first task of a chain on, and in the order of a group's members.
         """
         found: dict[tuple[_Gate[L], ...], TaskMeta | None] = {(): None}
         for leaf in leaves:
@@ -180,7 +191,7 @@ class Lineage(Generic[L]):
             yield found[gates]
 
     def _line(self, gates: tuple[_Gate[L], ...]) -> list[Ancestor[L]]:
-        """All ancestors that belong to these gates or stand above them, in the order in which Celery looks."""
+        """Return all ancestors in these gates (parents) and above them, in the order in which Celery looks at them."""
         if (known := self._lines.get(gates)) is not None:
             return known
         line: dict[Ancestor[L], None] = {}

@@ -1,15 +1,16 @@
 """Liveness: the lease of this process, and how waiters learn that the worker of their task is dead.
 
-A worker is a process that runs tasks. Each worker has one lease on the server, however many tasks it runs; the note of
-a run names the worker. A beat renews the lease. It also removes the leases that have run out, and publishes the workers
-that held them. So the workers that live find the dead ones. A process that only waits beats, too, without a lease of
-its own. So the waiters also learn of the death of the last worker.
+A worker is a process that runs tasks. Each worker has one lease on the server, a sign of life that runs out, even if it
+runs many tasks. While a worker runs a task, the task's record on the server (its run) names the worker. A beat is a
+call to the server that renews the lease. It also removes the leases that have run out, and publishes the workers that
+held them. So living workers find dead workers. A process that only waits for results beats, too, without a lease of its
+own. So the waiters also learn of the death of the last worker.
 
-After an outage of the server every worker seems dead until its next beat. So a process removes the leases of others
-only if its own beats have succeeded for a whole lease without a gap. The server checks that again, so that a beat that
-a frozen server executes late removes no lease. A waiter may find a lease missing without news of a death. It then looks
-again after one more lease, and takes the worker for dead only if its own beats have also succeeded. Leases are measured
-by the server's clock alone.
+After an outage of the server, every worker seems dead until its next beat. So a process may remove the leases of other
+workers only if its own beats have succeeded for the length of a whole lease without a gap. The server checks this
+condition again: a frozen server may execute a beat late, and such a beat must not remove a lease. A waiter may find a
+lease missing without news of a death. Then it looks again after the length of one more lease. It takes the worker for
+dead only if its own beats have also succeeded. Only the server's clock measures leases.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ __all__ = ["Beats", "LifeStore", "Liveness", "Tell"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: Is called with an error when the worker of a task is lost, or when its state can no longer be found out.
+#: A callback of a waiter. `Liveness` calls it with an error if the worker of the task is lost, or if the state of that
+#: worker cannot be read.
 Tell = Callable[[Exception], None]
 
 
 class LifeStore(Protocol):
-    """What liveness needs of a backend."""
+    """The attributes and methods of a backend that this module uses."""
 
     lease: float
 
@@ -49,7 +51,8 @@ class LifeStore(Protocol):
 class Beats:
     """Decides when this process may remove the leases of other workers.
 
-    ``lease`` is in seconds. All times are of the server's clock, which each beat returns.
+    A beat is a call to the server that renews the lease of this process. ``lease`` is the length of a lease in seconds.
+    All times are times of the server's clock, which each beat returns.
     """
 
     def __init__(self, lease: float) -> None:
@@ -59,13 +62,16 @@ class Beats:
 
     @property
     def last(self) -> float | None:
-        """The time of the last beat if the beats have succeeded for a whole lease without a gap; otherwise ``None``."""
+        """The time of the last beat, if the beats have succeeded for the length of a lease without a gap.
+
+        Otherwise ``None``; then this process must not remove the leases of other workers.
+        """
         if self._since is None or self._last is None or self._last - self._since < self._lease:
             return None
         return self._last
 
     def went_through(self, now: float) -> float:
-        """Note that a beat has succeeded at ``now``. Returns the seconds since the previous beat."""
+        """Record that a beat has succeeded at ``now``. Returns the seconds since the previous beat that succeeded."""
         gap = 0.0 if self._last is None else now - self._last
         if self._since is None or gap > self._lease / 2:
             self._since = now
@@ -73,7 +79,7 @@ class Beats:
         return gap
 
     def failed(self) -> None:
-        """Note that a beat has failed."""
+        """Record that a beat has failed."""
         self._since = None
 
 
@@ -82,30 +88,33 @@ class Liveness:
 
     def __init__(self, store: LifeStore) -> None:
         self._store = store
-        #: The id of this process as a worker, for as long as its backend is open.
+        #: The id under which this process is a worker. It is valid while the backend is open.
         self.worker: str = uuid4().hex
         self._works = False
         self._beats = Beats(store.lease)
-        #: Set while this process must beat: while it is a worker or has waiters.
+        #: Set while this process must renew its lease or look for dead workers: while it is a worker or has waiters.
         self._needed = asyncio.Event()
         self._beating = StandingTask(self._beat_on, "aioresult-beat", self._needed.is_set)
         self._watched: dict[str, dict[Tell, None]] = {}
-        #: The tasks to check, and whether there are any.
+        #: The ids of the tasks whose workers must be checked.
         self._due: dict[str, None] = {}
+        #: Set when an id is added to `_due`.
         self._check_due = asyncio.Event()
         self._checks = StandingTask(self._keep_checking, "aioresult-liveness", lambda: bool(self._watched))
-        #: The workers that were published as dead.
+        #: The ids of workers that were published as dead.
         self._gone: set[str] = set()
-        #: Whether this is subscribed to the news of workers. The hub ends the subscription by delivering an error.
+        #: True while this object is subscribed to the news of dead workers. If the hub delivers an error, the
+        #: subscription has ended.
         self._listens = False
-        #: For each task whose worker has no lease: its run, and since when, by the event loop's clock.
+        #: Task id → ``(run, time)``, for each task whose worker has no lease. ``run`` is the id of the attempt.
+        #: ``time`` is when the lease was first found missing, by the event loop's clock.
         self._suspects: dict[str, tuple[str, float]] = {}
         self._reminders: set[asyncio.TimerHandle] = set()
 
     # -- the worker's side ------------------------------------------------------------------------------------------
 
     async def work(self) -> None:
-        """Get a lease for this process, unless it has one.
+        """Get a lease for this process, which makes it a worker. Does nothing if the process has a lease already.
 
         Raises `BackendConnectionError` if the server cannot be reached.
         """
@@ -117,7 +126,7 @@ class Liveness:
 
     async def _beat_on(self) -> None:
         lease = self._store.lease
-        # After an outage every worker must beat again before any waiter has waited for a whole lease.
+        # After an outage, every worker must renew its lease before any waiter has waited for the length of a lease.
         backoff = Backoff(min(0.05, lease / 12), min(2.0, lease / 6))
         while True:
             await self._needed.wait()
@@ -150,13 +159,13 @@ class Liveness:
 
     @property
     def works(self) -> bool:
-        """Whether this process is a worker, with a lease."""
+        """True if this process is a worker, and so has a lease."""
         return self._works
 
     # -- the waiter's side ------------------------------------------------------------------------------------------
 
     def watch(self, task_id: str, tell: Tell) -> None:
-        """Have ``tell`` called when the worker that runs the task is lost. Call `unwatch` to end that."""
+        """Call ``tell`` with an error if the worker that runs the task is lost, until `unwatch` is called."""
         self._watched.setdefault(task_id, {})[tell] = None
         self._check(task_id)
         if not self._listens:
@@ -167,14 +176,14 @@ class Liveness:
             self._checks.start()
 
     def unwatch(self, task_id: str, tell: Tell) -> None:
-        """End what `watch` began. Does nothing if it has ended already."""
+        """Stop calling ``tell`` for this task. Does nothing if ``tell`` is not being called for it."""
         tells = self._watched.get(task_id)
         if tells is None or tell not in tells:
             return
         del tells[tell]
         if not tells:
             del self._watched[task_id]
-            # Otherwise, if the task is watched again much later, the time in between would count against its worker.
+            # If the task is watched again much later, the time in between must not count against its worker.
             self._suspects.pop(task_id, None)
             if not self._watched:
                 if not self._works:
@@ -184,13 +193,13 @@ class Liveness:
                 self._gone.clear()
 
     def receive(self, topic: str, outcome: Outcome) -> None:
-        """Take news of the workers from the hub (`aioresult.waiter.Waiter`)."""
+        """Take news of workers from the hub; this method makes the object a `aioresult.waiter.Waiter`."""
         if isinstance(outcome, Exception):
             self._listens = False  # the next watcher subscribes again
             for task_id in tuple(self._watched):
                 self._notify(task_id, outcome)
             return
-        if outcome.result is None:  # the subscription has begun: messages published before it are missed
+        if outcome.result is None:  # the subscription has just begun, so earlier messages were missed
             self._suspects.clear()
         else:
             self._gone.add(outcome.result)
@@ -221,7 +230,10 @@ class Liveness:
                     self._notify(task_id, exc)
 
     async def _examine(self, task_ids: Sequence[str]) -> None:
-        """Notify the watchers of each of these tasks whose worker is lost, and check doubtful workers again later."""
+        """Check the workers of these tasks. If a worker is lost, notify the watchers of its task.
+
+        If that is not certain yet, check the task again later.
+        """
         gone = set(self._gone)
         states = await self._store.run_steps([RunStep(RunOp.READ, task_id) for task_id in task_ids])
         runs: dict[str, RunState] = {}
@@ -229,7 +241,7 @@ class Liveness:
             if isinstance(state, BackendConnectionError):
                 raise state
             if not isinstance(state, RunState) or self._suspects.get(task_id, (state.run,))[0] != state.run:
-                self._suspects.pop(task_id, None)  # the suspicion concerned another run
+                self._suspects.pop(task_id, None)  # the suspicion concerned an earlier attempt of the task
             if isinstance(state, Exception):
                 self._notify(task_id, state)
             elif isinstance(state, RunState) and state.worker:
@@ -239,7 +251,7 @@ class Liveness:
         self._gone -= gone
         now, lease = asyncio.get_running_loop().time(), self._store.lease
         for task_id, state in runs.items():
-            if task_id not in self._watched:  # its watchers have left meanwhile
+            if task_id not in self._watched:  # the watchers of the task have left in the meantime
                 continue
             if lives[state.worker]:
                 self._suspects.pop(task_id, None)
@@ -247,7 +259,7 @@ class Liveness:
             waited = now - self._suspects.setdefault(task_id, (state.run, now))[1]
             if state.worker in gone or (waited >= lease and self._beats.last is not None):
                 self._notify(task_id, WorkerLostError(_LOST.format(task_id)))
-            else:  # if the beats of this process had a gap, the worker's beats may have had one, too
+            else:  # if the beats of this process had a gap, the worker's beats may have had a gap, too
                 self._remind(task_id, max(lease - waited, lease / 3))
 
     def _remind(self, task_id: str, seconds: float) -> None:
