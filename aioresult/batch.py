@@ -1,4 +1,4 @@
-"""The batcher: concurrent calls become one round trip.
+"""`Batcher`: sends concurrent calls together, in one round trip.
 
 The batcher sends all calls of one turn of the event loop together in one batch. The number of batches in flight has a
 maximum. While it is reached, the batcher collects the calls that arrive, and sends them together in the next batch. A
@@ -63,7 +63,7 @@ class Batcher(Generic[Item, Out]):
     ``at_once(item, done)`` is an optional function that sends a single item without a task. The batcher tries it for an
     item that arrives while no call is in flight, if the last batch had one item. ``at_once`` either sends the item
     within the call and returns true, or does nothing and returns false. If it has returned true, it later calls
-    ``done`` exactly one time: with the outcome, or with ``None`` after any failure. After a failure the batcher passes
+    ``done`` exactly once: with the outcome, or with ``None`` after any failure. After a failure the batcher passes
     the item to ``run``. The batcher holds back later items until ``done`` is called, so that a failure cannot change
     the order of items.
 
@@ -96,7 +96,7 @@ class Batcher(Generic[Item, Out]):
         self._tails: dict[Hashable, _Call[Item, Out]] = {}
         self._in_flight: set[_Call[Item, Out]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        #: The call that was sent at once and is not answered yet.
+        #: The call that `at_once` has sent, until its outcome arrives; otherwise ``None``.
         self._lone: _Call[Item, Out] | None = None
         #: True if the last batch had more than one call. Then the next batch most likely has more than one call, too.
         self._expect_company = True
@@ -193,7 +193,7 @@ class Batcher(Generic[Item, Out]):
         waiting, self._waiting = self._waiting, {}
         fail_all(waiting, error)
 
-    # -- the short way ----------------------------------------------------------------------------------------------
+    # -- sending a single call at once ------------------------------------------------------------------------------
 
     def _send_at_once(self, call: _Call[Item, Out]) -> bool:
         if self._expect_company or self._working or self._lone is not None or self._at_once is None:

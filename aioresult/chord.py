@@ -57,7 +57,7 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 #: Prefix of the hub's topic for one chord; the group's id follows it. No task id begins with NUL.
 CHORD_TOPIC = "\x00chord "
-#: The hub's topic for the news of all completed chords.
+#: The hub's topic that announces every completed chord.
 READY_TOPIC = "\x00chords"
 
 
@@ -101,7 +101,7 @@ class ChordStep:
     lease: float = 0.0
     #: Seconds that the chord is kept, at least, after its last CREATE, SIZE, PART or claim. 0 keeps it for ever.
     expires: float = 0.0
-    #: The same for the saved group with the id `group_id`, if there is one. It gives nested results their shape.
+    #: Seconds that the saved group with the id `group_id` is kept, if it exists. It gives nested results their shape.
     group_expires: float = 0.0
     #: The id of the run that a CREATE begins. A repeated CREATE with the same id does not restart a finished chord.
     run: str = ""
@@ -175,7 +175,7 @@ class ChordStore(LookoutStore, Protocol):
 
 
 class Chords:
-    """The chords of one backend: encodes steps, sends them, and turns the states that come back into objects."""
+    """Serves the chords of one backend: encodes and sends steps, and turns the states that come back into objects."""
 
     def __init__(self, store: ChordStore) -> None:
         self._store = store

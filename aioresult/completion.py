@@ -62,7 +62,7 @@ class Completions(Generic[L]):
     ancestors are read. So the failure that is yielded does not depend on when the caller asks.
 
     Use it in ``with``, which ends the remaining subscriptions. ``timeout`` is in seconds from now. After it, the next
-    step that would have to wait raises `aioresult.TimeoutError`. With a timeout of 0, each result is read one time. A
+    step that would have to wait raises `aioresult.TimeoutError`. A timeout of 0 reads all results and does not wait. A
     stored result takes precedence over a deadline that has passed: at the end of a timeout below one second, the
     missing results are read again.
 
@@ -158,7 +158,7 @@ class Completions(Generic[L]):
         self._reads.append(task)
         task.start()
 
-    # -- looking ----------------------------------------------------------------------------------------------------
+    # -- reading results --------------------------------------------------------------------------------------------
 
     async def _look_once(self) -> None:
         try:

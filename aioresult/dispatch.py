@@ -58,7 +58,7 @@ async def ready_chords(chords: Chords, store: ChordStore) -> AsyncGenerator[Read
 class _Dispatcher:
     """Checks and claims one chord after the other.
 
-    A chord that this process cannot dispatch is logged one time, and then ignored until its state changes.
+    A chord that this process cannot dispatch is logged only once, and then ignored until its state changes.
     """
 
     def __init__(self, chords: Chords, store: ChordStore, waiter: _ReadyWaiter) -> None:

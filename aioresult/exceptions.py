@@ -129,7 +129,7 @@ class BackendConnectionError(BackendError, ConnectionError):
     """
 
     of_server = True
-    #: True if the connection was lost during the call. If that happens two times, the call itself may be the cause.
+    #: True if the connection was lost during the call. If that happens twice, the call itself may be the cause.
     in_flight: bool = False
 
 
@@ -152,7 +152,7 @@ class SerializationError(AioResultError):
 
 
 class EncodeError(SerializationError, TypeError):
-    """The serializer cannot write the value. Only the caller that stores it gets this error.
+    """The serializer cannot write a value. Only the caller that stores this value gets the error.
 
     The message names the task, the path to the part that cannot be written, its type, and the remedy. See
     docs/values.md.
@@ -263,7 +263,10 @@ class ChordClaimLost(AioResultError):
 
 
 class IncompleteStream(AioResultError):
-    """A tree of results was walked before all of it had finished. Pass ``intermediate=True`` to allow that."""
+    """A tree (a result and its children) was walked before all its results had finished.
+
+    Pass ``intermediate=True`` to allow that.
+    """
 
 
 class CyclicResultError(AioResultError, ValueError):

@@ -100,7 +100,7 @@ namespace_of: Callable[[object], Mapping[str, object]] = vars(type)["__dict__"].
 _filename_of: Callable[[BaseException], Any] = vars(OSError)["filename"].__get__
 _filename2_of: Callable[[BaseException], Any] = vars(OSError)["filename2"].__get__
 
-#: Serializes one value, and raises if it cannot.
+#: A function that serializes one value, and raises if the value cannot be serialized.
 Check = Callable[[Any], object]
 
 

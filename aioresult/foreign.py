@@ -32,7 +32,7 @@ def is_celerys(value: object, *names: str, module: str = "celery.result") -> boo
 
 
 def not_a_handle(value: object) -> str:
-    """Return the text of an error: ``value`` is not a handle, and how to make one."""
+    """Return the text of an error. It says that ``value`` is not a handle, and how to make a handle."""
     make = "group" if is_celerys(value, "ResultSet") else "result"
     given = "it" if is_celerys(value) else "task_id"
     return f"{kind_of(value)} is not a handle of aioresult; make one with backend.{make}({given})"

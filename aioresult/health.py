@@ -32,8 +32,8 @@ class BackendStats:
     queued_stores: int
     #: The size of these writes in bytes. The option `max_pending_bytes` limits it.
     queued_bytes: int
-    #: How many times the backend has reconnected. An outage of the server counts up to two times: one time for the
-    #: connection of the waits, and one time for all other calls.
+    #: How many times the backend has reconnected. An outage of the server counts at most twice: once for the connection
+    #: of the waits, and once for all other calls.
     reconnects: int
     #: The text of the last error of the server or of a connection.
     last_error: str | None

@@ -15,7 +15,7 @@ caller has just read the result, the topic starts at "to subscribe".
                                                         ▲                               │
                                                         └──────────── lost() ───────────┘
 
-Each waiter first receives the state that is known when it joins, then each change, and no state two times. For this,
+Each waiter first receives the state that is known when it joins, then each change, and no state twice. For this,
 the hub remembers the last state of each id and passes it to waiters that join later. And every state has a *mark*, a
 value that is equal for equal stored bytes: if a read finds the same state again, the hub does not pass it on.
 
@@ -43,8 +43,8 @@ __all__ = ["Finding", "Hub", "Source", "chunked"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: What a read finds: an outcome and its mark. Two states with equal marks are the same state. A mark of ``None`` is
-#: unknown, and equals no other.
+#: What a read finds: ``(outcome, mark)``. Two outcomes with equal marks are the same state. A mark of ``None`` is
+#: unknown, and never counts as equal.
 Finding: TypeAlias = tuple[Outcome, Hashable]
 
 
@@ -62,7 +62,7 @@ class Source(Protocol):
         """End the subscriptions to these ids. Ids that are not subscribed are ignored."""
 
     async def read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
-        """Read the state of each id, in the order of the ids. ``None`` means that nothing is stored under the id."""
+        """Return the state of each id, in order. ``None``: nothing is stored. An error: the state cannot be read."""
 
 
 class _Topic:
@@ -346,7 +346,7 @@ class Hub:
             for waiter in newcomers:
                 self._give(task_id, topic, waiter, topic.known)
 
-    # -- the task ---------------------------------------------------------------------------------------------------
+    # -- the hub's asyncio task -------------------------------------------------------------------------------------
 
     def _set_timer(self) -> None:
         if self._recheck:
@@ -455,7 +455,7 @@ class Hub:
             if isinstance(outcome, BackendConnectionError):  # the waiters of the id wait until the outage ends
                 broken = outcome
                 continue
-            # A message that arrived during the read is at least as new as what was read; so only a final read counts.
+            # A message during the read is at least as new as the state that was read. Only a final state still counts.
             if topic.heard == before or isinstance(outcome, Exception) or outcome.ready:
                 self._pass_on(task_id, topic, outcome, mark)
         if broken is not None:

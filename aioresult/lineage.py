@@ -64,8 +64,8 @@ class _Gate(Generic[L]):
 class Lineage(Generic[L]):
     """The `leaves` (single results) of some results, in order, and the `ancestors` of those leaves.
 
-    A leaf without parents costs nothing here. Each other handle is visited only one time. Each ancestor is kept only
-    one time, even if very many leaves depend on it. Raises `CyclicResultError` if a result is its own parent.
+    A leaf without parents costs nothing here. Each other handle is visited only once. Each ancestor is stored only
+    once, even if very many leaves depend on it. Raises `CyclicResultError` if a result is its own parent.
     """
 
     def __init__(self, results: Iterable[ResultBase] = ()) -> None:

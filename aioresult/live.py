@@ -48,7 +48,7 @@ class LiveResult(News):
     ) -> OutputStream[Any]:
         """Iterate over the output of the task, the chunks that it sends: ``async for chunk in result.stream()``.
 
-        The stream yields each chunk exactly one time, in order, without a gap. It ends when the task has succeeded or
+        The stream yields each chunk exactly once, in order, without a gap. It ends when the task has succeeded or
         its output was closed. If the task failed or was revoked, the stream raises the task's exception after the last
         chunk. There is no I/O before the first step.
 

@@ -1,10 +1,10 @@
 """Liveness: the lease of this process, and how waiters learn that the worker of their task is dead.
 
-A worker is a process that runs tasks. Each worker has one lease on the server, a sign of life that runs out, even if it
-runs many tasks. While a worker runs a task, the task's record on the server (its run) names the worker. A beat is a
-call to the server that renews the lease. It also removes the leases that have run out, and publishes the workers that
-held them. So living workers find dead workers. A process that only waits for results beats, too, without a lease of its
-own. So the waiters also learn of the death of the last worker.
+A worker is a process that runs tasks. Each worker has one lease on the server, even if it runs many tasks. A lease is a
+sign of life that runs out. While a worker runs a task, the task's record on the server (its run) names the worker. A
+beat is a call to the server that renews the lease. It also removes the leases that have run out, and publishes the
+workers that held them. So living workers find dead workers. A process that only waits for results beats, too, without a
+lease of its own. So the waiters also learn of the death of the last worker.
 
 After an outage of the server, every worker seems dead until its next beat. So a process may remove the leases of other
 workers only if its own beats have succeeded for the length of a whole lease without a gap. The server checks this
@@ -84,7 +84,7 @@ class Beats:
 
 
 class Liveness:
-    """The lease of one open backend, and the tasks whose workers it watches for its waiters."""
+    """Renews the lease of one open backend, and tells its waiters if the worker that runs their task has died."""
 
     def __init__(self, store: LifeStore) -> None:
         self._store = store
