@@ -220,7 +220,7 @@ class OutputFull(OutputError):
 
 
 class InvalidCursor(OutputError, ValueError):
-    """A text is not a cursor, the position in an output that this library returns.
+    """A text is not a cursor. A cursor is a position in the output of a task; this library returns it as a text.
 
     Programs often get cursors back from browsers, so the text may be anything.
     """
