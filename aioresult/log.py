@@ -1,9 +1,10 @@
-"""The log of a task's output: what a store does to it, and how a place in it is written.
+"""The log of a task's output: the chunks that a store keeps for readers, and the places in the log.
 
-A log holds the chunks of one *epoch*, numbered 1, 2, 3 … without a gap. An epoch is one attempt of the task, or one
-producer. The producer numbers the chunks, and sends some of them at a time in a flush. The store keeps each flush as
-one entry: a JSON list of chunks. It refuses a flush that is not newer than its last entry. So a repeated flush changes
-nothing, and a producer that was superseded cannot write. An end mark is an entry without chunks that ends the output.
+A chunk is one value that the task sends. A log holds the chunks of one *epoch*, numbered 1, 2, 3 … without a gap. An
+epoch is the output of one producer, such as one attempt of the task. The producer numbers the chunks, and sends some of
+them at a time in a *flush*. The store keeps each flush as one *entry*: a JSON list of chunks. It refuses a flush that
+is not newer than its last entry. So a repeated flush changes nothing, and a producer that another one has superseded
+cannot write. An *end mark* is an entry without chunks that ends the output.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from .exceptions import InvalidCursor
 
 __all__ = ["CLOSED", "OUTPUT_TOPIC", "START", "TAIL", "Entry", "Flush", "OutputNews", "Page", "PageRequest", "Place"]
 
-#: The hub's topic of a task's output is this and the task's id.
+#: Prefix of the hub's topic (the name of a subscription) for a task's output; the task's id follows it.
 OUTPUT_TOPIC: Final = "\x00output "
-#: The cursor of the present end of a log: a reader that begins there gets only later chunks.
+#: The cursor (the text of a place) for the present end of a log: a reader that begins there gets only later chunks.
 TAIL: Final = "tail"
-#: The state of an end mark that the producer has written itself, before the task has ended.
+#: The state in an end mark that the producer wrote before the task ended. Other end marks have the task's final state.
 CLOSED: Final = "CLOSED"
 
 _CURSOR = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
@@ -36,7 +37,7 @@ class Place(NamedTuple):
 
     @classmethod
     def parse(cls, cursor: str) -> Place:
-        """The place that ``cursor`` names. Raises `InvalidCursor` if it is not a cursor of this library."""
+        """Return the place that ``cursor`` names. Raises `InvalidCursor` if it is not a cursor of this library."""
         found = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
         if found is None:
             raise InvalidCursor(
@@ -51,32 +52,33 @@ START: Final = Place(0, 0)
 
 
 class Flush(NamedTuple):
-    """Some chunks to append to the log. The store appends the entry and publishes it in one atomic step."""
+    """Some chunks to append to a log. The store appends and publishes them as one entry, in one atomic step."""
 
     task_id: str
-    #: The id of the producer. If the producer repeats its first flush, it gets the same epoch again.
+    #: The id of the producer. If the producer repeats its first flush, the store assigns the same epoch again.
     writer: str
     #: 0 opens the output: the store assigns an epoch above all earlier ones, and drops the older chunks.
     epoch: int
-    #: The number of the last chunk. An end mark has the next number.
+    #: The number of the last chunk in this flush. An end mark has the number after the last chunk.
     last: int
     #: The chunks as a JSON list; empty for an end mark, and for a flush that only extends the life of the log.
     data: bytes = b""
     #: For an end mark, how the output ends: `CLOSED`, or the task's state. Otherwise empty.
     state: str = ""
-    #: Entries whose last chunk is below this number may be dropped.
+    #: The store may drop each entry whose last chunk has a lower number than this.
     keep_from: int = 0
     #: Seconds that the log lives from now on; 0 for ever, ``None`` to leave its expiry unchanged.
     expires: float | None = None
-    #: The run that the producer belongs to; empty if there is none. A newer run takes over the output.
+    #: The id of the run (one attempt of the task) that the producer belongs to; empty if there is none. The producer
+    #: of a newer run takes over the output.
     run: str = ""
 
 
 class Entry(NamedTuple):
-    """One entry of a log."""
+    """One entry of a log: the chunks of one flush, or an end mark."""
 
     epoch: int
-    #: The number of its last chunk.
+    #: The number of the last chunk in this entry.
     last: int
     #: The chunks as a JSON list; empty for an end mark.
     data: bytes
@@ -88,32 +90,32 @@ class PageRequest(NamedTuple):
     """A request for a page: some consecutive entries of a log."""
 
     task_id: str
-    #: Return the entries after this place; ``None`` returns the last entry alone.
+    #: Return the entries after this place. If it is ``None``, return only the last entry.
     after: Place | None
     #: The maximum number of entries.
     limit: int
 
 
 class Page(NamedTuple):
-    """Some entries of a log.
+    """Some consecutive entries of a log, as the store returns them to a reader.
 
     The store reads first whether the task is over, and then the log. So if `final` is true, the log was complete.
     """
 
-    #: Whether the task was over.
+    #: True if the task was over before the log was read.
     final: bool
     entries: tuple[Entry, ...]
-    #: Whether there are more entries after these.
+    #: True if the log has more entries after these.
     more: bool
-    #: The end of the log; `START` if there is no log. Readers need it only if there are no entries.
+    #: The place at the end of the log; `START` if there is no log. Readers need it only if `entries` is empty.
     top: Place = START
 
 
 class OutputNews(NamedTuple):
-    """The message that the hub delivers about an output."""
+    """The message in which the hub announces new chunks of an output."""
 
     epoch: int
-    #: The number of the last chunk.
+    #: The number of the last new chunk.
     last: int
-    #: The chunks, as in `Entry`; ``None`` if the message does not carry them.
+    #: The new chunks, as in `Entry`; ``None`` if the message does not carry them.
     data: bytes | None

@@ -1,14 +1,15 @@
-"""Waiting for a chord that Celery may finish, without a message: Celery's script publishes nothing on the group's key.
+"""Waits for chords that Celery may finish. Celery publishes nothing on the group's key: no message ends the wait.
 
 The header of a chord is its group of tasks, the body is its callback, and a part is the result of one header task.
-While a waiter waits for such a chord, the backend reads its state again
+While a waiter waits for such a chord, the backend reads the state of the chord again
 
 - at once when the result of the body arrives, if a part that this library stored has named the body's id;
 - at once when the results of all members have arrived, if the group was saved;
 - otherwise every ``heartbeat`` seconds: one timer serves all chords of a backend, which are read in one batch.
 
-Each read returns a few numbers. The parts are fetched only if their number has grown since the last read, to find one
-that failed. Fetching takes at most a tenth of the time, however large the header is.
+Each read returns a few numbers. If the number of parts has grown since the last read, the backend fetches the new
+parts, to find a part that failed. After each fetch it pauses for nine times as long as the fetch took. So fetching
+takes at most a tenth of the time, however large the header is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["ChordWaiter", "LookoutStore", "Lookouts", "part_failed", "result_id_
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: The pause after a fetch of the parts is so many times as long as the fetch.
+#: The pause after a fetch of a chord's parts, as a multiple of the time that the fetch took.
 _REST = 9
 
 
@@ -46,12 +47,13 @@ class LookoutStore(Protocol):
     async def restore_group(self, group_id: str) -> GroupResult | None: ...
 
 
-#: Finds a failed part of a group among the parts that are not in the set, and adds the parts it has read to the set.
+#: A function that looks for a failed part of a group. It skips each part whose hash is in the set, and adds the
+#: hashes of the parts that it has read.
 FindFailure = Callable[[str, set[int]], Coroutine[Any, Any, ChordError | None]]
 
 
 class ChordWaiter(SingleWaiter):
-    """Waits for one chord. Passes each state that does not end the wait to ``saw``."""
+    """Waits for one chord. Calls ``saw(waiter, meta)`` with each state of the chord that does not end the wait."""
 
     __slots__ = ("_saw", "over", "propagate")
 
@@ -60,12 +62,12 @@ class ChordWaiter(SingleWaiter):
     ) -> None:
         super().__init__(what, timeout, self.satisfied)
         self.propagate: bool = propagate
-        #: Whether the chord is over although its own state does not show it.
+        #: True if the chord is over although its own state does not show it.
         self.over: bool = False
         self._saw = saw
 
     def satisfied(self, meta: TaskMeta) -> bool:
-        """Whether there is nothing more to wait for."""
+        """True if ``meta`` ends the wait: the chord is over, or a part has failed and this waiter is to raise that."""
         return meta.ready or (self.propagate and meta.result.failure is not None)
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
@@ -74,14 +76,14 @@ class ChordWaiter(SingleWaiter):
             self._saw(self, outcome)
 
     def end(self, meta: TaskMeta) -> None:
-        """End the wait: the chord is over, whatever ``meta`` says."""
+        """End the wait with ``meta``. The chord is over, even if ``meta`` does not show it."""
         if not self.future.done():
             self.over = True
             self.future.set_result(meta)
 
 
 class Lookouts:
-    """The chords of one backend that have waiters and that Celery may finish."""
+    """Looks after the chords of one backend that have waiters and that Celery may finish: one `_Lookout` for each."""
 
     def __init__(self, store: LookoutStore, prefix: str, find_failure: FindFailure) -> None:
         self._store = store
@@ -92,10 +94,10 @@ class Lookouts:
         self._timer: asyncio.TimerHandle | None = None
 
     def saw(self, group_id: str, waiter: ChordWaiter, meta: TaskMeta) -> None:
-        """Note that ``waiter`` got ``meta`` and goes on waiting."""
+        """Note that ``waiter`` has received ``meta``, a state of the chord that does not end the wait."""
         if not self._store.chords_beside:
             return
-        if meta.result.ours:  # created by this library, perhaps since the last read
+        if meta.result.ours:  # this library has created the chord by now, so a message will end the wait
             self.leave(group_id, waiter)
             return
         loop = asyncio.get_running_loop()
@@ -127,9 +129,9 @@ class Lookouts:
 
 
 class _Lookout:
-    """One chord, for all of its waiters."""
+    """Looks after one chord, on behalf of all waiters of the chord."""
 
-    #: The callback stores nothing before all parts have come: no warning is due for that (`aioresult.unheard`).
+    #: The callback stores nothing before all parts have arrived. So `aioresult.unheard` must not warn about its id.
     expects_nothing: Final = True
 
     def __init__(self, store: LookoutStore, group_id: str, prefix: str, find_failure: FindFailure) -> None:
@@ -141,7 +143,7 @@ class _Lookout:
         self._latest: TaskMeta | None = None
         self._error: ChordError | None = None
         self._body_id = ""
-        #: The ids of the saved group's members, and the ids of the members that are not over.
+        #: The ids of the saved group's members; and the ids of those members that are not over yet.
         self._members: list[str] = []
         self._missing: set[str] = set()
         #: The hashes of the parts that were read, and the number of parts at the last fetch.
@@ -159,14 +161,14 @@ class _Lookout:
             self._body_id = state.body_id
             self._watch(state.body_id)
         if before is not None and before.result.count and not state.count and state.size is None:
-            self._end()  # Celery has removed the parts of the finished chord; before 5.7 it leaves no mark
+            self._end()  # Celery has removed the parts of the finished chord; Celery before 5.7 leaves no trace
         elif self._error is not None:
             self._fail(self._error)
         elif waiter.propagate and state.count > self._seen_count:
             self._grown.set()
 
     def leave(self, waiter: ChordWaiter) -> bool:
-        """Remove a waiter. Returns true if it was the last one; then this lookout has stopped."""
+        """Remove a waiter. Returns true if that was the last waiter; then this lookout has stopped."""
         self._waiters.pop(waiter, None)
         if self._waiters:
             return False
@@ -177,7 +179,7 @@ class _Lookout:
         return True
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
-        """News of a result that belongs to the chord."""
+        """Take news of a result that belongs to the chord: the result of the body, or of a header task."""
         if isinstance(outcome, TaskMeta) and not outcome.ready:
             return
         if task_id == self._body_id:
@@ -205,7 +207,7 @@ class _Lookout:
                 waiter.end(self._latest)
 
     async def _attend(self) -> None:
-        """Watch the members, and read the parts that Celery adds."""
+        """Wait for the members of the group, and read the parts that Celery adds. Runs as an asyncio task."""
         while True:
             try:
                 await self._watch_members()
@@ -243,15 +245,15 @@ class _Lookout:
 
 
 def result_id_of(body: Any) -> str:
-    """The task id in ``body`` if that is a signature of Celery's; otherwise an empty string."""
+    """Return the task id in ``body`` if ``body`` is a signature of Celery's; otherwise an empty string."""
     options = body.get("options") if isinstance(body, Mapping) else None
     task_id = options.get("task_id") if isinstance(options, Mapping) else None
-    # The id is an argument of the script, in one batch with other steps: an id that cannot be sent would fail them all.
+    # The id is sent to the server in one batch with other steps. An id that cannot be encoded would fail them all.
     return task_id if isinstance(task_id, str) and task_id.isascii() else ""
 
 
 def part_failed(group_id: str, task_id: str, value: Any) -> ChordError:
-    """The error that a chord raises for a part that failed with ``value``."""
+    """Make the error that a chord raises if its header task ``task_id`` failed with ``value``."""
     error = ChordError(f"part {task_id} of chord {group_id} failed: {safe_repr(value)}")
     error.__cause__ = value
     return error

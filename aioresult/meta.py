@@ -15,7 +15,7 @@ __all__ = ["META_FIELD", "ResultTuple", "SupportsAsTuple", "TaskMeta", "TaskRequ
 #: Celery's serializable form of a result: ``((id, parent's tuple or None), None or the members' tuples)``.
 ResultTuple: TypeAlias = Sequence[Any]
 
-#: The field with a caller's own metadata. Celery has no field of that name, and its readers ignore it.
+#: The name of the stored field with a caller's own metadata. Celery has no such field, and Celery's readers ignore it.
 META_FIELD = "meta"
 
 T = TypeVar("T")
@@ -23,14 +23,17 @@ T = TypeVar("T")
 
 @runtime_checkable
 class SupportsAsTuple(Protocol):
-    """A result handle, ours or Celery's."""
+    """A handle on a result, of this library or of Celery."""
 
     def as_tuple(self) -> ResultTuple: ...
 
 
 @dataclass_transform(frozen_default=True)
 def _frozen_to_checkers(cls: type[T]) -> type[T]:
-    """A dataclass that is frozen for type checkers only. A frozen one would make every store a tenth slower."""
+    """Make ``cls`` a dataclass that is frozen for type checkers only.
+
+    A dataclass that is really frozen would make every store a tenth slower.
+    """
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
@@ -39,31 +42,31 @@ class TaskMeta:
     """The state of a task at one moment, and its result. Read-only.
 
     In the states that carry an exception (`aioresult.states.EXCEPTION_STATES`) ``result`` is the exception. Waiters
-    that `aioresult.Backend.watch` registered share one meta. To raise its exception, raise that of
-    `with_new_exception`.
+    that were registered with `aioresult.Backend.watch` share one meta object. To raise the exception in it, raise
+    ``meta.with_new_exception().result``.
     """
 
     task_id: str
     status: str
-    #: The return value; the exception; or the value of a state of your own.
+    #: The return value of the task, or its exception. In a state of your own, the value that was stored with the state.
     result: Any = None
     #: The worker's traceback, as text.
     traceback: str | None = None
-    #: The tasks that this one started, as result tuples; `AsyncResult.children()` makes handles of them.
+    #: The tasks that this task started, as result tuples; `AsyncResult.children()` makes handles of them.
     children: Sequence[ResultTuple] = ()
     #: When the task reached a ready state, in UTC.
     date_done: datetime | None = None
-    #: The optional fields, by the names that Celery stores them under. They are read through the properties below
-    #: and kept together because most results have none of them: a meta is built for every message that arrives.
+    #: The optional fields, by Celery's names for them. Read them through the properties below. One mapping holds them
+    #: all, because a meta is built for every message that arrives, and most metas have none of these fields.
     extra: Mapping[str, Any] | None = None
-    #: Decodes the same meta again; ``None`` if it carries no stored exception.
+    #: A function that decodes the same meta again; ``None`` if the meta carries no stored exception.
     _again: Callable[[], TaskMeta] | None = field(default=None, repr=False, compare=False)
 
     def with_new_exception(self) -> TaskMeta:
-        """The same meta with a new exception, if it carries a stored one.
+        """Return the same meta with a new instance of its exception, or this meta if it carries no stored exception.
 
-        Raise a new exception in each caller. If two callers raise the same one, it collects the traceback, the context,
-        the cause and the notes of both.
+        Each caller should raise an instance of its own. An instance that two callers raise collects the traceback, the
+        context, the cause and the notes of both.
         """
         if self._again is None:
             return self
@@ -74,17 +77,17 @@ class TaskMeta:
 
     @classmethod
     def pending(cls, task_id: str) -> TaskMeta:
-        """The meta of an id under which nothing is stored: its state is PENDING."""
+        """Return the meta of an id under which nothing is stored: its state is PENDING."""
         return cls(task_id, PENDING)
 
     @property
     def ready(self) -> bool:
-        """Whether the task is over: it has succeeded or failed, or was revoked."""
+        """True if the task is over: it has succeeded or failed, or was revoked."""
         return self.status in READY_STATES
 
     @property
     def propagates(self) -> bool:
-        """Whether awaiting the result raises the exception."""
+        """True if awaiting the result raises its exception: the task has failed or was revoked."""
         return self.status in PROPAGATE_STATES
 
     def _optional(self, name: str) -> Any:
@@ -92,12 +95,12 @@ class TaskMeta:
 
     @property
     def group_id(self) -> str | None:
-        """The group that the task belongs to."""
+        """The id of the group that the task belongs to."""
         return cast("str | None", self._optional("group_id"))
 
     @property
     def parent_id(self) -> str | None:
-        """The task that started this one."""
+        """The id of the task that started this task."""
         return cast("str | None", self._optional("parent_id"))
 
     @property
@@ -105,7 +108,7 @@ class TaskMeta:
         """The metadata that was stored beside this state: ``meta=`` of `aioresult.Backend.store_result`."""
         return cast("Mapping[str, Any] | None", self._optional(META_FIELD))
 
-    # The remaining properties are filled when results are stored with ``extended=True`` (Celery: result_extended).
+    # The properties below have a value only if the result was stored with ``extended=True`` (Celery: result_extended).
 
     @property
     def name(self) -> str | None:
@@ -129,7 +132,7 @@ class TaskMeta:
 
     @property
     def retries(self) -> int | None:
-        """How often the task had been retried."""
+        """How many times the task had been retried before this state was stored."""
         return cast("int | None", self._optional("retries"))
 
     @property
@@ -143,8 +146,8 @@ class TaskRequest:
     """What a worker knows of the task that it runs.
 
     Every field is optional: the caller passes the id with the request. An id may be a `UUID`. Every method that takes a
-    request also takes Celery's ``task.request``: it reads the attributes by name, and treats a missing attribute as
-    unknown.
+    request also takes Celery's ``task.request``. The method reads the attributes by name, and treats a missing
+    attribute as unknown.
     """
 
     id: str = ""

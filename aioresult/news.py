@@ -1,4 +1,4 @@
-"""`News`: what a handle knows of its task, and which failure awaiting the handle raises."""
+"""`News`: what a handle (an `aioresult.AsyncResult`) knows of its task, and which failure awaiting it raises."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ class _Failed(NamedTuple):
 
     #: The outcome of the task itself.
     own: Outcome | None
-    #: The failure that awaiting raises: the task's own, or the failure of a parent, because of which it never ran.
+    #: The failure that awaiting the result raises: that of the task itself, or that of a parent. A task never runs if a
+    #: parent has failed.
     failure: TaskMeta
 
 
 class News(ResultBase):
-    """The part of `aioresult.AsyncResult` that remembers the outcome. No I/O."""
+    """The part of `aioresult.AsyncResult` that remembers the outcome of the task. No I/O."""
 
     __slots__ = ("_outcome", "id", "ignored")
     id: str
 
     def __init__(self, id: str, ignored: bool) -> None:
         self.id = id
-        #: Whether the task stores no result (Celery: ``ignore_result``). Then awaiting returns ``None`` at once.
+        #: True if the task stores no result (Celery: ``ignore_result``). Awaiting it then returns ``None`` at once.
         self.ignored: bool = ignored
-        # One attribute holds everything, because there may be a hundred thousand handles, nearly all without parents.
+        # One attribute in place of two saves memory: there may be a hundred thousand handles, most without parents.
         self._outcome: Outcome | _Failed | None = None
 
     @property
     def meta(self) -> TaskMeta | None:
-        """The last known meta; ``None`` until the result was read or awaited. No I/O."""
+        """The last known meta, a stored state of the task; ``None`` until the result was read or awaited. No I/O."""
         own = self._own()
         return own if isinstance(own, TaskMeta) else None
 
@@ -52,8 +53,8 @@ class News(ResultBase):
     def outcome(self) -> Outcome | None:
         """The last known outcome: a meta, or the error that reading it raised.
 
-        If a wait found that a parent had failed, this is the parent's meta, until this task itself succeeds. For an
-        ignored result it is a meta without a value.
+        If a wait found that a parent had failed, the outcome is the parent's meta, until this task itself succeeds. If
+        the task stores no result (`ignored`), the outcome is a meta without a value.
         """
         if isinstance(self._outcome, _Failed):
             return self._outcome.failure
@@ -61,11 +62,11 @@ class News(ResultBase):
 
     @property
     def failure(self) -> TaskMeta | None:
-        """The failure that awaiting raises; ``None`` until a wait has also checked the parents."""
+        """The failure that awaiting the result raises; ``None`` until a wait that checks the parents has found it."""
         return self._outcome.failure if isinstance(self._outcome, _Failed) else None
 
     def set_outcome(self, outcome: Outcome) -> None:
-        """Note the outcome of the task itself; for a join.
+        """Note the outcome of the task itself. Waits and joins call this.
 
         A read may return an older state than a message that arrived meanwhile. So nothing replaces a final state.
         """
@@ -78,7 +79,7 @@ class News(ResultBase):
             self._outcome = outcome
 
     def set_failure(self, failure: TaskMeta) -> None:
-        """Note the failure that awaiting raises; for a join."""
+        """Note the failure that awaiting the result raises. Waits and joins that check the parents call this."""
         self._outcome = _Failed(self._own(), failure)
 
     def value(self) -> Any:
@@ -86,7 +87,7 @@ class News(ResultBase):
 
 
 def value_of(outcome: Outcome | None) -> Any:
-    """The value or the exception in the meta ``outcome``. Raises ``outcome`` if it is an error of reading."""
+    """Return the value or the exception in the meta ``outcome``. Raises ``outcome`` if it is an error of reading."""
     if isinstance(outcome, Exception):
         raise twin(outcome)
     return None if outcome is None else outcome.with_new_exception().result

@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class UnknownOption(ImproperlyConfigured, TypeError):
-    """A backend does not take an option. It is a `TypeError`, too, as for any other class."""
+    """Raised for an option that a backend does not take. It is also a `TypeError`, as Python raises in this case."""
 
 
 def unknown_options(backend_class: type, names: Iterable[str], owners: Mapping[str, str] | None = None) -> str:
-    """The text of the error for options that ``backend_class`` does not take.
+    """Return the text of the error for options that ``backend_class`` does not take.
 
     ``owners`` maps each option of another backend to a sentence about it.
     """
@@ -42,7 +42,7 @@ def unknown_options(backend_class: type, names: Iterable[str], owners: Mapping[s
 
 
 def option_names(cls: type) -> set[str]:
-    """The keyword arguments of the constructor of ``cls``, and of the constructors that get its other arguments."""
+    """Return the names of the keyword arguments that ``cls()`` takes, including those that its base classes take."""
     known: set[str] = set()
     for each in cls.__mro__:
         if "__init__" in vars(each) and each is not object:
@@ -54,7 +54,7 @@ def option_names(cls: type) -> set[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'expires'?"``, or an empty text if no known name is similar."""
+    """Return ``"; did you mean 'expires'?"`` with a known name similar to ``name``, or ``""`` if no name is similar."""
     from difflib import get_close_matches  # seldom needed
 
     similar = get_close_matches(name.lower(), sorted(known), 1, 0.7)
@@ -62,21 +62,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_in_url(name: str, known: Iterable[str], options: Iterable[str]) -> str:
-    """Say what is wrong with a parameter in the query of a URL. ``options`` are those that a backend takes."""
+    """Return the text of the error for a parameter in the query of a URL.
+
+    ``known`` are the parameters that a URL may have, and ``options`` are the options that the backend takes.
+    """
     if name in options:
         return f"{name!r} does not belong in the URL: it is an option, connect(url, {name}=…)"
     return f"unknown parameter {name!r} in the URL{did_you_mean(name, known)}"
 
 
 def checked_option(name: str, value: T, kinds: type | tuple[type, ...], expected: str) -> T:
-    """``value``, if it is an instance of ``kinds``. The error does not quote the value, which may hold a password."""
+    """Return ``value`` if it is an instance of ``kinds``; otherwise raise `ImproperlyConfigured`.
+
+    The error does not quote the value, which may hold a password.
+    """
     if not isinstance(value, kinds):
         raise ImproperlyConfigured(f"{name} must be {expected}, not {type(value).__qualname__}")
     return value
 
 
 def checked_flag(name: str, value: bool) -> bool:
-    """``value`` as a `bool`; 0 and 1 are allowed, too."""
+    """Return ``value`` as a `bool`; 0 and 1 are allowed, too. Raises `ImproperlyConfigured` for other values."""
     if not isinstance(value, int) or value not in (0, 1):
         raise ImproperlyConfigured(f"{name} must be True or False, not {value!r}")
     return bool(value)

@@ -1,8 +1,9 @@
 """The output of a running task as its producer writes it: `Output`.
 
-The producer keeps each chunk until the store has it, and sends chunks in flushes. Only one flush is in flight at a
-time: if two flushes changed places, the store would refuse the earlier one for good. All chunks that are sent while a
-flush is in flight form the next flush. So many small chunks share the cost of one flush, and no timer is needed.
+The producer keeps each chunk until the store has it, and sends the chunks in *flushes*, several at a time. Only one
+flush is in flight at a time: if two flushes arrived in the wrong order, the store would refuse the earlier one for
+good. The chunks that are sent while a flush is in flight form the next flush. So many small chunks share the cost of
+one flush, and no timer is needed.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ from .tasks import EMPTY, fail_all, twin
 
 __all__ = ["Keep", "Kept", "Output", "OutputStore", "Overflow", "joined"]
 
-#: What happens when the log is full: ``"trim"`` drops the oldest chunks, ``"fail"`` refuses new ones.
+#: What happens when the log (the chunks in the store) is full: ``"trim"`` drops the oldest chunks, ``"fail"`` refuses
+#: new ones.
 Overflow = Literal["trim", "fail"]
 
-#: If more chunks or bytes than these are unsent, the producer waits.
+#: `Output.send` waits if so many chunks or bytes are unsent: the store does not have them, and no flush carries them.
 UNSENT_CHUNKS = 256
 UNSENT_BYTES = 2**20
-#: A flush has at most so many bytes, unless a single chunk is larger.
+#: The most bytes in one flush, unless a single chunk is larger.
 _FLUSH_BYTES = 64 * 2**10
-#: A flush extends the life of the log if the last extension is so many seconds ago. A producer that sends nothing
-#: extends it each time a quarter of that life has passed.
+#: A flush also extends the life of the log, but only if so many seconds have passed since the last extension. A
+#: producer that sends nothing extends that life each time a quarter of it has passed.
 _RENEW_AFTER = 1.0
 
 
 class Keep(NamedTuple):
-    """How much of an output the log keeps. Older chunks are dropped; a reader that needs them gets `OutputGap`."""
+    """How much of an output the store keeps. Older chunks are dropped; a reader that needs them gets `OutputGap`."""
 
     chunks: int = 10_000
     bytes: int = 4 * 2**20
@@ -60,7 +62,7 @@ class Kept:
         self._chunks = self._bytes = 0
 
     def note(self, last: int, chunks: int, size: int) -> int:
-        """Count a new entry. Returns the last chunk of the oldest entry to keep, or 0 if no entry is to be dropped."""
+        """Count a new entry. Returns the last chunk number of the oldest entry to keep, or 0 to drop no entry."""
         self._entries.append((last, chunks, size))
         self._chunks += chunks
         self._bytes += size
@@ -108,17 +110,18 @@ class Output:
         self._writer = uuid4().hex
         self._loop = asyncio.get_running_loop()
         self._epoch = 0
-        #: The numbers of the last chunk that the store has, that was put into a flush, and that the caller has sent.
+        #: Numbers of chunks: the last one that the store has, the last one in a flush, and the last one that was sent.
         self._stored = self._flushed = self._sent = 0
         self._sent_bytes = 0
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
         #: The flush that is in flight, or that has failed and must be repeated.
         self._flush: Flush | None = None
-        #: Whether the flush has failed. The next call repeats it.
+        #: True if `_flush` has failed. The next call repeats it.
         self._stalled = False
         self._scheduled = self._closed = self._stopped = False
-        #: The error after which nothing can be sent any more; and the error of the last flush, if no caller got it.
+        #: `_broken` is an error after which nothing can be sent any more. `_trouble` is the error of the last flush, if
+        #: no caller has received it yet.
         self._broken: Exception | None = None
         self._trouble: Exception | None = None
         self._waiting: set[asyncio.Future[None]] = set()
@@ -136,14 +139,14 @@ class Output:
         :raises EncodeError: JSON cannot hold the chunk.
         :raises ResultTooLargeError: the chunk is larger than ``max_result_size`` bytes.
         :raises OutputSuperseded: another attempt of the task writes the output; nothing can be sent any more.
-        :raises OutputFull: the log is full, with ``on_full="fail"``.
+        :raises OutputFull: the log is full, and the output was made with ``on_full="fail"``.
         :raises BackendError: storing earlier chunks has failed. They are kept in order, and each further call tries to
             store them again. You may send this chunk again, too.
         """
         data = self._encoded(chunk)
         if self._unsent_is_full():
             await self._until(lambda: not self._unsent_is_full())
-            self._check()  # it may have been closed meanwhile
+            self._check()  # the output may have been closed meanwhile
         self._add(data)
 
     def send_nowait(self, chunk: Any) -> None:
@@ -164,7 +167,7 @@ class Output:
         await self._until(lambda: self._stored >= sent)
 
     async def close(self) -> None:
-        """Flush, and end the output, so that its readers stop. You may call it again, also after it has raised."""
+        """Flush the output and end it, so that its readers stop. You may call this again, also after an error."""
         if self._stopped:
             return
         await self.settle()
@@ -176,7 +179,7 @@ class Output:
     async def settle(self) -> None:
         """Refuse new chunks, and wait until the store has all chunks that were sent.
 
-        You may call it again. Raises the same errors as `flush`.
+        You may call this again. Raises the same errors as `flush`.
         """
         if self._broken is not None:
             raise twin(self._broken)
@@ -199,17 +202,17 @@ class Output:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more can be sent."""
+        """True if nothing more can be sent."""
         return self._closed
 
     @property
     def ended(self) -> bool:
-        """Whether the store has the end mark."""
+        """True if the store has the end mark, the entry that ends the output."""
         return self._stored > self._sent
 
     @property
     def place(self) -> Place | None:
-        """The place after the last chunk that was sent; ``None`` while the store has no chunk."""
+        """The place in the log after the last chunk that was sent; ``None`` while the store has no chunk."""
         return Place(self._epoch, self._sent) if self._epoch else None
 
     @property
@@ -252,7 +255,7 @@ class Output:
         return data
 
     def _check(self) -> None:
-        """Raise the reason if nothing can be sent. If the last flush has failed, begin to send it again."""
+        """Raise an error if nothing can be sent. If the last flush has failed, begin to send it again."""
         if self._broken is not None:
             raise twin(self._broken)
         self._store.check()
@@ -262,7 +265,7 @@ class Output:
             self._again()
 
     def _is_idle(self) -> bool:
-        """Whether no chunk is unsent and no flush is in flight."""
+        """True if no chunk is unsent and no flush is in flight."""
         return self._flush is None and not self._unsent
 
     def _unsent_is_full(self) -> bool:
@@ -285,7 +288,7 @@ class Output:
         self._unsent.append(data)
         self._unsent_bytes += len(data)
         if self._flush is None and not self._scheduled:
-            # Not at once, so that all chunks that are sent in the same turn of the event loop share one flush.
+            # Do not flush at once: the chunks that are sent in the same turn of the event loop share one flush.
             self._scheduled = True
             self._loop.call_soon(self._send_some, context=EMPTY.context)
 
@@ -319,7 +322,7 @@ class Output:
             self._failed(exc)
 
     def _again(self) -> None:
-        """Send the flush that has failed again. It must be unchanged, because the store may have it already."""
+        """Send the failed flush again. The flush must be unchanged, because the store may have it already."""
         self._stalled = False
         if self._flush is not None:
             self._post(self._flush)

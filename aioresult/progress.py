@@ -1,9 +1,11 @@
 """`GroupProgress`: how many members of a group are over, while the rest of it runs.
 
-A store may count the members of a saved group, by the index that their requests have. Then a group of any size costs
-one subscription, and one small read for each change that is shown. A process that does not count stores results without
-an index. To find such results, the members are read: at first, and when the counts have not changed for a while. If
-more members are over than were counted, or if the store does not count, each member gets a waiter (`Completions`).
+A store may count the members of a saved group that are over, by the index in each member's request. Then a group of any
+size costs one subscription, and one small read for each change that is shown.
+
+A process that does not count stores results without an index. To find such results, the members are read: at first, and
+when the counts have not changed for a while. If more members are over than were counted, or if the store does not
+count, each member gets a waiter (`Completions`).
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from .waiter import Outcome
 
 __all__ = ["GROUP_TOPIC", "GroupCounts", "GroupProgress", "progress_of"]
 
-#: The hub's topic for the counts of a group is this and the group's id.
+#: Prefix of the hub's topic (the name of a subscription) for a group's counts; the group's id follows it.
 GROUP_TOPIC: Final = "\x00group "
-#: Seconds without a change after which the members are read: the first pause and the longest. The pause doubles.
+#: Seconds without a change of the counts after which the members are read: the first pause and the longest. It doubles.
 _FIRST_LOOK, _LAST_LOOK = 1.0, 60.0
 
 
@@ -51,7 +53,7 @@ class GroupCounts(NamedTuple):
 async def progress_of(
     lineage: Lineage[L], interval: Seconds, group_id: str | None
 ) -> AsyncGenerator[GroupProgress, None]:
-    """See `aioresult.GroupResult.progress`."""
+    """Yield the progress of a group; see `aioresult.ResultSet.progress`."""
     pause = checked_seconds("interval", interval)
     total = len(lineage.leaves)
     shown: GroupProgress | None = None
@@ -92,7 +94,7 @@ async def progress_of(
 
 
 class _Counter:
-    """Reads the counts of one group, as long as they are reliable."""
+    """Reads the counts of one group, for as long as the counts are reliable."""
 
     def __init__(self, lineage: Lineage[Any], store: ResultStore, group_id: str) -> None:
         self._leaves = lineage.leaves
@@ -105,13 +107,16 @@ class _Counter:
         self._patience = _FIRST_LOOK
 
     def receive(self, topic: str, outcome: Outcome) -> None:
-        """Take the news from the hub that the counts may have changed (`aioresult.waiter.Waiter`)."""
+        """Note that the counts may have changed. The hub calls this (`aioresult.waiter.Waiter`)."""
         if isinstance(outcome, Exception):
             self._error = outcome
         self._news.set()
 
     async def next(self) -> GroupCounts | None:
-        """Return the present counts at the first call, later those after the next change; ``None`` if unreliable."""
+        """Return the present counts at the first call. Later calls wait for a change and return the new counts.
+
+        Returns ``None`` if the counts are not reliable.
+        """
         if self._watching:
             if not await self._changed() and not await self._right():
                 return None
@@ -124,7 +129,7 @@ class _Counter:
                 return None
             self._store.watch_topic(GROUP_TOPIC + self._group_id, self, read_first=False)
             self._watching = True
-        if sum(counts) < self._counted:  # the server has lost the counts
+        if sum(counts) < self._counted:  # the server has lost some of the counts
             return None
         self._counted = sum(counts)
         return counts
@@ -147,13 +152,13 @@ class _Counter:
         return True
 
     async def _right(self) -> bool:
-        """Whether all members that are over were counted. Reads the members that are not known to be over."""
+        """True if the store has counted every member that is over. Reads the members that are not known to be over."""
         await refresh(self._leaves)
         over = sum(is_over(leaf) for leaf in self._leaves)
         return sum(await self._counts()) >= over
 
     def stop(self) -> None:
-        """End the subscription."""
+        """End the subscription to the counts."""
         if self._watching:
             self._watching = False
             self._store.unwatch(GROUP_TOPIC + self._group_id, self)

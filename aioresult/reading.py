@@ -1,9 +1,11 @@
-"""The state of one reader of an output: it turns messages and pages into chunks, each once and in order.
+"""The state of one reader of an output: it turns messages and pages into chunks, in order and without repetition.
 
-A message announces new chunks of the log, and usually carries them; a page is a part of the log that was read. Messages
-and pages arrive on different connections, in any order. So a reader keeps three things: its place in the log, a *box*
-with the chunks after that place, and whether it must read the log because chunks after the box were not kept. No I/O.
-tests/test_output_model.py checks every order of events.
+The log is what the store keeps of an output. A message announces new chunks of the log, and usually carries them. A
+page is a part of the log that was read. Messages and pages arrive on different connections, in any order. So a reader
+keeps three things: its place in the log; a *box*, the chunks after that place that wait in memory; and whether it must
+read the log, because the log has chunks that are not in the box.
+
+This module does no I/O. tests/test_output_model.py checks every order of events.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from .log import START, Place
 
 __all__ = ["END", "Decoded", "Reading"]
 
-#: A box takes so many chunks and bytes from messages. The chunks after that are read from the log.
+#: The most chunks and bytes from messages that a box (the chunks that wait in memory) takes. Readers read later chunks
+#: from the log.
 BOX_CHUNKS = 64
 BOX_BYTES = 64 * 2**10
 
 
 class Decoded(NamedTuple):
-    """A decoded entry of the log."""
+    """An entry of the log with decoded chunks; for the fields see `aioresult.log.Entry`."""
 
     epoch: int
     last: int
@@ -32,29 +35,30 @@ class Decoded(NamedTuple):
 
 
 class _End:
-    """The item in the box after the last chunk of an output."""
+    """The type of `END`, the item that follows the last chunk of an output in a reader's box."""
 
 
 END = _End()
 
 
 class Reading:
-    """One reader. ``after`` is the place after which it begins; ``None`` means the present end of the log.
+    """The state of one reader. The reader begins after the place ``after``; ``None`` means the present end of the log.
 
-    With ``gaps`` it skips missing chunks, and with ``restarts`` it goes on with the output of another attempt. Without
-    them it puts `OutputGap` or `OutputRestarted` into the box.
+    If ``gaps`` is true, the reader skips missing chunks. Otherwise it puts `OutputGap` into the box. If ``restarts`` is
+    true, it goes on with the output of another attempt. Otherwise it puts `OutputRestarted` into the box.
     """
 
     def __init__(self, after: Place | None, *, gaps: bool = False, restarts: bool = False) -> None:
         #: The place after the last chunk that `take` has returned.
         self.place: Place = after or START
-        #: How often another attempt began while this reader read; counted only with ``restarts``.
+        #: How many times another attempt of the task began meanwhile; counted only if ``restarts`` is true.
         self.attempt: int = 0
-        #: Whether the log must be read. True at first, and whenever the log may have chunks that are not in the box.
+        #: True if the reader must read the log: at first, and whenever the log may have chunks that are not in the box
+        #: (the chunks that wait in memory).
         self.behind: bool = True
-        #: How the output ended, once the reader has found that.
+        #: How the output ended: a state of the task, or `CLOSED`. Empty until the reader has found the end.
         self.state: str = ""
-        #: Whether nothing follows after the items in the box.
+        #: True if nothing follows the items in the box.
         self.over: bool = False
         self._gaps = gaps
         self._restarts = restarts
@@ -63,27 +67,28 @@ class Reading:
         #: The place after the last chunk in the box.
         self._at = self.place
         self._at_the_end = after is None
-        #: Whether a page is on its way; whether news came meanwhile; whether the task was over before the request.
+        #: `_asked`: a page was requested and has not arrived. `_again`: news has arrived since the request.
+        #: `_final_when_asked`: the task was over at the request.
         self._asked = self._again = self._final_when_asked = False
         self._final = False
-        #: The error if the producer is lost, so that nothing more is written unless another attempt begins; and whether
-        #: that was known when the page was requested.
+        #: `_lost` is an error if the producer is lost: its worker died, and only another attempt can write more chunks.
+        #: `_lost_when_asked`: this was known when the page was requested.
         self._lost: AioResultError | None = None
         self._lost_when_asked = False
 
     # -- events -----------------------------------------------------------------------------------------------------
 
     def confirmed(self) -> None:
-        """Note that the subscription has begun. From now on a read finds all chunks that were not announced."""
+        """Note that the subscription has begun. A read of the log now finds all chunks that no message announced."""
         self._look_again()
 
     def ended(self) -> None:
-        """Note that the task is over. All its output is in the log; a page that is on its way may lack some of it."""
+        """Note that the task is over. The log has all its output now; a page that was requested before may not."""
         self._final = True
         self._look_again()
 
     def lost(self, error: AioResultError) -> None:
-        """Note that the producer is lost. The reader gives all chunks that it wrote, and then ``error``."""
+        """Note that the producer is lost: its worker died. The reader gives all stored chunks, and then ``error``."""
         self._lost = error
         self._look_again()
 
@@ -92,15 +97,18 @@ class Reading:
         self._again = self._asked
 
     def receive(self, epoch: int, last: int, chunks: Sequence[Any] | None, size: int = 0) -> None:
-        """Take a message up to chunk ``last``, with ``chunks`` of ``size`` bytes or without any."""
+        """Take a message that announces the chunks up to number ``last``.
+
+        ``chunks`` are the new chunks, of ``size`` bytes together; ``None`` if the message does not carry them.
+        """
         at = self._at
         if self.over or (epoch == at.epoch and last <= at.seq):
             return  # the box has these chunks already
         if self._asked:
             self._again = True
         elif not self.behind:
-            # An older epoch comes from a producer that was superseded. It is also possible after the server has lost
-            # the log and its clock was set back; so the log is read.
+            # A message of an older epoch may come from a producer that another attempt has superseded. Or the server
+            # has lost the log, and its clock was set back. In both cases the reader reads the log.
             fits = len(self._box) < BOX_CHUNKS and self._bytes + size <= BOX_BYTES
             if chunks is not None and epoch == at.epoch and last - len(chunks) <= at.seq and fits:
                 self._bytes += size
@@ -111,7 +119,7 @@ class Reading:
     # -- reading the log --------------------------------------------------------------------------------------------
 
     def ask(self) -> Place | None:
-        """Begin to read a page: return the place after which to read; ``None`` means the last entry alone.
+        """Begin to read a page of the log. Returns the place after which to read; ``None`` means only the last entry.
 
         The box must be empty.
         """
@@ -124,7 +132,7 @@ class Reading:
         self._asked = False
 
     def page(self, entries: Sequence[Decoded], more: bool, final: bool, top: Place) -> None:
-        """Take the page that was read; for the arguments see `aioresult.log.Page`."""
+        """Take the page that was read from the log; for the arguments see `aioresult.log.Page`."""
         heard = self._again
         self._asked = self._again = False
         self.behind = more or heard
@@ -146,7 +154,7 @@ class Reading:
                 self._stop(self._lost)
 
     def _take(self, entry: Decoded) -> bool:
-        """Put an entry into the box. Returns false if the entries after it must be ignored."""
+        """Put the chunks of an entry into the box. Returns false if the entries after it must be ignored."""
         if entry.epoch != self._at.epoch and not self._restart(entry.epoch):
             return False
         missed = entry.last - len(entry.chunks) - self._at.seq if not entry.state else entry.last - 1 - self._at.seq
@@ -169,7 +177,7 @@ class Reading:
         return True
 
     def _restart(self, epoch: int) -> bool:
-        """Go on with another epoch, from its beginning. Returns false if that is an error for this reader."""
+        """Go on with the output of another attempt, from the start. Returns false if the reader must raise instead."""
         place = Place(epoch, 0)
         if self._at.epoch:
             if not self._restarts:
@@ -203,7 +211,7 @@ class Reading:
         self.over, self.behind = True, False
 
     def reopen(self) -> None:
-        """Drop the end mark, because the task has ended in another state: look for the output of another attempt."""
+        """Drop the end mark, because the task has ended in another state. Look for the output of another attempt."""
         self._box.clear()
         self.over, self.state = False, ""
         self._look_again()
@@ -211,7 +219,7 @@ class Reading:
     # -- the consumer -----------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of items in the box."""
+        """Return the number of items in the box: the chunks that wait in memory, and the end or an error after them."""
         return len(self._box)
 
     @property

@@ -34,9 +34,9 @@ BACKEND_ALIASES: Final = {
     "postgres": "aioresult.backends.postgres:PostgresBackend",
 }
 
-#: Driver → the extra that installs it.
+#: The package of a driver → the extra of this library that installs the package.
 _EXTRAS: Final = {"redis": "redis", "hiredis": "redis", "asyncpg": "postgres"}
-#: The backends that Celery has and this library lacks, so that the error can say so.
+#: The names of backends that Celery has and this library lacks. The error for such a name says so.
 _CELERY_ONLY: Final = frozenset(
     [
         "rpc",
@@ -75,7 +75,7 @@ _CELERY_ONLY: Final = frozenset(
         "oracle",
     ]
 )
-#: What to do instead of using such a backend.
+#: The name of a backend that this library lacks → what to do instead.
 _INSTEAD: Final = {
     "django-db": "if that database is PostgreSQL, pass its own URL with table='django_celery_results_taskresult'",
     "sentinel": "pass the URL of the master, or of a proxy that follows it",
@@ -83,7 +83,7 @@ _INSTEAD: Final = {
 }
 _NOT_HERE: Final = _CELERY_ONLY | _INSTEAD.keys()
 
-#: A URL without its scheme: a host and perhaps a port.
+#: Matches a URL without its scheme: a host, perhaps with a port and a path.
 _HOST: Final = re.compile(r"(?:localhost|\d[\d.]*|\[[0-9a-fA-F:.]+\]|[\w.-]+(?=:\d))(?::\d+)?(?:/\w*)?")
 
 
@@ -135,7 +135,7 @@ _SCHEMES: Final[Mapping[type, str]] = {
 
 
 def by_name(name: str) -> type[Backend]:
-    """The backend class for an alias (``"redis"``), an entry point, or a path (``"package.module:Class"``).
+    """Return the backend class for an alias (``"redis"``), an entry point, or a path (``"package.module:Class"``).
 
     :raises ImproperlyConfigured: there is no such backend, or its driver is not installed. The message lists the
         backends, or says how to install the driver.
@@ -163,9 +163,9 @@ def by_name(name: str) -> type[Backend]:
 
 
 def by_url(url: str) -> tuple[type[Backend], str]:
-    """The backend class for ``url``, and the URL to pass to it.
+    """Return the backend class for ``url``, and the URL to pass to that class.
 
-    Apart from ``scheme://…`` this knows Celery's ``cache+memory://``, ``redis+socket://…``, ``database+…`` and
+    Apart from ``scheme://…`` this function knows Celery's ``cache+memory://``, ``redis+socket://…``, ``database+…`` and
     ``db+postgresql+driver://…``. For any class write ``package.module:Class+scheme://…``. A text without ``://`` is a
     name for `by_name`. The case of a scheme does not matter.
     """
@@ -209,7 +209,7 @@ def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
     try:
         return make(backend_url, **options)
     except TypeError as exc:
-        # A class of another package may take more than its signature names, and the error may be of another call.
+        # A class of another package may take more options than its signature has, and another call may have raised it.
         unknown = options.keys() - option_names(backend_class)
         named = {name for name in unknown if re.search(rf"(option|unexpected keyword argument) '{name}'", str(exc))}
         if not named:
@@ -222,7 +222,7 @@ def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
 
 
 def _owners(names: Iterable[str], here: str) -> dict[str, str]:
-    """For each option of another backend, a sentence that names that backend."""
+    """Return a sentence for each option in ``names`` that belongs to another backend. It names that backend."""
     return {
         name: f"the option {name!r} belongs to {schemes}, not to {here}."
         for kind, schemes in _SCHEMES.items()
@@ -231,7 +231,7 @@ def _owners(names: Iterable[str], here: str) -> dict[str, str]:
 
 
 def _announced() -> dict[str, str]:
-    """The backends of other packages: name → path."""
+    """Return the backends that other packages announce: the name → the path of the class."""
     from importlib.metadata import entry_points  # slow to import, and seldom needed
 
     return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}

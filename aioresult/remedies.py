@@ -11,8 +11,8 @@ __all__ = ["INSTEAD", "Missing", "kind_of", "not_an_id"]
 
 _FETCHED = ("args", "date_done", "kwargs", "name", "queue", "retries", "worker")
 
-#: Attributes that a handle lacks → what to write instead, for a ``result`` or a ``group``. They are those of Celery's
-#: results, and the one of an `asyncio.Task` that `asyncio.wait` needs. docs/migrating.md has the same table.
+#: An attribute that our handles lack → what to write instead, for a ``result`` or a ``group``. The attributes are those
+#: of Celery's results, and one of `asyncio.Task` that `asyncio.wait` needs. docs/migrating.md has the same table.
 INSTEAD: Mapping[str, str] = {
     **{name: f"(await result.fetch()).{name}" for name in _FETCHED},
     "TimeoutError": "aioresult.TimeoutError",
@@ -60,13 +60,13 @@ class Missing:
 
 
 def kind_of(value: object) -> str:
-    """The name of the class of ``value`` with its module, because two classes have the name ``AsyncResult``."""
+    """Return the name of the class of ``value`` with its module, because two classes have the name ``AsyncResult``."""
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def not_an_id(value: object) -> str:
-    """The text of the error for a ``value`` that is not an id."""
+    """Return the text of the error for a ``value`` that is not an id."""
     told = f"an id must be a str or a UUID, not {kind_of(value)}"
     for attribute in ("id", "task_id"):
         with suppress(Exception):  # it may be a property that raises, as of a detached row of an ORM
