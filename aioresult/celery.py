@@ -33,7 +33,7 @@ __all__ = ["TaskOutput", "backend_from_app", "dispatch", "output", "result_from_
 
 
 def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
-    """Make a backend that reads and writes the same results as the app's own result backend. It is not yet open.
+    """Make a backend that reads and writes the same results as the app's own result backend. It is not open yet.
 
     It takes over Celery's settings. docs/celery.md lists for each setting whether it is taken over, has no meaning
     here, or is refused.
@@ -42,7 +42,7 @@ def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
     stored with another serializer, and every call that stores raises `ImproperlyConfigured`.
 
     :param options: the same as for `aioresult.connect`. They take precedence over Celery's settings. For Redis, each
-        entry of ``connect_options`` takes precedence by itself.
+        entry of ``connect_options`` replaces only the setting for the same argument.
     :raises ImproperlyConfigured: the app has no result backend, or one that this library does not have, or a setting
         that cannot be taken over. The message names it, and the remedy.
     """
@@ -67,7 +67,7 @@ def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
 
 
 def _refuse_replaced(app: Celery, name: str) -> None:
-    """Raise if the app or an installed package has replaced the backend class of a name that this library has, too."""
+    """Raise if the app or an installed package has replaced Celery's backend class of this name by another class."""
     alias = name.partition("://")[0].partition("+")[0]
     replaced = {**app.loader.override_backends, **dict(load_extension_class_names("celery.result_backends"))}
     if alias in BACKEND_ALIASES and alias in replaced:
@@ -80,7 +80,7 @@ def _refuse_replaced(app: Celery, name: str) -> None:
 def result_from_celery(result: Any, backend: Backend) -> ResultBase:
     """Make a handle of this library from a result of Celery's: what ``delay``, ``apply_async`` or a canvas returned.
 
-    It keeps parents, members, eager results and ``ignore_result``. No I/O. For a single result,
+    The handle keeps parents, members, eager results and ``ignore_result``. No I/O. For a single result,
     ``backend.result(result)`` does the same; for a group, ``backend.group(result)`` does.
 
     :raises UsageError: ``result`` is not a result of Celery's.
@@ -95,7 +95,7 @@ def result_from_celery(result: Any, backend: Backend) -> ResultBase:
 async def dispatch(ready: ReadyChord, app: Celery) -> None:
     """Send the callback of a Celery chord to the queue, with the results of the header.
 
-    If a part of the chord failed, this fails the callback, as a worker of Celery does. Call it inside
+    If a task of the header failed, this fails the callback, as a worker of Celery does. Call it inside
     ``async with ready``. Or pass it to `aioresult.connect` as ``on_chord_ready``, with the app bound by
     `functools.partial`. Publishing blocks in Celery, so it runs in a thread.
     """
@@ -116,7 +116,7 @@ def _publish(ready: ReadyChord, app: Celery) -> None:
 async def revoke(
     result: AsyncResult[Any], app: Celery, reason: str = "", *, terminate: bool = False, signal: str = "SIGTERM"
 ) -> bool:
-    """Revoke a task with `AsyncResult.revoke`, and have Celery's workers drop it, too.
+    """Revoke a task with `AsyncResult.revoke`, and ask Celery's workers to drop the task, too.
 
     Celery's workers do not see the revocations of this library, so this also sends Celery's own broadcast. A worker
     drops a task that still waits in the queue when its turn comes. A running task goes on, unless ``terminate`` is set:
@@ -145,7 +145,7 @@ def output(task: Any, *, keep: Keep | None = None) -> TaskOutput:
                     out.send(token)
 
     It uses the Redis client of the app's own result backend, and the keys of `aioresult.backends.redis`. The worker has
-    no lease, so its death is not noticed: if it is killed, readers wait for the next attempt.
+    no lease, so this library does not notice its death: if it is killed, readers wait for the next attempt.
 
     :param task: the bound task.
     :param keep: how much of the output is kept; see `aioresult.Backend.output`.
@@ -196,7 +196,7 @@ class TaskOutput:
             self._sent = last
 
     def close(self) -> None:
-        """End the output: its readers stop. May be called twice."""
+        """End the output: its readers stop. You may call this again."""
         if not self._closed:
             self._flush(self._sent + 1, b"", CLOSED, 0)
             self._closed = True

@@ -46,7 +46,7 @@ def per_loop(url: str | Callable[[], Backend], **options: Unpack[ConnectOptions]
                 f"function"
             )
         return PerLoop(url)
-    connect(url, **options)  # so that a mistake raises here, and not in the first request
+    connect(url, **options)  # a mistake in the URL or an option raises here, and not in the first request
     return PerLoop(lambda: connect(url, **options))
 
 
@@ -61,9 +61,9 @@ class PerLoop:
     async def current(self) -> Backend:
         """Return the open backend of the running event loop. The first call in a loop opens it.
 
-        Calls during the opening wait for it. The backend is closed at the end of the loop, when the loop shuts down its
-        asynchronous generators. `asyncio.run` does so, and every server that uses it. If the backend was closed before,
-        this opens it again.
+        Calls that arrive during the opening wait for it. The backend is closed at the end of the loop, when the loop
+        shuts down its asynchronous generators: `asyncio.run` and the servers that use it do that. If the backend was
+        closed before, this call opens it again.
 
         :raises BackendConnectionError: the server cannot be reached. The next call tries again.
         :raises BackendClosedError: `aclose` was called meanwhile. The next call opens a new backend.
@@ -86,7 +86,7 @@ class PerLoop:
         loop = asyncio.get_running_loop()
         held = self._held.get(loop)
         if held is not None:
-            self._forget(loop, held)  # first: a `current` meanwhile is to open a new one
+            self._forget(loop, held)  # before closing: a call of `current` meanwhile must open a new backend
             await held.aclose()
 
     def _forget(self, loop: asyncio.AbstractEventLoop, held: _Held) -> None:
@@ -96,7 +96,7 @@ class PerLoop:
 
 
 class _Held:
-    """The backend of one event loop. ``forget`` is called when the loop ends."""
+    """Holds the backend of one event loop. Calls ``forget`` when the loop ends."""
 
     def __init__(self, backend: Backend, forget: Callable[[_Held], None]) -> None:
         self.backend = backend
@@ -122,7 +122,10 @@ class _Held:
             await anext(self.closing)
 
     async def _closing(self) -> AsyncGenerator[None, None]:
-        """Waits for the end of the loop, which closes the asynchronous generators that were begun in it."""
+        """Close the backend at the end of the loop.
+
+        A loop that ends closes the asynchronous generators that were begun in it. That runs the ``finally`` below.
+        """
         try:
             yield
         finally:

@@ -1,8 +1,8 @@
-"""Turns stored data into exceptions: data from `aioresult.failure`, from Celery, or from any program that writes there.
+"""Turns stored data into exceptions: data from `aioresult.failure`, from Celery, or from any other program.
 
 `aioresult.classes` finds the class. If the class cannot be used, or no instance can be built, a *stand-in* takes its
-place: a `RemoteError` of the same name, with a note that gives the reason. All data counts as hostile. It has limits,
-and it never chooses which code runs.
+place: a `RemoteError` of the same name, with a note that gives the reason. All data counts as hostile. Its size has
+limits, and it never chooses which code runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_REASON = 200
 #: A Celery worker stores this wrapper for an exception that pickle cannot copy. Its arguments are the module, the class
 #: name, the arguments and the text of that exception (``celery/utils/serialization.py``, 5.7).
 _WRAPPER = ("celery.utils.serialization", "UnpickleableExceptionWrapper")
-#: Bypasses ``__setattr__`` of the class, which may refuse every attribute, as that of a frozen dataclass does.
+#: Sets ``__cause__`` without calling ``__setattr__`` of the class, which may refuse it, as in a frozen dataclass.
 _set_cause: Callable[[BaseException, BaseException], None] = vars(BaseException)["__cause__"].__set__
 _NOTHING: Mapping[str, Any] = {}
 
@@ -50,7 +50,8 @@ _NOTHING: Mapping[str, Any] = {}
 def load_exception(stored: Any, state: str, traceback: str | None) -> Exception:
     """Build the exception that ``stored`` describes, to be raised. Its ``__cause__`` holds the worker's traceback.
 
-    ``state`` is the task's state: without a stored exception, REVOKED gives `TaskRevokedError`.
+    ``stored`` is the data from the store. ``state`` is the task's state: if nothing is stored, REVOKED gives
+    `TaskRevokedError`, and any other state gives `RemoteError`.
     """
     exc = _build(stored, state)
     if traceback:
@@ -70,7 +71,7 @@ def _build(stored: Any, state: str) -> Exception:
     try:
         exc = TaskRevokedError(stored) if revoked else RemoteError(stored)
         str(exc)
-    except BaseException:  # from the __repr__ of a pickled object
+    except BaseException:  # the __repr__ of an unpickled object may raise anything
         exc = TaskRevokedError(safe_repr(stored)) if revoked else RemoteError(safe_repr(stored))
     if isinstance(exc, RemoteError):
         exc.stored = stored
@@ -78,7 +79,7 @@ def _build(stored: Any, state: str) -> Exception:
 
 
 def _of_mapping(stored: Mapping[str, Any]) -> Exception | None:
-    """The exception that ``stored`` describes; ``None`` if it describes none."""
+    """Return the exception that ``stored`` describes; ``None`` if it describes none."""
     module, name, message = stored.get("exc_module"), stored.get("exc_type"), stored.get("exc_message", ())
     args = tuple(message) if isinstance(message, (list, tuple)) else (message,)
     if (wrapped := _unwrapped(module, name, args)) is not None:
@@ -89,14 +90,14 @@ def _of_mapping(stored: Mapping[str, Any]) -> Exception | None:
 
 
 def _unwrapped(module: object, name: object, args: tuple[Any, ...]) -> tuple[object, str, tuple[Any, ...]] | None:
-    """The module, class name and arguments of the exception in Celery's wrapper; ``None`` if this is no wrapper."""
+    """Return module, class name and arguments of the exception in Celery's wrapper; ``None`` if this is no wrapper."""
     if (module, name) != _WRAPPER or len(args) < 3 or not isinstance(args[2], (list, tuple)):
         return None
     return (args[0], args[1], tuple(args[2])) if isinstance(args[1], str) and args[1] else None
 
 
 def _of_class(module: object, name: str, args: tuple[Any, ...], stored: Mapping[str, Any]) -> Exception:
-    """An instance of the class if it can be used, otherwise a stand-in of the same name."""
+    """Return an instance of the class ``name`` if it can be used, otherwise a `RemoteError` of that name."""
     found = find_class(module, name)
     is_group = (
         "exc_members" in stored
@@ -117,7 +118,7 @@ def _of_class(module: object, name: str, args: tuple[Any, ...], stored: Mapping[
 
 
 def _are_members(members: object) -> bool:
-    """Whether ``members`` are the members of an exception group, within the limits. Checked before any is built."""
+    """True if ``members`` are members of an exception group, within the limits. Checked before any is built."""
     if not isinstance(members, (list, tuple)) or not members:
         return False
     count, level = 0, [members]
@@ -148,7 +149,7 @@ def _of_pickled(exc: BaseException) -> Exception:
         members = members_of(exc)
         usable = [_of_pickled(member) for member in members]
         if not reason and all(one is other for one, other in zip(members, usable, strict=True)):
-            return exc  # type: ignore[return-value] # an Exception, because there is no reason against it
+            return exc  # type: ignore[return-value] # an Exception: `why_unusable` accepts no other class
         args = (message_of(exc), usable)
         reason = reason or "some of its members may not be raised here"
     elif not reason:
@@ -161,11 +162,11 @@ def _of_pickled(exc: BaseException) -> Exception:
 
 
 def _instantiate(cls: type[Exception], args: tuple[Any, ...], stored: Mapping[str, Any]) -> Exception | str:
-    """An instance of ``cls`` with these arguments; or the reason why there is none, as a clause.
+    """Return an instance of ``cls`` with the arguments ``args``. If none can be made, return the reason, as a clause.
 
     Some constructors pass other arguments to ``super().__init__()`` than they get, such as a message made of them. Only
-    the passed-on arguments are stored, and they would be wrong for the constructor. So the instance is then made
-    without calling it. If that fails, the instance from the constructor is better than none.
+    the passed-on arguments are stored, and they would be wrong for the constructor. In that case the instance is made
+    without calling the constructor. If that fails, the instance from the constructor is better than none.
     """
     reason, spare = "", None
     for make in (_construct, _bypass):
@@ -173,7 +174,7 @@ def _instantiate(cls: type[Exception], args: tuple[Any, ...], stored: Mapping[st
             exc = make(cls, args)
             if "exc_state" in stored:
                 _restore_state(exc, stored["exc_state"])
-            # A log handler uses the text and the notes. If the instance is incomplete, let it fail here instead.
+            # Log handlers use the text and the notes. If the instance is incomplete, it must fail here.
             text = str(exc)[:MAX_TEXT]
             getattr(exc, "__notes__", None)
             if not is_a(exc, Exception):
@@ -183,7 +184,7 @@ def _instantiate(cls: type[Exception], args: tuple[Any, ...], stored: Mapping[st
             if make is _bypass or _keeps(exc, args):
                 return exc
             spare = exc
-        except BaseException as error:  # from the user's constructor: not even a SystemExit may escape
+        except BaseException as error:  # the user's constructor may raise anything; not even a SystemExit may escape
             reason = reason or f"{type(error).__name__}: {safe_text(error)[:_MAX_REASON]}"
     if spare is not None:
         return spare
@@ -208,7 +209,7 @@ def _bypass(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
 
 
 def _keeps(exc: Exception, args: tuple[Any, ...]) -> bool:
-    """Whether ``exc`` has these arguments. A tuple and a list count as equal, because JSON stores tuples as lists."""
+    """True if ``exc`` has the arguments ``args``. A tuple and a list count as equal: JSON stores tuples as lists."""
     if is_a(exc, BaseExceptionGroup):
         return bool(message_of(exc) == args[0]) and list(members_of(exc)) == args[1]
     own = complete_args(exc)
@@ -220,14 +221,14 @@ def _as_lists(args: tuple[Any, ...]) -> list[Any]:
 
 
 def _restore_state(exc: Exception, state: object) -> None:
-    """Set the stored attributes. Bypasses ``__setattr__`` and properties, so that data does not choose what runs."""
+    """Set the stored attributes. Bypasses ``__setattr__`` and properties, so that data cannot choose what runs."""
     if isinstance(state, dict) and len(state) <= MAX_ATTRIBUTES:
         cls = type(exc)
         attributes_of(exc).update({key: value for key, value in state.items() if is_attribute(cls, key, value)})
 
 
 def _restore_notes(exc: Exception, notes: object, *more: str) -> None:
-    """Set the stored notes and ``more``, in a new list that no other exception shares."""
+    """Give ``exc`` the stored notes and ``more``, in a new list that no other exception shares."""
     own = notes[:MAX_NOTES] if isinstance(notes, (list, tuple)) else ()
     attributes_of(exc)["__notes__"] = [*(note[:MAX_NOTE] for note in own if type(note) is str), *more]
 
@@ -238,7 +239,10 @@ def _restore_notes(exc: Exception, notes: object, *more: str) -> None:
 def _stand_in(
     module: object, name: str, args: tuple[Any, ...], reason: str, stored: Mapping[str, Any], is_group: bool
 ) -> Exception:
-    """A `RemoteError` of this name, with the ``reason`` in a note. With ``is_group`` it is an `ExceptionGroup`, too."""
+    """Return a `RemoteError` whose class has this name, with the ``reason`` in a note.
+
+    If ``is_group`` is true, it is an `ExceptionGroup`, too.
+    """
     home = _printable(module) if isinstance(module, str) and module else RemoteError.__module__
     shown = _printable(name)
     exc = _make_class(home, shown, is_group)(*args)

@@ -84,11 +84,11 @@ class AsyncResult(LiveResult, Generic[T]):
     ) -> T:
         """Wait until the task is over and return its value.
 
-        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 looks once.
+        :param timeout: seconds; ``None`` for the backend's ``default_timeout``, infinity for ever. 0 reads one time.
         :param propagate: with ``False``, return the task's exception instead of raising it.
-        :param follow_parents: a parent that failed or was revoked ends the wait, because then this task never runs. The
-            exception of that parent is raised, even if this task has failed, too, as the callback of a chord does. If
-            several parents failed, it is that of the first one. A success is never affected.
+        :param follow_parents: raise the exception of a parent that failed or was revoked: then this task never runs. If
+            this task has failed, too, as the callback of a chord does, the parent's exception takes precedence. If
+            several parents failed, the first one's exception is raised. A success of this task is never affected.
         :param on_lost: what to do if the process that runs the task dies (see `aioresult.Backend.running`): ``"wait"``
             for the next attempt, the default, or ``"raise"`` a `WorkerLostError`.
         :param must_exist: raise `TaskNotFoundError` at once if nothing is stored under the id.
@@ -130,13 +130,13 @@ class AsyncResult(LiveResult, Generic[T]):
 
     @property
     def store(self) -> ResultStore | None:
-        """The backend to wait at; ``None`` if there is nothing to wait for."""
+        """The backend that a wait uses; ``None`` if there is nothing to wait for."""
         return self._backend
 
     # -- looking, without waiting -----------------------------------------------------------------------------------
 
     async def fetch(self) -> TaskMeta:
-        """Read what is stored now. Raises the errors of `aioresult.backends.base.Backend.get_task_meta`."""
+        """Read the stored state now. Raises the errors of `aioresult.backends.base.Backend.get_task_meta`."""
         meta = await self.backend.get_task_meta(self.id)
         self.set_outcome(meta)
         return meta
@@ -146,42 +146,42 @@ class AsyncResult(LiveResult, Generic[T]):
         return meta if meta is not None and meta.ready else await self.fetch()
 
     async def state(self) -> str:
-        """The task's state. It is ``"PENDING"`` if nothing is stored under the id."""
+        """Return the task's state. It is ``"PENDING"`` if nothing is stored under the id."""
         return (await self._current()).status
 
     async def ready(self) -> bool:
-        """Whether the task is over: it succeeded, failed or was revoked."""
+        """True if the task is over: it succeeded, failed or was revoked."""
         return (await self._current()).ready
 
     async def successful(self) -> bool:
-        """Whether the task has succeeded."""
+        """True if the task has succeeded."""
         return (await self._current()).status == SUCCESS
 
     async def failed(self) -> bool:
-        """Whether the task has failed."""
+        """True if the task has failed."""
         return (await self._current()).status == FAILURE
 
     async def traceback(self) -> str | None:
-        """The worker's traceback as text, if one is stored."""
+        """Return the worker's traceback as text; ``None`` if none is stored."""
         return (await self._current()).traceback
 
     async def children(self) -> list[ResultBase]:
-        """The results of the tasks that this one started."""
+        """Return the results of the tasks that this task started."""
         return [result_from_tuple(child, self.store) for child in (await self._current()).children]
 
     async def exists(self) -> bool:
-        """Whether anything is stored under the id."""
+        """True if anything is stored under the id."""
         return await self.backend.exists(self.id)
 
     async def forget(self) -> None:
-        """Remove the stored result, and the results of the parents."""
+        """Remove the stored result of this task, and the stored results of its parents."""
         await forget_all([self])
 
     def leaves(self) -> Iterator[AsyncResult[Any]]:
         yield self
 
     def as_list(self) -> list[str]:
-        """The ids of this result and of its parents, in that order."""
+        """Return the ids of this result and of its parents, in that order."""
         return [self.id, *(parent.id for parent in parents_of(self) if parent.id is not None)]
 
     def __eq__(self, other: object) -> bool:
@@ -202,7 +202,7 @@ class AsyncResult(LiveResult, Generic[T]):
 class ResultSet(ResultBase):
     """Several results to wait for together. Awaiting it returns the list of their values, in order.
 
-    It behaves like a list without duplicates. A group among the members has a nested list of values.
+    It behaves like a list without duplicates. The value of a member that is a group is a nested list.
     """
 
     id: str | None = None
@@ -220,7 +220,7 @@ class ResultSet(ResultBase):
         """Wait until all members are over, and return their values in order. Nested groups keep their shape.
 
         :param timeout: seconds for all members together; ``None`` for the ``default_timeout`` of the first member's
-            backend, infinity for ever. 0 looks once.
+            backend, infinity for ever. 0 reads one time.
         :param propagate: raise the exception of the first member that fails, as soon as it does. With ``False``, wait
             for all members, and return exceptions in their places. If a parent of a member or of its group has failed,
             the member is over with that parent's exception; see ``follow_parents`` of `AsyncResult.get`.
@@ -235,7 +235,7 @@ class ResultSet(ResultBase):
         return members.value()
 
     def _frozen(self, nesting: int = 0) -> ResultSet:
-        """A copy with the present members. A member that is added during a wait belongs to the next wait."""
+        """Return a copy with the present members. A member that is added during a wait belongs to the next wait."""
         check_nesting(nesting)
         frozen = ResultSet(
             member._frozen(nesting + 1) if isinstance(member, ResultSet) else member for member in self.results
@@ -250,12 +250,12 @@ class ResultSet(ResultBase):
     async def as_completed(self, timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:
         """Yield the single results in the order in which they finish. Each one is ready: awaiting it does no I/O.
 
-        It yields failed results, too; awaiting one raises. It also yields a result that waits for a failed parent:
-        awaiting that one reads again whether it has succeeded after all, and otherwise raises the parent's exception.
+        It yields failed results, too; awaiting one raises its exception. It also yields a result whose parent failed:
+        awaiting that result reads whether it has succeeded after all, and otherwise raises the parent's exception.
 
         Closing the iterator ends the subscriptions. `contextlib.aclosing` closes it as soon as you leave the loop.
 
-        :raises TimeoutError: ``timeout`` seconds after the first step, if results are missing then.
+        :raises TimeoutError: some results were not over ``timeout`` seconds after the first step.
         """
         with Completions(Lineage[AsyncResult[Any]]([self]), timeout) as completions:
             async for finished in completions:
@@ -265,9 +265,9 @@ class ResultSet(ResultBase):
     def progress(self, interval: Seconds = 0.1) -> AsyncGenerator[GroupProgress, None]:
         """Yield how many members are over, now and whenever that changes: ``async for progress in group.progress()``.
 
-        The last one has ``done == total``. The exception of a task is counted, and not raised.
+        The last `GroupProgress` has ``done == total``. The exception of a task is counted, and not raised.
 
-        :param interval: the least number of seconds between two of them.
+        :param interval: the least number of seconds between two items.
         """
         return progress_of(Lineage[AsyncResult[Any]]([self._frozen()]), interval, self.id)
 
@@ -279,23 +279,23 @@ class ResultSet(ResultBase):
         return [leaf.meta or TaskMeta.pending(leaf.id) for leaf in leaves]
 
     async def ready(self) -> bool:
-        """Whether all members are over: they succeeded, failed or were revoked."""
+        """True if all members are over: they succeeded, failed or were revoked."""
         return all(meta.ready for meta in await self._metas())
 
     async def waiting(self) -> bool:
-        """Whether any member is not over yet."""
+        """True if any member is not over yet."""
         return not await self.ready()
 
     async def successful(self) -> bool:
-        """Whether all members have succeeded."""
+        """True if all members have succeeded."""
         return all(meta.status == SUCCESS for meta in await self._metas())
 
     async def failed(self) -> bool:
-        """Whether any member has failed."""
+        """True if any member has failed."""
         return any(meta.status == FAILURE for meta in await self._metas())
 
     async def completed_count(self) -> int:
-        """How many members have succeeded. A nested group counts as one, once all of its members have succeeded."""
+        """Return how many members have succeeded. A nested group counts as one, if all its members have succeeded."""
         await self._metas()
         return sum(
             all(leaf.meta is not None and leaf.meta.status == SUCCESS for leaf in result.leaves())
@@ -303,7 +303,7 @@ class ResultSet(ResultBase):
         )
 
     async def children(self) -> list[ResultBase]:
-        """The members."""
+        """Return the members."""
         return list(self.results)
 
     async def forget(self) -> None:
@@ -408,10 +408,10 @@ class GroupResult(ResultSet):
     def of(
         cls, results: Iterable[SupportsAsTuple | str | UUID], backend: ResultStore, id: str | UUID | None = None
     ) -> Self:
-        """Make a group of results, given as handles or ids. Without ``id`` it gets a new id."""
+        """Make a group of results, given as handles or ids. If ``id`` is ``None``, the group gets a new id."""
         if isinstance(results, str):
             raise UsageError(f"pass several results or ids, not {results!r}; for a saved group, call restore_group")
-        # Test for a str first: `isinstance` with an abstract class is slow if the answer is no.
+        # Test for a str first: `isinstance` with an abstract class is slow if the answer is false.
         handles = (
             backend.result(item)
             if isinstance(item, str)
@@ -424,7 +424,7 @@ class GroupResult(ResultSet):
 
     @property
     def backend(self) -> ResultStore:
-        """The backend that saves the group: the one that it was made with, otherwise that of its first member."""
+        """The backend that saves the group: the one that it was made with, otherwise its first member's backend."""
         stores = (leaf.store for leaf in self.leaves())
         backend = self._backend or next((store for store in stores if store is not None), None)
         if backend is None:
@@ -465,13 +465,13 @@ def result_from_tuple(data: Any, backend: ResultStore | None) -> ResultBase:
     """Make a handle from ``data``, a tuple that comes from `ResultBase.as_tuple` or from Celery.
 
     :raises DecodeError: ``data`` is not such a tuple.
-    :raises CyclicResultError: it refers to itself, or nests deeper than any real workflow.
+    :raises CyclicResultError: ``data`` refers to itself, or nests deeper than any real workflow.
     """
     return _Builder(backend).build(data, 0)
 
 
 class _Builder:
-    """Builds handles from tuples in the store. Limits keep hostile data from making this endless."""
+    """Builds handles from result tuples in the store. Limits keep hostile data from making the work endless."""
 
     def __init__(self, backend: ResultStore | None) -> None:
         self._backend = backend

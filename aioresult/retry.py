@@ -22,7 +22,7 @@ Out = TypeVar("Out")
 
 
 class Backoff:
-    """Jittered exponential back-off, capped: the pauses between attempts, in seconds."""
+    """Computes the pauses between attempts, in seconds: exponential back-off with jitter and a cap."""
 
     def __init__(self, first: float = 0.05, cap: float = 2.0) -> None:
         self._first, self._cap = first, cap
@@ -33,7 +33,7 @@ class Backoff:
         self._next = self._first
 
     def pause(self) -> float:
-        """The next pause in seconds: a random part, from half to all, of a value that doubles each time."""
+        """Return the next pause in seconds: a random part, from half to all, of a value that doubles each time."""
         pause, self._next = self._next, min(self._next * 2, self._cap)
         return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
 
@@ -49,7 +49,7 @@ async def retry_outages(operation: Callable[[], Awaitable[Out]]) -> Out:
 
 
 def concerns_everyone(error: Exception) -> bool:
-    """Whether the error concerns the server or the whole call, so that each item alone would get the same error."""
+    """True if the error concerns the server or the whole call, so that each item alone would get the same error."""
     if isinstance(error, BackendError):
         return error.of_server
     return isinstance(error, (UsageError, ImproperlyConfigured))
@@ -58,11 +58,12 @@ def concerns_everyone(error: Exception) -> bool:
 class Persistence:
     """Repeats failed calls while the server cannot be reached. All calls of one backend share one instance.
 
-    ``retry_for`` is in seconds and counts from the first failure of *any* call. So once an outage has lasted that long,
-    each further call fails after its first attempt, instead of being repeated for ``retry_for`` seconds again. If more
-    than ``retry_for`` seconds lie between the last failure and the next attempt, a failure of that attempt counts as a
-    new outage. Once an outage has lasted for ``retry_for`` seconds, every failed attempt calls ``on_outage(error)``, so
-    that the calls that are still queued fail, too. ``health`` keeps the errors and counts the outages that have ended.
+    ``retry_for`` is in seconds and counts from the first failure of *any* call. When an outage has lasted that long,
+    each further call fails after its first attempt, instead of being repeated for ``retry_for`` seconds again. Each
+    failed attempt then also calls ``on_outage(error)``, so that the queued calls fail, too.
+
+    If more than ``retry_for`` seconds lie between the last failure and the next attempt, a failure of that attempt
+    counts as a new outage. ``health`` keeps the errors and counts the outages that have ended.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Persistence:
         return self._down_since
 
     def reached(self) -> None:
-        """Note that the server has answered, so that no outage lasts any longer."""
+        """Note that the server has answered. If there was an outage, it has ended."""
         if self._down_since is not None:
             self._down_since = None
             self._health.back()
@@ -108,9 +109,9 @@ class Persistence:
     ) -> None:
         """Have ``run`` process all ``items``, and report the outcomes through ``settle(indexes, outcomes)``.
 
-        ``settle`` is called with some outcomes at a time, and once for each index. An item for which ``wanted(index)``
-        is false is neither sent again nor settled. Items with the same ``key`` are processed in order, unless the key
-        is ``None``. An item that has to be repeated alone does not delay the others.
+        Each call of ``settle`` passes the outcomes of some items; each index is passed only one time. An item for which
+        ``wanted(index)`` is false is neither sent again nor settled. Items with the same ``key(index)`` are processed
+        in order, unless the key is ``None``. An item that has to be repeated alone does not delay the others.
         """
         parts: list[Sequence[int]] = [range(len(items))]
         backoff: Backoff | None = None
@@ -128,7 +129,7 @@ class Persistence:
                 if backoff is None:
                     backoff, first = Backoff(), now
                 if now - down_since >= self._retry_for:
-                    self._on_outage(exc)  # before `settle`, which would let queued calls have their turn
+                    self._on_outage(exc)  # before `settle`: after it, the queued calls would be sent next
                     for failed in (part, *parts):
                         settle(failed, [exc] * len(failed))
                     return

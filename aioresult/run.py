@@ -1,9 +1,9 @@
 """The run of a task: what a store decides in one step when a task starts, ends, or is revoked.
 
-A *run* is one attempt of a task in one process. Beside the result the store keeps a *note* of the last run that
-started. Each `RunStep` changes all that belongs to one task in one atomic step: the result, the note, and the end of
-the output. So START, FINISH and REVOKE have a defined outcome in any order. A step that refuses to start a run stores
-the reason, such as REVOKED.
+A *run* is one attempt of a task in one process. Beside the result the store keeps a *note*, a record of the last run
+that started. Each `RunStep` changes all that belongs to one task in one atomic step: the result, the note, and the end
+of the output. So START, FINISH and REVOKE have a defined outcome in any order. A step that refuses to start a run
+stores the reason, such as REVOKED.
 
 `aioresult.backends.runs.Note` is the reference implementation of the steps.
 """
@@ -18,16 +18,16 @@ from .record import Record
 
 __all__ = ["WORKERS_TOPIC", "WORKER_TOPIC", "RunOp", "RunState", "RunStep", "Verdict"]
 
-#: The hub's topic for requests to stop the tasks of one worker is this and the worker's id.
+#: Prefix of the hub's topic for requests to stop the tasks of one worker; the worker's id follows it.
 WORKER_TOPIC: Final = "\x00worker "
-#: The hub's topic for the news of workers that have died or shut down.
+#: The hub's topic (the name of a subscription) for the news that a worker has died or shut down.
 WORKERS_TOPIC: Final = "\x00workers"
 
 
 class RunOp(enum.Enum):
     """What a `RunStep` does. Every step is idempotent."""
 
-    #: Begin a run and store STARTED, unless the task was revoked. With ``skip_done`` also unless it has succeeded.
+    #: Begin a run and store STARTED, unless the task was revoked. If ``skip_done`` is set, a success also prevents it.
     START = "start"
     #: Store a state of the run that has begun, such as PROGRESS.
     STORE = "store"
@@ -35,7 +35,7 @@ class RunOp(enum.Enum):
     FINISH = "finish"
     #: End the run without an outcome, so that the queue can run the task again.
     RELEASE = "release"
-    #: Extend the life of the note.
+    #: Extend the life of the note, the record of the last run.
     RENEW = "renew"
     #: Ask the worker that runs the task to stop it. If no worker runs it, store REVOKED at once.
     REVOKE = "revoke"
@@ -56,13 +56,13 @@ class Verdict(enum.Enum):
     REVOKED = "revoked"
     #: REVOKE: the note holds the request to stop, and the worker that runs the task was notified.
     ASKED = "asked"
-    #: The record was stored.
+    #: The record (the state to store) was stored.
     STORED = "stored"
-    #: The record was not stored: a stored success is kept, and any final state is kept against a late PROGRESS.
+    #: The record was not stored: it would have replaced a success, or it is a PROGRESS that came after a final state.
     KEPT = "kept"
-    #: STORE, FINISH: nothing was changed, because another run has started since.
+    #: STORE, FINISH, RELEASE: nothing was changed, because another run has started since.
     SUPERSEDED = "superseded"
-    #: The step was done, and there was no record to store.
+    #: The step was done, and it had no record to store.
     NOTED = "noted"
 
 
@@ -88,7 +88,8 @@ class RunStep(NamedTuple):
     skip_done: bool = False
     #: FINISH: write the end mark of the output after this place, if the log is of the same epoch.
     output: Place | None = None
-    #: REVOKE: a worker that is known to be dead. If it runs the task, the step acts as if no worker runs it.
+    #: REVOKE: the id of a worker that is known to be dead. If the note says that this worker runs the task, the step
+    #: stores REVOKED at once.
     gone: str = ""
 
 
@@ -99,5 +100,5 @@ class RunState(NamedTuple):
     #: The run that is under way, and its worker; both are empty if no run is under way.
     run: str = ""
     worker: str = ""
-    #: The reason of a request to stop the task; ``None`` if there is no request.
+    #: The reason given in the request to stop the task; ``None`` if there is no request.
     wish: str | None = None

@@ -51,7 +51,7 @@ __all__ = ["AlreadyDone", "RunStore", "Running", "Runs", "current_task"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: The minimum of seconds between two stores of a task's progress.
+#: The least number of seconds between two stores of a task's progress.
 PROGRESS_INTERVAL = 0.1
 #: Seconds after which a worker subscribes again if its subscription has ended with an error.
 LISTEN_AGAIN = 1.0
@@ -60,7 +60,7 @@ _current: ContextVar[Running | None] = ContextVar("aioresult_current_task", defa
 
 
 def current_task() -> Running | None:
-    """The task whose body is running in this context, for code that the body calls; ``None`` outside of a body."""
+    """Return the task whose body, its ``async with`` block, runs in this context; ``None`` outside of a body."""
     return _current.get()
 
 
@@ -88,7 +88,7 @@ class RunStore(OutputStore, Protocol):
 
 
 class AlreadyDone(Exception):
-    """Entering a run with ``skip_done`` raises this if the task has succeeded. Callers of the library never see it."""
+    """Raised by entering a run with ``skip_done`` if the task has succeeded. Callers of the library never see it."""
 
 
 class Runs:
@@ -103,7 +103,7 @@ class Runs:
         self._timer: asyncio.TimerHandle | None = None
 
     async def add(self, run: str, running: Running) -> None:
-        """Register a run, so that requests to stop it reach it. Gets a lease for this process first if it has none."""
+        """Register a run, so that requests to stop it reach it. First gets a lease if this process has none."""
         await self._store.liveness.work()
         self._runs[run] = running
         if not self._topic:
@@ -147,7 +147,7 @@ class Runs:
 
     def _read(self, task: asyncio.Task[None]) -> None:
         self._reading.discard(task)
-        if task.cancelled():  # by code outside the library, such as a shutdown handler
+        if task.cancelled():  # code outside the library, such as a shutdown handler, has cancelled it
             self._listen_soon()
 
     async def _read_wishes(self) -> None:
@@ -164,7 +164,7 @@ class Runs:
             self._listen_soon()
 
     async def close(self) -> None:
-        """Take no more requests."""
+        """Take no more requests to stop runs."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -175,8 +175,8 @@ class Runs:
 class Running:
     """A task that runs in this process: ``async with backend.running(task_id) as task``.
 
-    When the body ends, the value that it has assigned to `value` is stored as the result. While the body runs, it may
-    report its `progress` and send `output`.
+    When the block (the *body*) ends, the value that it has assigned to ``task.value`` is stored as the result. While
+    the body runs, it may report its `progress` and send `output`.
     """
 
     def __init__(
@@ -211,11 +211,11 @@ class Running:
         self._interruption = Interruption()
         self._output: Output | None = None
         self._outer: Running | None = None
-        #: Whether the body runs; ``None`` before `__aenter__`.
+        #: True while the body runs, false before and after it; ``None`` before `__aenter__`.
         self._inside: bool | None = None
-        #: Whether the task has succeeded before.
+        #: True if the task has succeeded before.
         self._again = False
-        #: Whether a request to stop the run has arrived before the body began.
+        #: True if a request to stop the run arrived before the body began.
         self._stopped = False
         self._news: dict[str, Any] | None = None
         self._progress_timer: asyncio.TimerHandle | None = None
@@ -231,7 +231,7 @@ class Running:
         is always stored. ``meta.result`` is then a dict with ``current``, the optional ``total`` and ``message``, and
         the other keyword arguments.
 
-        :raises EncodeError: the serializer cannot hold the report. For a report that is stored later, this is logged.
+        :raises EncodeError: the serializer cannot hold the report. If the report is stored later, the error is logged.
         :raises UsageError: the body has not begun, or has ended.
         """
         if not self._inside:
@@ -262,7 +262,7 @@ class Running:
 
     @property
     def meta(self) -> Mapping[str, Any] | None:
-        """Metadata to store with the end of the task; see `aioresult.Backend.store_result`. Assigning it copies it.
+        """Metadata to store with the end of the task; see `aioresult.Backend.store_result`. Assigning makes a copy.
 
         Raises `UsageError` or `EncodeError` if it cannot be stored.
         """
@@ -270,12 +270,12 @@ class Running:
 
     @meta.setter
     def meta(self, meta: Mapping[str, Any] | None) -> None:
-        self._store.record(self.task_id, None, STARTED, meta=meta)  # raises here, where the body can mend it
+        self._store.record(self.task_id, None, STARTED, meta=meta)  # raises here, where the body can correct it
         self._meta = deepcopy(meta)
 
     @property
     def revoked(self) -> bool:
-        """Whether the task was revoked. The body is cancelled once for that."""
+        """True if the task was revoked. A revoke cancels the body only one time."""
         return self._interruption.reason is not None
 
     # -- progress ---------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ class Running:
         return self
 
     async def _refused(self, state: RunState, refusal: list[TaskRevokedError]) -> None:
-        """Record that the body does not begin. Puts the error to raise into ``refusal``."""
+        """Record that the body does not begin. Puts the error that `__aenter__` raises into the list ``refusal``."""
         try:
             if state.verdict is Verdict.REVOKED:
                 refusal[:] = [TaskRevokedError(state.wish or "")]
@@ -364,7 +364,7 @@ class Running:
             self._runs.discard(self._run)
 
     def stop(self) -> None:
-        """Cancel the body, because the task was revoked. For `Runs`."""
+        """Cancel the body, because the task was revoked. `Runs` calls this."""
         if self._inside:
             self._interruption.interrupt(TaskRevokedError())
         else:
@@ -386,7 +386,7 @@ class Running:
             raise outcome[0]
 
     async def _leave(self, exc: BaseException | None, ours: bool, outcome: list[BaseException | None]) -> None:
-        """Record how the run ended. Puts the error to raise instead of ``exc`` into ``outcome``, or ``None``."""
+        """Record how the run ended. Puts the error to raise instead of ``exc``, or ``None``, into ``outcome``."""
         trouble = await self._flushed()
         try:
             raised = await self._recorded(exc, ours)
@@ -438,12 +438,12 @@ class Running:
 
     async def _finish(self, state: str, value: Any) -> None:
         found = await self._store.submit_run_step(self._end(state, value))
-        # If the run failed and an earlier success or a revoke is kept, the failure has no effect.
+        # The store may have kept an earlier success or a revoke. Then this failure must not fail a chord or a chain.
         if found.verdict in (Verdict.STORED, Verdict.NOTED) or state == SUCCESS:
             await self._store.follow_up(self.task_id, state, value, self.request, self._expires)
 
     async def _given_up(self, step: RunStep) -> TaskRevokedError | None:
-        """Leave the task to its next attempt. If it was revoked meanwhile, returns the error that says so."""
+        """Leave the task to its next attempt, with ``step``. Returns an error to raise if the task was revoked."""
         found = await self._store.submit_run_step(step)
         if found.verdict is not Verdict.REVOKED:
             return None
@@ -475,7 +475,7 @@ class Running:
         )
 
     def _place(self) -> Place | None:
-        """The place before the end mark of the output; ``None`` if there is no output, or if it has its end mark."""
+        """Return the place after which the output is to end; ``None`` if there is no output, or if it has ended."""
         return None if self._output is None or self._output.ended else self._output.place
 
     def _renew_soon(self) -> None:
@@ -483,7 +483,7 @@ class Running:
             self._renewal = asyncio.get_running_loop().call_later(self._lives / 4, self._renew, context=EMPTY.context)
 
     def _renew(self) -> None:
-        """Extend the life of the note of the run."""
+        """Extend the life of the note, the record that the store keeps of the run."""
         with suppress(AioResultError):
             renewed = self._store.submit_run_step(RunStep(RunOp.RENEW, self.task_id, self._run, lives=self._lives))
             renewed.add_done_callback(_seen, context=EMPTY.context)
@@ -494,5 +494,5 @@ class Running:
 
 
 def _seen(step: asyncio.Future[RunState]) -> None:
-    """Mark the error of a step as seen. The step is repeated later, or is not essential."""
+    """Mark the error of a step as seen, so that asyncio does not log it. A later step repeats this one if necessary."""
     step.exception()

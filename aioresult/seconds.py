@@ -1,4 +1,4 @@
-"""Durations that callers pass: they are checked once, where the call is made, and converted to seconds."""
+"""Durations that callers pass: they are checked when the call is made, and converted to seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_SECONDS = 10_000_000_000.0
 
 
 class Limit(float):
-    """A timeout in seconds, and the name by which the error calls it."""
+    """A timeout in seconds, with the name that the text of a `TimeoutError` uses for it."""
 
     __slots__ = ("name",)
 
@@ -34,12 +34,12 @@ class Limit(float):
 
     @staticmethod
     def name_of(timeout: float) -> str:
-        """What the error calls ``timeout``."""
+        """Return the name of ``timeout`` for the text of a `TimeoutError`."""
         return timeout.name if isinstance(timeout, Limit) else f"timeout={timeout:g}"
 
 
 def checked_seconds(name: str, value: Seconds) -> float:
-    """``value`` as a number of seconds, from 0 to `MAX_SECONDS`. Raises `ImproperlyConfigured` for other values.
+    """Return ``value`` as a number of seconds, from 0 to `MAX_SECONDS`. Raises `ImproperlyConfigured` for other values.
 
     ``name`` is the name of the option in the error.
     """
@@ -53,9 +53,9 @@ def checked_seconds(name: str, value: Seconds) -> float:
 
 
 def checked_timeout(timeout: Timeout, default: float | None = None) -> float | None:
-    """``timeout`` in seconds, ``None`` for no limit. Raises `UsageError` for text, NaN and the like.
+    """Return ``timeout`` in seconds, or ``None`` for no limit. Raises `UsageError` for text, NaN and the like.
 
-    ``default`` takes the place of ``None``. An infinite ``timeout`` is no limit, whatever the default.
+    If ``timeout`` is ``None``, this returns ``default``. An infinite ``timeout`` means no limit, whatever the default.
     """
     if timeout is None or isinstance(timeout, Limit):
         return default if timeout is None else timeout

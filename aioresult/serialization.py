@@ -36,7 +36,7 @@ __all__ = ["CORE_FIELDS", "FINAL_HEADS", "SUCCESS_HEAD", "Codec", "reading", "un
 
 T = TypeVar("T")
 
-#: A *head* is the beginning of a stored value, from which even a server can tell the state without parsing. The JSON of
+#: A *head* is the beginning of a stored value. Even a server can tell the state from it without parsing. The JSON of
 #: every successful task begins with this head, and no other JSON does.
 SUCCESS_HEAD = b'{"status": "SUCCESS"'
 #: The heads of all final states.
@@ -50,7 +50,7 @@ _json_text = json.encoder.encode_basestring_ascii
 
 
 def _json_meta(encode: Callable[[Any], str]) -> Callable[[TaskMeta], bytes]:
-    """A function that writes metas as JSON. ``encode`` writes one value."""
+    """Make a function that writes a meta as JSON. ``encode`` writes one value."""
 
     def dump(meta: TaskMeta) -> bytes:
         # Same bytes as `_dump_fields`, but twice as fast, because it makes no dict of the fields.
@@ -82,7 +82,7 @@ def _pickle_loads(data: bytes) -> Any:
 
 
 def _serializer_of(data: bytes, own: str) -> str:
-    """Which serializer wrote ``data``, found by its first byte. For a single byte it is ``own``.
+    """Return the name of the serializer that wrote ``data``, found by its first byte. For a single byte it is ``own``.
 
     JSON is ASCII, so its first byte is below 0x80. Pickle from protocol 2 on begins with the opcode PROTO, 0x80. In
     msgpack, 0x80 is an empty map, and lower bytes are small integers; each of these is a whole value of one byte. So
@@ -115,8 +115,8 @@ def unreadable(what: str, exc: BaseException) -> AioResultError:
     """Turn any exception that occurred while reading stored bytes into an error about ``what``.
 
     Building an object can run code of its class: the constructor, ``__setattr__`` or ``__reduce__``. Even a
-    `SystemExit` or a `CancelledError` from there concerns only this value, and not the task that reads it. Only a
-    `KeyboardInterrupt` is raised again.
+    `SystemExit` or a `CancelledError` from there concerns only this value, and not the asyncio task that reads it.
+    Only a `KeyboardInterrupt` is raised again.
     """
     if isinstance(exc, (SerializationError, CyclicResultError)):
         return exc
@@ -146,7 +146,7 @@ def _null(_: str) -> None:
 
 
 class _OnlyReads(Exception):
-    """For `Codec.write_nothing`. Not `ImproperlyConfigured`, because the user's code may raise that in serializing."""
+    """Raised by a codec that only reads. Not `ImproperlyConfigured`: the user's code may raise that in serializing."""
 
 
 class Codec:
@@ -183,7 +183,7 @@ class Codec:
                 f"serializer {serializer!r} is not in accept={tuple(sorted(self.accept))}, so "
                 f"this backend could not read what it stores; add it to accept"
             )
-        #: Whether everything that it writes is uncompressed JSON, whose head shows a success (`SUCCESS_HEAD`).
+        #: True if everything that this codec writes is uncompressed JSON, whose head shows a success (`SUCCESS_HEAD`).
         self.plain: bool = serializer == "json" and self.compression is None
         self._dialect = dialect = Dialect(types, serializer, json_default)
         self._check: Mapping[str, Callable[[bytes], object]] = {
@@ -198,7 +198,7 @@ class Codec:
         writers = {"json": dialect.json, "msgpack": dialect.msgpack, "pickle": _pickle_dumps}
         self._dumps: Callable[[Any], bytes] = writers[serializer]
         self._dumps_json: Callable[[Any], bytes] = dialect.json
-        self._dumps_text: Callable[[Any], bytes] = dialect.json  # not for the store, so `write_nothing` leaves it
+        self._dumps_text: Callable[[Any], bytes] = dialect.json  # for browsers: `write_nothing` leaves it unchanged
         self._dumps_meta: Callable[[TaskMeta], bytes] = (
             _json_meta(dialect.text) if serializer == "json" else partial(_dump_fields, self._dumps)
         )
@@ -215,14 +215,14 @@ class Codec:
         """Turn ``value`` into bytes, compressed if this codec compresses.
 
         :param what: the name of the value in an error.
-        :param root: the beginning of the path to a part that cannot be written, in an error.
+        :param root: the beginning of the path, in an error, to the part of the value that cannot be written.
         :raises EncodeError: the serializer cannot write the value.
-        :raises ResultTooLargeError: it has more than ``max_result_size`` bytes.
+        :raises ResultTooLargeError: the bytes are more than ``max_result_size`` bytes.
         """
         return self._written(self._dumps, value, what, root=root)
 
     def can_hold(self, value: Any) -> bool:
-        """Whether `dumps` can write ``value``. This is cheaper than `dumps` when it cannot: it makes no error text."""
+        """True if `dumps` can write ``value``. If not, this is cheaper than `dumps`, because it makes no error text."""
         try:
             data = self._dumps(value)
             self._check_types(data, self.serializer)
@@ -233,12 +233,12 @@ class Codec:
         return len(data) <= self.max_result_size
 
     def dumps_chunk(self, chunk: Any, what: str) -> bytes:
-        """The same as `dumps` for a chunk of an output: always JSON, uncompressed, so that chunks can be joined."""
+        """Encode a chunk of an output. As `dumps`, but always as uncompressed JSON, so that chunks can be joined."""
         return self._written(self._dumps_json, chunk, what, "json", "chunk")
 
     def loads_chunks(self, data: bytes, what: str) -> list[Any]:
-        """The chunks in an entry of an output, which is a JSON list. Raises `DecodeError`."""
-        try:  # not `reading`, for speed: this runs for every message
+        """Return the chunks in ``data``, a JSON list of them from the log of an output. Raises `DecodeError`."""
+        try:  # `with reading(…)` would be slower, and this runs for every message
             chunks = self._loads["json"](data)
             if not isinstance(chunks, list) or not chunks:
                 raise TypeError("it is not a list of chunks")
@@ -254,7 +254,7 @@ class Codec:
         infinities become null, as in JavaScript.
         """
         data = self._written(self._dumps_text, value, what, "json")
-        if b"NaN" in data or b"Infinity" in data:  # or only a text that contains the word
+        if b"NaN" in data or b"Infinity" in data:  # perhaps only in a text that contains the word
             data = json.dumps(json.loads(data, parse_constant=_null)).encode()
         return data
 
@@ -266,7 +266,7 @@ class Codec:
         serializer: str | None = None,
         root: str = "value",
     ) -> bytes:
-        """Turn ``value`` into bytes. If a ``serializer`` is named, they are not compressed."""
+        """Turn ``value`` into bytes. If ``serializer`` is given, the bytes are not compressed."""
         try:
             data = dumps(value)
             if b"__type__" in data:
@@ -293,7 +293,7 @@ class Codec:
         return self._dialect.grammar(serializer, fixed)
 
     def loads(self, data: bytes, what: str) -> Any:
-        """Read the value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
+        """Return the value in ``data``. Raises `DecodeError`, `ContentDisallowed` or `ResultTooLargeError`."""
         data = self._unpacked(data, what)
         name = _serializer_of(data, self.serializer)
         if name in self.accept:
@@ -342,12 +342,12 @@ class Codec:
         if meta.status not in EXCEPTION_STATES or not isinstance(meta.result, BaseException):
             return self._written(dumps, meta, meta)
         if self.serializer == "pickle" and _survives_pickle(meta.result):
-            with suppress(EncodeError):  # it survived pickle once, but may fail the second time
+            with suppress(EncodeError):  # pickle wrote it one time, but may fail the second time
                 return self._written(dumps, meta, meta)
         return self._written_failure(meta.result, lambda data: self._written(dumps, replace(meta, result=data), meta))
 
     def _written_failure(self, exc: BaseException, write: Callable[[dict[str, Any]], bytes]) -> bytes:
-        """Turn ``exc`` into data, and pass it to ``write``. If it is too large, omit what Celery would not store."""
+        """Turn ``exc`` into data, and pass it to ``write``. If that is too large, omit what Celery would not store."""
         data = dump_exception(exc, lambda arg: self._check_types(self._dumps(arg), self.serializer))
         try:
             return write(data)
@@ -397,19 +397,19 @@ class Codec:
         return TaskMeta(task_id, status, result, traceback, children, done, fields or None)
 
     def is_success(self, data: bytes) -> bool:
-        """Whether ``data``, a whole stored value, is the result of a successful task.
+        """True if ``data``, a whole stored value, is the result of a successful task.
 
-        Raises `DecodeError` if this process cannot read it. It may be a success that another process can read, and such
-        a result must not be overwritten.
+        Raises `DecodeError` if this process cannot read ``data``. It may be a success that another process can read,
+        and a success must not be overwritten.
         """
         return data.startswith(SUCCESS_HEAD) or self._status_of(data) == SUCCESS
 
     def is_final(self, data: bytes) -> bool:
-        """Whether ``data``, a whole stored value, is the result of a task that is over. Raises as `is_success` does."""
+        """True if ``data``, a whole stored value, is the result of a task that is over. Raises as `is_success` does."""
         return data.startswith(FINAL_HEADS) or self._status_of(data) in READY_STATES
 
     def status(self, data: bytes) -> str | None:
-        """The state in ``data``, a whole stored value; ``None`` if it is no result. Raises as `is_success` does."""
+        """Return the state in ``data``, a whole stored value; ``None`` if it has none. Raises as `is_success` does."""
         status = self._status_of(data)
         return status if isinstance(status, str) else None
 
@@ -441,7 +441,7 @@ def _describe(what: str | TaskMeta) -> str:
 
 
 def _parts_of(meta: TaskMeta) -> dict[str, Any]:
-    """The fields of ``meta`` that may hold any value, by their names in the path of an `EncodeError`."""
+    """Return the fields of ``meta`` that may hold any value, by their names in the path of an `EncodeError`."""
     return {"result": meta.result, "children": meta.children, **(meta.extra or {})}
 
 
@@ -456,7 +456,7 @@ def _survives_pickle(exc: BaseException) -> bool:
 
 
 def _is_ours(exc: BaseException) -> bool:
-    """Whether the class of ``exc``, or of any member if it is a group, belongs to this library."""
+    """True if the class of ``exc``, or of any member if it is a group, belongs to this library."""
     if issubclass(type(exc), BaseExceptionGroup) and any(map(_is_ours, members_of(exc))):
         return True
     return type(exc).__module__.startswith("aioresult.")

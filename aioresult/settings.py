@@ -15,7 +15,7 @@ from .registry import by_url
 
 __all__ = ["Settings", "backend_options", "backend_url", "stand_in"]
 
-#: Celery accepts content types in place of the names of serializers.
+#: Content type → serializer. Celery accepts content types in place of the names of serializers.
 _CONTENT_TYPES: Final = {
     "application/json": "json",
     "application/x-python-serialize": "pickle",
@@ -35,7 +35,7 @@ _OF_REDIS: Final = {
     "redis_socket_keepalive": "socket_keepalive",
     "redis_backend_credential_provider": "credential_provider",
 }
-#: The arguments that a unix socket does not take.
+#: The arguments that a connection through a unix socket does not take.
 _OF_TCP: Final = frozenset({"host", "port", "socket_connect_timeout", "socket_keepalive"})
 
 
@@ -46,7 +46,7 @@ class Settings(Protocol):
 
 
 def backend_url(conf: Settings, name: str) -> str:
-    """The URL of the result backend ``name``, which is a URL or an alias of Celery's."""
+    """Return the URL of the result backend ``name``, which is a URL or an alias of Celery's."""
     if name in ("db", "database"):
         url = conf.get("database_url")
         if not isinstance(url, str) or "://" not in url:
@@ -75,8 +75,8 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
     }
     if key_value:  # Celery ignores these settings if the backend is a database
         taken["compression"] = conf.get("result_compression")
-        taken["failure_expires"] = _seconds(conf, "result_failure_expires", key_value)  # since 5.7
-        taken["chord_expires"] = _seconds(conf, "result_chord_expires", key_value)  # since 5.7
+        taken["failure_expires"] = _seconds(conf, "result_failure_expires", key_value)  # since Celery 5.7
+        taken["chord_expires"] = _seconds(conf, "result_chord_expires", key_value)  # since Celery 5.7
         if prefix := transport.get("global_keyprefix"):
             taken["global_keyprefix"] = prefix
     if "aioresult.backends.redis.backend" in modules:
@@ -89,13 +89,13 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
     elif "aioresult.backends.postgres.backend" in modules:
         url = _postgres(conf, url, given)
         taken["count_requests"] = False  # Celery counts the parts of a chord with its task ``celery.chord_unlock``
-        taken["table"] = "celery_taskmeta"  # also if Celery creates it later and the table of Django exists now
+        taken["table"] = "celery_taskmeta"  # even if only Django's table exists now, and Celery creates its own later
         taken |= _tables(conf.get("database_table_schemas") or {}, conf.get("database_table_names") or {})
     return url, {**taken, **given}
 
 
 def stand_in(options: dict[str, Any]) -> str | None:
-    """If this library lacks the serializer in ``options``, replace it with an accepted one, so that reading works.
+    """Replace the serializer in ``options`` with an accepted one if this library lacks it, so that reading works.
 
     Returns the name of the missing serializer, or ``None`` if none is missing.
     """
@@ -108,7 +108,10 @@ def stand_in(options: dict[str, Any]) -> str | None:
 
 
 def _seconds(conf: Settings, setting: str, whole: bool) -> float | None:
-    """The duration ``setting`` in seconds, ``None`` if it is not set. ``whole`` cuts it to whole seconds, as Celery."""
+    """Return the duration ``setting`` in seconds; ``None`` if it is not set.
+
+    If ``whole`` is true, it is cut to whole seconds, as Celery does.
+    """
     value = conf.get(setting)
     if isinstance(value, timedelta):
         value = value.total_seconds()
@@ -119,7 +122,7 @@ def _seconds(conf: Settings, setting: str, whole: bool) -> float | None:
 
 
 def _known(accept: Iterable[str]) -> list[str]:
-    """The accepted serializers that this library has. Reading a result of another serializer raises an error."""
+    """Return those accepted serializers that this library has. Reading a result of any other one raises an error."""
     names = (_CONTENT_TYPES.get(name, name) for name in accept)
     return [name for name in names if name in _SERIALIZERS]
 
@@ -128,9 +131,10 @@ def _known(accept: Iterable[str]) -> list[str]:
 
 
 def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
-    """The URL, with the scheme for TLS if the settings ask for TLS, and the connection arguments that the URL lacks.
+    """Return the URL, and the connection arguments that the URL lacks.
 
-    As in ``celery/backends/redis.py`` (5.7), ``RedisBackend.__init__``. docs/celery.md lists all its settings.
+    If the settings ask for TLS, the URL gets the scheme for TLS. This follows ``RedisBackend.__init__`` in
+    ``celery/backends/redis.py`` (5.7). docs/celery.md lists all settings of that backend.
     """
     from .backends.redis.url import url_options  # needs redis-py, which `by_url` has imported already
 
@@ -141,7 +145,7 @@ def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
     socket = last in ("socket", "unix")
     wanted = {argument: conf.get(setting) for setting, argument in _OF_REDIS.items()}
     wanted = {name: value for name, value in wanted.items() if value and not (socket and name in _OF_TCP)}
-    if named_only or socket:  # otherwise Celery takes the number only from the path of the URL; without a path it is 0
+    if named_only or socket:  # otherwise Celery takes the number only from the URL's path; without a path it is 0
         wanted["db"] = conf.get("redis_db") or 0
     wanted = _typed(wanted)
     if tls := conf.get("redis_backend_use_ssl"):
@@ -161,7 +165,7 @@ def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
 
 
 def _typed(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Convert numbers: a setting from the environment may be text."""
+    """Convert texts to numbers: a setting from the environment may be text."""
     for setting, name, number in (
         ("redis_port", "port", int),
         ("redis_db", "db", int),
@@ -179,9 +183,10 @@ def _typed(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _postgres(conf: Settings, url: str, given: Mapping[str, Any]) -> str:
-    """The URL with the ``connect_args`` of the app's engine.
+    """Return the URL with the ``connect_args`` of the app's engine.
 
-    An app may also connect with its own code. That raises an error, unless the caller passes how to connect here.
+    An app may also connect with its own code. Then this raises an error, unless the caller passes ``connect``, ``pool``
+    or ``connect_options``.
     """
     from .backends.postgres.dsn import with_connect_args
 
@@ -189,7 +194,7 @@ def _postgres(conf: Settings, url: str, given: Mapping[str, Any]) -> str:
     code = [f"database_engine_options[{name!r}]" for name in ("creator", "pool") if engine.get(name) is not None]
     if "schema_translate_map" in (engine.get("execution_options") or {}):
         code.append("database_engine_options['execution_options']['schema_translate_map']")
-    if conf.get("database_engine_callback") is not None:  # since 5.7
+    if conf.get("database_engine_callback") is not None:  # since Celery 5.7
         code.append("database_engine_callback")
     if code and not given.keys() & {"connect", "pool", "connect_options"}:
         raise ImproperlyConfigured(
@@ -202,7 +207,7 @@ def _postgres(conf: Settings, url: str, given: Mapping[str, Any]) -> str:
 
 
 def _tables(schemas: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    """Celery's settings for the names of its tables, as options of the PostgreSQL backend."""
+    """Return Celery's settings for the names of its tables, as options of the PostgreSQL backend."""
     if len({schemas.get("task"), schemas.get("group")}) > 1:
         raise ImproperlyConfigured(
             "database_table_schemas names two schemas, but both tables must be in one; move one of them with "

@@ -1,4 +1,4 @@
-"""Detaching sockets that this process must not use any more."""
+"""Detaches sockets that this process must not use any more."""
 
 from __future__ import annotations
 

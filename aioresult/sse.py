@@ -34,7 +34,7 @@ from .updates import Updates
 
 __all__ = ["HEADERS", "events"]
 
-#: The headers of a response of events. No proxy may cache the response or buffer it (``X-Accel-Buffering`` is nginx's).
+#: The headers of a response with events. No proxy may cache or buffer the response (``X-Accel-Buffering`` is nginx's).
 HEADERS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "Content-Type": "text/event-stream; charset=utf-8",
@@ -90,7 +90,7 @@ def events(source: OutputStream[Any] | Updates, ping: Seconds = 15.0, retry: int
 class _Told(Protocol):
     """A source of events. `next` waits for events and returns all that are there; `aclose` never waits."""
 
-    #: Whether nothing follows.
+    #: True if no more events follow.
     over: bool
 
     async def next(self) -> bytes: ...
@@ -112,7 +112,7 @@ async def _events(told: _Told, ping: float | None, retry: int) -> AsyncGenerator
         await told.aclose()
         if step is not None and not step.done():
             step.cancel()
-            with anyio.CancelScope(shield=True):  # against anyio's cancellations, which are repeated
+            with anyio.CancelScope(shield=True):  # anyio repeats its cancellations until the task ends
                 await asyncio.wait([step])
         if step is not None and step.done() and not step.cancelled():
             step.exception()  # marks the error as seen, because there is no reader any more
@@ -140,11 +140,11 @@ class _Output:
         return _event(stream, "end", state=stream.state)
 
     def _gone_on(self, exc: Exception) -> bytes:
-        """Return the event for an error after which the stream can be resumed, and resume it. Raises other errors."""
+        """Resume the stream after ``exc``, and return the event for that error. Raises an error that ends it."""
         stream = self._stream
         match exc:
             case OutputRestarted():
-                self._stream = self._first.resumed(exc.cursor)  # the new attempt's worker may be lost, too
+                self._stream = self._first.resumed(exc.cursor)  # reports a lost worker again, as the first stream did
                 return _event(stream, "restart", cursor=exc.cursor)
             case OutputGap():
                 self._stream = stream.resumed(exc.cursor)

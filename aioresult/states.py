@@ -1,7 +1,7 @@
 """Task states: their names, and the sets of states that end a task, carry an exception, and so on.
 
 The names and the sets are Celery's (``celery/states.py``, 5.7), so that a state means the same in Celery and here. Any
-other string, such as ``"PROGRESS"``, is a state of the task's own making.
+other string, such as ``"PROGRESS"``, is a state that the task defines itself.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ IGNORED: Final = "IGNORED"
 READY_STATES: Final = frozenset({SUCCESS, FAILURE, REVOKED})
 #: The states of a task that is not over.
 UNREADY_STATES: Final = frozenset({PENDING, RECEIVED, STARTED, REJECTED, RETRY})
-#: All states with a name here. Any other string is a state of the task's own making.
+#: All states that this module names. Any other string is a state that the task defines itself.
 ALL_STATES: Final = READY_STATES | UNREADY_STATES | {IGNORED}
 #: The states in which the stored result is an exception.
 EXCEPTION_STATES: Final = frozenset({RETRY, FAILURE, REVOKED})
-#: The states in which awaiting the result raises that exception.
+#: The states in which awaiting the result raises the stored exception.
 PROPAGATE_STATES: Final = frozenset({FAILURE, REVOKED})
 
 #: The states from the one that says the most about a task to the one that says the least. ``None`` stands for every
-#: state without a name here.
+#: state that the task defines itself.
 _PRECEDENCE: Final = (SUCCESS, FAILURE, None, REVOKED, STARTED, RECEIVED, REJECTED, RETRY, PENDING)
 _RANK: Final = {state: rank for rank, state in enumerate(_PRECEDENCE)}
 
 
 def precedence(state: str) -> int:
-    """The rank of ``state``. The lower the number, the more the state says about the task.
+    """Return the rank of ``state``. The lower the number, the more the state says about the task.
 
     >>> precedence("SUCCESS") < precedence("PROGRESS") < precedence("STARTED")
     True
@@ -64,9 +64,9 @@ def precedence(state: str) -> int:
     return _RANK.get(state, _RANK[None])
 
 
-@lru_cache(maxsize=64)  # every store of a state of the task's own making calls this
+@lru_cache(maxsize=64)  # every store of a state that a task defines calls this
 def state_meant(state: str) -> str | None:
-    """The state of this module that a misspelt ``state`` means; ``None`` for a state of the task's own making.
+    """Return the state of this module that a misspelt ``state`` means; ``None`` for a state that the task defines.
 
     A state counts as misspelt if only the case of its letters is wrong. For a state that ends a task, one wrong letter
     counts, too: if that state is misspelt, its waiters wait for ever. For other states a mistake costs less, and names
@@ -84,7 +84,7 @@ def state_meant(state: str) -> str | None:
 
 
 def _one_slip(text: str, name: str) -> bool:
-    """Whether one letter of ``name`` is missing in ``text``, is wrong, is there twice, or is swapped with the next."""
+    """True if one letter of ``name`` is missing in ``text``, is wrong, is there twice, or is swapped with the next."""
     same = 0
     while same < len(name) and text[same : same + 1] == name[same]:
         same += 1

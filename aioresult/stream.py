@@ -32,10 +32,10 @@ __all__ = ["OutputPage", "OutputStream", "StreamStore", "Streams"]
 
 T = TypeVar("T")
 
-#: A page has about so many bytes, and at most so many entries.
+#: The size of a page (a part of the log that is read at once): about so many bytes, and at most so many entries.
 _PAGE_BYTES = 2**20
 _PAGE_ENTRIES = 500
-#: The entries of the first page, when their size is not known. An entry has at most 64 KiB, or a single chunk.
+#: How many entries the first page has, when their size is not known. An entry has at most 64 KiB, or a single chunk.
 _FIRST_PAGE = 16
 
 
@@ -45,7 +45,7 @@ class OutputPage(NamedTuple):
     chunks: list[Any]
     #: Pass it as ``after`` to get the chunks after these.
     cursor: str
-    #: Whether no chunks will follow, because the task is over or the output was closed.
+    #: True if these are the last chunks: the task is over, or the output was closed.
     ended: bool
 
 
@@ -65,13 +65,13 @@ class StreamStore(Protocol):
 
 
 class _Follower:
-    """The part of a stream that its `_Tail` knows. It does not refer to the stream, which can be garbage-collected."""
+    """The part of a stream that its `_Tail` knows. It does not keep the stream itself from being garbage-collected."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading: Reading = reading
         #: The error that has ended the subscription.
         self.failure: Exception | None = None
-        #: The final outcome of the task, once it is known.
+        #: The final outcome of the task; ``None`` until it is known.
         self.final: Outcome | None = None
         self._woken: asyncio.Future[None] | None = None
 
@@ -89,7 +89,7 @@ class _Follower:
             self._woken.set_result(None)
 
     async def news(self, deadline: float | None) -> bool:
-        """Wait for the next `wake`. Returns false if the deadline, by the event loop's clock, came first."""
+        """Wait for the next call of `wake`. Returns false if ``deadline``, by the event loop's clock, comes first."""
         self._woken = asyncio.get_running_loop().create_future()
         try:
             if deadline is None:
@@ -105,16 +105,17 @@ class _Follower:
 
 
 class _Tail:
-    """The subscriptions to the output and the result of one task, shared by all its readers in this process."""
+    """Holds the subscriptions to the output and the result of one task, shared by all its readers in this process."""
 
     def __init__(self, store: StreamStore, task_id: str) -> None:
         self._store = store
         self._task_id = task_id
         self._topic = OUTPUT_TOPIC + task_id
-        #: Whether this is subscribed to both, and whether the hub has confirmed it. An error ends the subscriptions.
+        #: `_listens`: both subscriptions were made; an error ends them.
+        #: `_confirmed`: the hub has confirmed the subscription to the output.
         self._listens = self._confirmed = False
         self._final: Outcome | None = None
-        #: The followers by identity, in the order in which they joined.
+        #: The followers by their ``id()``, in the order in which they joined.
         self._followers: dict[int, _Follower] = {}
 
     def __len__(self) -> int:
@@ -125,7 +126,7 @@ class _Tail:
         self._followers[id(follower)] = follower
         if not self._listens:
             self._listens, self._confirmed, self._final = True, False, None
-            # The log comes first: a reader that gets the end of the task must already be subscribed to its output.
+            # The output comes first: a reader that gets the end of the task must already be subscribed to its output.
             self._store.watch_topic(self._topic, self, read_first=False)
             self._store.watch(self._task_id, self, read_first=False)
         elif self._confirmed:
@@ -182,7 +183,7 @@ class _Tail:
 
 
 class Streams:
-    """The streams of one backend."""
+    """Makes the streams of one backend, and holds a `_Tail` for each task that has readers."""
 
     def __init__(self, store: StreamStore) -> None:
         self._store = store
@@ -196,7 +197,7 @@ class Streams:
         on_restart: str = "raise",
         on_gap: str = "raise",
     ) -> OutputStream[Any]:
-        """See `aioresult.AsyncResult.stream`."""
+        """Make a stream; see `aioresult.AsyncResult.stream`."""
         for name, value, other in (
             ("on_lost", on_lost, "wait"),
             ("on_restart", on_restart, "continue"),
@@ -209,7 +210,7 @@ class Streams:
         return OutputStream(self, self._store, task_id, reading, on_lost, on_restart, on_gap)
 
     def join(self, task_id: str, follower: _Follower, lost: bool) -> None:
-        """Deliver news of the output to ``follower``; with ``lost`` also the news that the worker is lost."""
+        """Deliver news of the output to ``follower``; if ``lost`` is true, also the news that the worker has died."""
         tail = self._tails.get(task_id)
         if tail is None:
             tail = self._tails[task_id] = _Tail(self._store, task_id)
@@ -218,7 +219,7 @@ class Streams:
             self._store.liveness.watch(task_id, follower.lost)
 
     def leave(self, task_id: str, follower: _Follower) -> None:
-        """End what `join` began. A second call does nothing."""
+        """Deliver no more news to ``follower``. A second call does nothing."""
         tail = self._tails.get(task_id)
         if tail is not None:
             tail.leave(follower)
@@ -228,7 +229,7 @@ class Streams:
 
 
 class OutputStream(Following[T], Generic[T]):
-    """The chunks of one output, in order, each once: ``async for chunk in result.stream()``.
+    """Iterates over the chunks of one output, in order: ``async for chunk in result.stream()``.
 
     The stream ends when the task has succeeded or its output was closed. If the task failed or was revoked, the stream
     raises the task's own exception after the last chunk. There is no I/O and no subscription before the first step.
@@ -263,7 +264,7 @@ class OutputStream(Following[T], Generic[T]):
 
     @property
     def attempt(self) -> int:
-        """How often another attempt has begun the output again; counted only with ``on_restart="continue"``."""
+        """How many times another attempt has begun the output again; counted only with ``on_restart="continue"``."""
         return self._reading.attempt
 
     async def __anext__(self) -> T:
@@ -278,7 +279,7 @@ class OutputStream(Following[T], Generic[T]):
             self._busy = False
 
     async def batches(self) -> AsyncGenerator[list[T], None]:
-        """Iterate over lists of chunks. Each list has all chunks that are there, so that you can write them at once."""
+        """Iterate over lists of chunks. Each list has all chunks that have arrived, to write them together."""
         while batch := await self.batch():
             yield [chunk for _, chunk in batch]
 
@@ -340,7 +341,10 @@ class OutputStream(Following[T], Generic[T]):
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def _taken(self, limit: int | None) -> list[tuple[str, T]]:
-        """Take the chunks in the box, up to the end or an error, each with its cursor; at most ``limit`` of them."""
+        """Take at most ``limit`` chunks from the box (the chunks that wait in memory), each with its cursor.
+
+        Stops at the end of the output, or at an error.
+        """
         taken: list[tuple[str, T]] = []
         while len(self._reading) and self._reading.obstacle is None and (limit is None or len(taken) < limit):
             chunk = self._reading.take()
@@ -348,7 +352,9 @@ class OutputStream(Following[T], Generic[T]):
         return taken
 
     async def _something(self, deadline: float | None) -> bool:
-        """Wait until there is an item in the box, or until the deadline. Reads the log at least once if it is needed.
+        """Wait until there is an item in the box: a chunk, an error, or the end. Waits at most until ``deadline``.
+
+        If the log must be read, this reads it at least one time, even if the deadline has passed.
 
         Returns false if the stream is closed.
         """
@@ -371,7 +377,7 @@ class OutputStream(Following[T], Generic[T]):
         return not self._closed
 
     async def _read_page(self, patient: bool) -> None:
-        """Read a page of the log. If ``patient``, repeat that until an outage is over, as every wait does."""
+        """Read a page of the log. If ``patient`` is true, repeat it until an outage is over, as every wait does."""
         page, entries = await (retry_outages(self._read) if patient else self._read())
         self._reading.page(entries, page.more, page.final, page.top)
         if entries:

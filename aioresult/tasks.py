@@ -1,6 +1,7 @@
-"""Tasks that the library starts for itself.
+"""The asyncio tasks that the library starts for itself.
 
-They keep no context of their callers. If code outside the library cancels such a task, the library starts it again.
+They keep no context variables of their callers. If code outside the library cancels such a task, the library starts it
+again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ SLICE = 500
 
 
 def spawn(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
-    """Start ``work`` as a task in an empty context.
+    """Start ``work`` as an asyncio task in an empty context.
 
     The task may serve many callers, so it must not keep the context variables of its first caller alive.
     """
@@ -81,7 +82,7 @@ class StandingTask:
         self._stopped = False
 
     def start(self) -> None:
-        """Start the task unless it runs. Needs a running event loop."""
+        """Start the asyncio task unless it runs already. Needs a running event loop."""
         if self._task is None and not self._stopped:
             self._task = spawn(self._work(), self._name)
             self._task.add_done_callback(self._ended, context=EMPTY.context)
@@ -102,18 +103,18 @@ class StandingTask:
             self.start()
 
     def cancel(self) -> None:
-        """Cancel the task, without waiting for its end. It does not start again."""
+        """Cancel the asyncio task, without waiting for its end. It does not start again."""
         self._stopped = True
         if self._task is not None:
             self._task.cancel()
 
     async def stop(self) -> None:
-        """Cancel the task, and return once it has ended."""
+        """Cancel the asyncio task, and wait for its end."""
         self.cancel()
         await self.finish()
 
     async def finish(self) -> None:
-        """Return once the task has ended by itself. It does not start again."""
+        """Wait until the asyncio task ends by itself. It does not start again."""
         self._stopped = True
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -147,7 +148,7 @@ class SingleFlight(Generic[T]):
             raise error
 
     async def stop(self) -> None:
-        """Cancel the attempt that is under way, and return once it has ended."""
+        """Cancel the attempt, if one is under way, and wait for its end."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -172,7 +173,7 @@ def twin(error: T) -> T:
         return error
     other.__dict__.update(error.__dict__)
     if isinstance(notes := other.__dict__.get("__notes__"), list):
-        other.__notes__ = notes.copy()  # a note that one caller adds is nothing to the others
+        other.__notes__ = notes.copy()  # a note that one caller adds must not reach the others
     other.__cause__ = error.__cause__
     other.__suppress_context__ = error.__suppress_context__
     return other
@@ -201,11 +202,11 @@ def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[...,
     The garbage collector may call ``__del__`` in any thread, and after the loop has ended.
     """
     with suppress(RuntimeError):  # the loop is closed, so there is nothing left to clean up
-        loop.call_soon_threadsafe(callback, *args, context=Context())  # not this thread's
+        loop.call_soon_threadsafe(callback, *args, context=Context())  # an empty context, and not this thread's
 
 
 def chunked(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """``items`` in tuples of at most ``size``; taken from a snapshot, so that the original may change meanwhile."""
+    """Yield ``items`` in tuples of at most ``size``. They are copied first, so that ``items`` may change meanwhile."""
     source = iter(tuple(items))
     while chunk := tuple(islice(source, size)):
         yield chunk

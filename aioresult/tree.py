@@ -31,7 +31,7 @@ __all__ = [
 
 #: The deepest nesting of groups that is accepted. Real groups are never nested as deep as that.
 _MAX_NESTING = 100
-#: How many results are forgotten before the event loop has a turn.
+#: How many results are removed from the store together, before the event loop gets a turn.
 _FORGOTTEN_TOGETHER = 2_000
 
 
@@ -39,7 +39,8 @@ class ResultBase(ABC):
     """The base of single results and of groups of results."""
 
     __slots__ = ()
-    #: Whether this is a single result, whose only leaf is itself. Large joins ask this of every member.
+    #: True if this is a single result, and not a set of results. A class attribute, because joins read it for every
+    #: member, and a method would be slower.
     _single: ClassVar[bool] = False
 
     id: str | None
@@ -51,15 +52,15 @@ class ResultBase(ABC):
 
     @abstractmethod
     def leaves(self) -> Iterator[Any]:
-        """The leaves of this result, in order: a leaf is a single result, an `aioresult.AsyncResult`."""
+        """Iterate over the leaves of this result, in order. A leaf is a single result, an `aioresult.AsyncResult`."""
 
     @abstractmethod
     def value(self) -> Any:
-        """The last known value or exception; for a group a list in the shape of the group. No I/O."""
+        """Return the last known value or exception; for a group, a list in the shape of the group. No I/O."""
 
     @abstractmethod
     def __await__(self) -> Generator[Any, None, Any]:
-        """The same as `get` without arguments."""
+        """Do the same as `get` without arguments."""
 
     @abstractmethod
     async def get(self, timeout: Timeout = None, propagate: bool = True) -> Any:
@@ -67,14 +68,14 @@ class ResultBase(ABC):
 
     @abstractmethod
     async def ready(self) -> bool:
-        """Whether all tasks in it are over, whether they succeeded or failed."""
+        """True if all tasks in this result are over: they succeeded, failed or were revoked."""
 
     @abstractmethod
     async def children(self) -> list[ResultBase]:
-        """The results of the tasks that this one started; the members of a group."""
+        """Return the results of the tasks that this task started; for a group, its members."""
 
     def as_tuple(self) -> ResultTuple:
-        """The result and its parents as plain data, in Celery's form. `result_from_tuple` makes a result of it again.
+        """Return the result and its parents as plain data, in Celery's form. `result_from_tuple` reads it back.
 
         :raises CyclicResultError: a result is its own parent, or a group is among its own members.
         """
@@ -88,7 +89,7 @@ class ResultBase(ABC):
         return (self.id, above), self._members_as_tuples(nesting)
 
     def _members(self) -> Iterable[ResultBase] | None:
-        """The members of a group; ``None`` if this is not a group."""
+        """Return the members if this is a group, otherwise ``None``."""
         return None
 
     def _members_as_tuples(self, nesting: int) -> list[ResultTuple] | None:
@@ -106,7 +107,7 @@ class ResultBase(ABC):
     async def _walk(
         self, intermediate: bool, graph: dict[ResultBase, list[ResultBase]]
     ) -> AsyncGenerator[tuple[ResultBase | None, ResultBase], None]:
-        """The steps of `iterdeps`. Adds the children of each node to ``graph`` when it finds them."""
+        """Yield the steps of `iterdeps`. Adds the children of each node to ``graph`` when it finds them."""
         came_from: dict[ResultBase, ResultBase | None] = {self: None}
         layer: list[tuple[ResultBase | None, ResultBase]] = [(None, self)]
         while layer:
@@ -130,7 +131,7 @@ class ResultBase(ABC):
     async def collect(
         self, timeout: Timeout = None, propagate: bool = True, intermediate: bool = False
     ) -> AsyncGenerator[tuple[ResultBase, Any], None]:
-        """Await this result and all results below it in turn, and yield each as ``(result, value)``.
+        """Await this result and, in turn, all results below it, and yield each as ``(result, value)``.
 
         ``timeout`` (in seconds) and ``propagate`` are passed to each `get`. For ``intermediate`` and the errors see
         `iterdeps`.
@@ -139,9 +140,9 @@ class ResultBase(ABC):
             yield node, await node.get(timeout=timeout, propagate=propagate)
 
     async def get_leaf(self, timeout: Timeout = None) -> Any:
-        """The value of the last result that `collect` finds: the final value, if each task starts the next one.
+        """Return the value of the last result that `collect` finds: the final value, if each task starts the next one.
 
-        ``timeout`` is in seconds, for each result.
+        ``timeout`` is in seconds, and applies to each result separately.
         """
         value = None
         async for _, found in self.collect(timeout=timeout):
@@ -149,14 +150,14 @@ class ResultBase(ABC):
         return value
 
     async def graph(self, intermediate: bool = False) -> dict[ResultBase, list[ResultBase]]:
-        """The tree of results, as a mapping of each result to its children; see `iterdeps`."""
+        """Return the tree of results, as a mapping of each result to its children; see `iterdeps`."""
         graph: dict[ResultBase, list[ResultBase]] = {}
         async for _ in self._walk(intermediate, graph):
             pass
         return graph
 
 
-if not TYPE_CHECKING:  # a type checker is to report them all the same
+if not TYPE_CHECKING:  # type checkers must still report these attributes as missing
     for _name, _remedy in INSTEAD.items():
         setattr(ResultBase, _name, Missing(_name, _remedy))
 
@@ -167,7 +168,7 @@ def check_nesting(nesting: int) -> None:
 
 
 def parents_of(result: ResultBase) -> Iterator[ResultBase]:
-    """The chain of parents, nearest first. Raises `CyclicResultError` if a result is its own parent."""
+    """Yield the parents of ``result``, nearest first. Raises `CyclicResultError` if a result is its own parent."""
     seen = {id(result)}
     node = result.parent
     while node is not None:
@@ -186,9 +187,11 @@ def _lineage(node: ResultBase, came_from: dict[ResultBase, ResultBase | None]) -
 
 
 def unpack(data: Any) -> tuple[str, Any, Any]:
-    """Split a result tuple into ``(id, parent's tuple or None, members' tuples or None)``.
+    """Split the result tuple ``data`` into ``(id, parent, members)``.
 
-    Celery also writes a bare id in place of ``[id, None]``.
+    A result tuple is ``[[id, parent], members]``. Here ``parent`` is the result tuple of the parent, or ``None``.
+    ``members`` is a list of result tuples if the result is a group, otherwise ``None``. For a result without a parent,
+    Celery also writes ``[id, members]``.
     """
     match data:
         case [[UUID() as task_id, parent], members]:
@@ -211,7 +214,7 @@ def checked_id(id: object) -> str:
 
 
 async def forget_all(leaves: Iterable[Any]) -> None:
-    """Remove the stored results of ``leaves`` and of their parents; one that could not be had is not remembered."""
+    """Remove the stored results of ``leaves`` and of their parents, and clear what the handles remember."""
     for some in chunked(leaves, _FORGOTTEN_TOGETHER):
         by_store: dict[ResultStore, dict[str, None]] = {}
         for leaf in some:

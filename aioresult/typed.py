@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 #: How many misfits an error names at most.
 _SHOWN: Final = 3
-#: How msgspec names the place: "Expected `int`, got `str` - at `$.rows[0].price`"; or "at `key` in `$.rows`".
+#: How msgspec's errors name a place: "Expected `int`, got `str` - at `$.rows[0].price`"; or "at `key` in `$.rows`".
 _PLACE: Final = re.compile(r"(?s)(.*) - at (?:`(key|value)` in )?`\$([^`]*)`")
 
 Converter = Callable[[Any], Any]
@@ -37,8 +37,9 @@ Converter = Callable[[Any], Any]
 class TypedResult(AsyncResult[T]):
     """An `AsyncResult` that converts its value to a type. `aioresult.Backend.result` makes it with ``type``.
 
-    The value is converted once. If it does not fit, every method that returns the value raises `DecodeError`; the state
-    of the task stays SUCCESS. Exceptions are not converted, nor is the ``None`` of a task that stores no result.
+    The value is converted only one time. If it does not fit, every method that returns the value raises `DecodeError`;
+    the state of the task stays SUCCESS. Exceptions are not converted. The ``None`` of a task that stores no
+    result is not converted, either.
     """
 
     __slots__ = ("_convert", "_converted", "_wanted")
@@ -67,7 +68,7 @@ class TypedResult(AsyncResult[T]):
         if kept is not None and kept[0] is meta:
             return kept[1]
         converted = value
-        if not (isinstance(self._wanted, type) and type(value) is self._wanted):  # a `StoredType` has made it already
+        if not (isinstance(self._wanted, type) and type(value) is self._wanted):  # perhaps a `StoredType` has made it
             try:
                 converted = self._convert(value)
             except _Unfit as exc:
@@ -82,7 +83,7 @@ class TypedResult(AsyncResult[T]):
 
 
 class _Unfit(Exception):
-    """The data does not fit the type; the text says where. Its cause is the error of msgspec or pydantic."""
+    """Raised if the data does not fit the type. The text says where; the cause is the error of msgspec or pydantic."""
 
 
 def _named(wanted: Any) -> str:
@@ -90,7 +91,7 @@ def _named(wanted: Any) -> str:
 
 
 def _converter(wanted: Any) -> Converter:
-    """A function that converts plain data to ``wanted``, or raises `_Unfit`."""
+    """Return a function that converts plain data to ``wanted``, or raises `_Unfit`."""
     try:
         return _cached(wanted)
     except TypeError as exc:
@@ -133,7 +134,7 @@ def _by_msgspec(wanted: Any, msgspec: Any) -> Converter:
 
 
 def _of_text(wanted: Any, value: Any) -> Any:
-    """Converts a value to a class that msgspec does not know; msgspec calls it."""
+    """Convert a value to a class that msgspec does not know. msgspec calls this."""
     if isinstance(wanted, type) and isinstance(value, wanted):
         return value
     if isinstance(wanted, type) and issubclass(wanted, PurePath) and isinstance(value, str):
@@ -171,7 +172,7 @@ def _place(steps: tuple[int | str, ...]) -> str:
 
 
 def _is_pydantics(wanted: Any) -> bool:
-    """Whether ``wanted`` is, or contains, a class of pydantic, which msgspec does not know."""
+    """True if ``wanted`` is, or contains, a class of pydantic, which msgspec does not know."""
     return any(
         hasattr(each, "__get_pydantic_core_schema__") or hasattr(each, "__pydantic_validator__")
         for each in _types_in(wanted)
@@ -179,7 +180,7 @@ def _is_pydantics(wanted: Any) -> bool:
 
 
 def _types_in(wanted: Any) -> Iterator[Any]:
-    """``wanted`` and, in turn, its arguments and the types of its fields."""
+    """Yield ``wanted`` and, in turn, its type arguments and the types of its fields."""
     found: list[Any] = []
     left = [wanted]
     while left:

@@ -15,8 +15,8 @@ __all__ = ["Unheard"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: The warning comes after so many looks that found nothing stored. The first look comes within a quarter of the time,
-#: and each further look after another quarter.
+#: The warning comes after so many looks that found nothing stored. The first look comes within a quarter of
+#: `Unheard.after` seconds, and each further look after another quarter.
 _LOOKS = 5
 #: How many ids the warning names.
 _NAMED = 5
@@ -32,13 +32,13 @@ class _Topic(Protocol):
 
 
 class Unheard:
-    """Looks at the ids in ``topics`` from time to time, and warns once of each id that stays empty for `after` seconds.
+    """Looks at the ids in ``topics`` at intervals, and warns one time of each id that stays empty for `after` seconds.
 
     An id is empty if no worker has stored anything under it: nothing is stored, or PENDING from its submission. One
-    timer serves all ids, and runs only while there are ids. A look does not ask the server: it uses what the last read
-    has found, and the messages since. The hub's own task does it, between its calls to the server. At that moment, each
-    id that is in none of the ``queues`` has been read. During an outage all ids are in a queue, so no look counts.
-    ``wake()`` makes the hub call `look` soon.
+    timer serves all ids, and runs only while there are ids. A look does not ask the server: it uses the last read of
+    each id, and the messages since. The hub's own asyncio task looks, between its calls to the server. At that moment,
+    the hub has read each id that is in none of the ``queues``. During an outage all ids are in a queue, so no look
+    counts. ``wake()`` makes the hub call `look` soon.
 
     The time counts while the id has a waiter. If one wait follows another without a pause, they count as one wait.
     """
@@ -54,9 +54,9 @@ class Unheard:
         self._queues = queues
         self._wake = wake
         self._where = where
-        #: Seconds until the warning. It may come up to a quarter of that later.
+        #: Seconds until the warning. The warning may come later, by up to a quarter of this time.
         self.after: float = 60.0
-        #: Whether the hub should call `look`.
+        #: True if the hub should call `look`.
         self.due: bool = False
         self.timer: asyncio.TimerHandle | None = None
 
@@ -85,18 +85,18 @@ class Unheard:
 
     def _is_overdue(self, task_id: str) -> bool:
         topic = self._topics.get(task_id)
-        # A topic that is not a task begins with NUL.
+        # A topic that is not the id of a task begins with NUL.
         if topic is None or topic.looks >= _LOOKS or task_id[0] == "\x00":
             return False
-        # PENDING says that the task was submitted, and nothing of a worker.
+        # PENDING says only that the task was submitted: no worker has stored anything.
         if topic.known is not None and not (isinstance(topic.known, TaskMeta) and topic.known.status == PENDING):
             return False
         for queue in self._queues:
             if task_id in queue:
                 return False
         topic.looks += 1
-        # No warning if every waiter expects that nothing is stored yet. Its class is asked, because a waiter may be the
-        # caller's own: if its `__getattr__` raised here, every wait of this hub would end.
+        # No warning if every waiter expects that nothing is stored yet. The attribute is read from the class of a
+        # waiter, which may be the caller's own object: if its `__getattr__` raised, every wait of this hub would end.
         return topic.looks == _LOOKS and not all(
             getattr(type(waiter), "expects_nothing", False) for waiter in topic.waiters()
         )

@@ -30,7 +30,7 @@ class UpdateStore(Protocol):
 
 
 class _Newest:
-    """Holds the newest state for one iterator. It does not refer to the iterator, which can be garbage-collected."""
+    """Holds the newest state for one iterator. It does not keep the iterator from being garbage-collected."""
 
     def __init__(self) -> None:
         self.news: Outcome | None = None
@@ -38,7 +38,7 @@ class _Newest:
         self._woken: asyncio.Future[None] | None = None
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
-        """Take news of the task from the hub (`aioresult.waiter.Waiter`). It replaces news that was not fetched yet."""
+        """Take news of the task from the hub (`aioresult.waiter.Waiter`). Older news that was not fetched is lost."""
         self.news = outcome
         self._wake()
 
@@ -52,12 +52,12 @@ class _Newest:
             self._woken.set_result(None)
 
     def lost(self, error: Exception) -> None:
-        """Take the error that the worker of the task is lost, unless a final state has arrived."""
+        """Take ``error``, which says that the worker of the task has died. A final state that has arrived is kept."""
         if not isinstance(self.news, TaskMeta) or not self.news.ready:
             self.receive("", error)
 
     async def next(self) -> Outcome | None:
-        """Wait for news, and return the newest. Returns ``None`` when closed."""
+        """Wait for news, and return the newest. Returns ``None`` if the iterator is closed meanwhile."""
         while self.news is None and not self._closed:
             self._woken = asyncio.get_running_loop().create_future()
             try:
@@ -69,7 +69,9 @@ class _Newest:
 
 
 class Updates(Following[TaskMeta]):
-    """``async for meta in result.updates()``: the present state first, each change, and the final state last.
+    """Iterates over the states of a task: ``async for meta in result.updates()``.
+
+    The first item is the present state. Then each change follows, and the final state is the last item.
 
     A slow reader gets the newest state and misses the states in between. There is no I/O and no subscription before the
     first step. With ``async with result.updates() as updates`` the subscription ends with the block.
@@ -101,12 +103,12 @@ class Updates(Following[TaskMeta]):
         return meta
 
     async def _present(self) -> TaskMeta:
-        """The state that is stored now."""
+        """Return the state that is stored now."""
         self._store.check()
         return await retry_outages(partial(self._store.get_task_meta, self._task_id))
 
     async def _change(self) -> TaskMeta | None:
-        """The next state; ``None`` if another task has closed this."""
+        """Wait for the next state. Returns ``None`` if another asyncio task closes this iterator meanwhile."""
         self._store.check()
         if self._leave is None:
             self._hold(partial(_leave, self._store, self._task_id, self._newest))
@@ -124,7 +126,7 @@ class Updates(Following[TaskMeta]):
                 return news.with_new_exception()
 
     def resumed(self, on_lost: str) -> Updates:
-        """Make new updates of the same task. For ``on_lost`` see `aioresult.AsyncResult.updates`."""
+        """Make a new iterator over the states of the same task. For ``on_lost`` see `aioresult.AsyncResult.updates`."""
         return Updates(self._store, self._task_id, on_lost)
 
     def dumps(self, value: Any) -> bytes:
@@ -144,6 +146,6 @@ def _leave(store: UpdateStore, task_id: str, newest: _Newest) -> None:
 
 
 def _likeness(meta: TaskMeta) -> tuple[Any, ...]:
-    """A key that is equal for two reads of the same stored state. Two exceptions never compare equal, so use `repr`."""
+    """Return a key that is equal for two reads of one stored state. Exceptions never compare equal, so it uses `repr`."""
     result = repr(meta.result) if isinstance(meta.result, BaseException) else meta.result
     return meta.status, result, meta.traceback, meta.extra

@@ -11,7 +11,8 @@ __all__ = ["ENCODE", "authority_fault", "hide_lone_user", "hide_password", "show
 #: The remedy if an unescaped character may have cut a password in two.
 ENCODE: Final = "percent-encode the name and the password: urllib.parse.quote(password, safe='')"
 
-#: The scheme; it may follow a class as in ``package.module:Class+scheme``. One slash suffices: a URL may be mistyped.
+#: Matches the scheme, also after a class as in ``package.module:Class+scheme``. One slash is enough: a URL may be
+#: mistyped.
 _HEAD = re.compile(r"(?:(?:[\w.]+:\w+\+)?[\w.+-]*:/{1,2})?")
 _QUERY = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|auth|secret|token|scram)[^=&]*=)[^&]*")
 _HOST = re.compile(r"(?:\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]*))?")
@@ -19,7 +20,7 @@ _MAX_PORT = 65535
 
 
 def hide_password(url: str) -> str:
-    """``url`` without its password, for logs and errors.
+    """Return ``url`` without its password, for logs and errors.
 
     The name of the user is shown if a colon and a password follow it. If the colon is missing, or an unescaped ``/``,
     ``?`` or ``#`` comes before it, everything before the last ``@`` is hidden: it may be the password.
@@ -41,7 +42,10 @@ def hide_password(url: str) -> str:
 
 
 def show_malformed(url: str) -> str:
-    """As `hide_password`, for a URL with malformed hosts or ports: a "port" may be a password without its ``@``."""
+    """Return ``url`` without its password, even if its hosts or ports are malformed.
+
+    What looks like a port may be a password without its ``@``. Otherwise the same as `hide_password`.
+    """
     head, rest = _split(url)
     if "@" in rest or authority_fault(url) is None:
         return hide_password(url)
@@ -50,7 +54,7 @@ def show_malformed(url: str) -> str:
 
 
 def authority_fault(url: str) -> str | None:
-    """What is wrong with the hosts and ports in ``url``; ``None`` if they are right. The text quotes no part of it."""
+    """Return what is wrong with the hosts and ports in ``url``; ``None`` if they are right. Quotes no part of it."""
     _, rest = _split(url)
     hosts = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
     for host in hosts.split(","):
@@ -65,7 +69,7 @@ def authority_fault(url: str) -> str | None:
 
 
 def hide_lone_user(text: str, url: str) -> str:
-    """``text`` without the user name in ``url`` if no colon follows that name: it may be the password.
+    """Return ``text`` without the user name in ``url`` if no colon follows that name: the name may be the password.
 
     ``text`` is the message of a driver or a server.
     """

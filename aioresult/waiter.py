@@ -14,19 +14,19 @@ from .tasks import EMPTY, fail
 
 __all__ = ["FINAL_READ", "Outcome", "SingleWaiter", "Waiter", "timed_out"]
 
-#: A timeout of fewer seconds may end before the store was read at all. So the store is read once more at its end, and
-#: that read may take as many seconds.
+#: If a timeout is shorter than so many seconds, it may end before the store was read at all. So the store is read one
+#: more time at its end. That read may take so many seconds.
 FINAL_READ = 1.0
 
-#: What a waiter receives: a meta, or the error because of which there will be no meta.
+#: What a waiter receives: a meta (a stored state of the task), or the error that ends the wait without one.
 Outcome: TypeAlias = TaskMeta | Exception
 
 
 class Waiter(Protocol):
     """Receives news of a task from the hub.
 
-    The hub calls `receive` in the event loop, so it must not block. If it raises, the hub logs the error and calls this
-    waiter no more. Other waiters are not affected.
+    The hub calls `receive` in the event loop, so `receive` must not block. If it raises, the hub logs the error and
+    never calls this waiter again. Other waiters are not affected.
     """
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
@@ -34,7 +34,7 @@ class Waiter(Protocol):
 
 
 class SingleWaiter:
-    """Waits for one task. The caller's deadline is a timer, so a wait needs no lock, no task and no cancellation.
+    """Waits for one task. The caller's deadline is a timer, so a wait needs no lock, asyncio task or cancellation.
 
     The result or the deadline settles `future`, whichever comes first. The result is the first meta for which
     ``until(meta)`` is true; by default a final one. The deadline is ``timeout`` seconds from now, ``None`` for no
@@ -72,5 +72,5 @@ class SingleWaiter:
 
 
 def timed_out(what: str, timeout: float) -> TimeoutError:
-    """The error for a caller whose own deadline has passed."""
+    """Make the error for a caller whose own deadline has passed."""
     return TimeoutError(f"{what} was not ready within {Limit.name_of(timeout)} seconds; you may await it again")
