@@ -1,4 +1,4 @@
-"""For services that have a Celery app: await the results of its tasks.
+"""Await the results of a Celery app's tasks, in services that have the app.
 
 ::
 
@@ -35,8 +35,8 @@ __all__ = ["TaskOutput", "backend_from_app", "dispatch", "output", "result_from_
 def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
     """Make a backend that reads and writes the same results as the app's own result backend. It is not open yet.
 
-    It takes over Celery's settings. docs/celery.md lists for each setting whether it is taken over, has no meaning
-    here, or is refused.
+    The backend takes over Celery's settings. docs/celery.md lists for each setting whether it is taken over, has no
+    meaning here, or is refused.
 
     If this library does not have the app's ``result_serializer``, the backend only reads: it can read results that were
     stored with another serializer, and every call that stores raises `ImproperlyConfigured`.

@@ -57,7 +57,7 @@ class Flush(NamedTuple):
     task_id: str
     #: The id of the producer. If the producer repeats its first flush, the store assigns the same epoch again.
     writer: str
-    #: 0 opens the output: the store assigns an epoch above all earlier ones, and drops the older chunks.
+    #: The epoch; 0 opens the output: the store assigns an epoch above all earlier ones, and drops the older chunks.
     epoch: int
     #: The number of the last chunk in this flush. An end mark has the number after the last chunk.
     last: int

@@ -5,7 +5,7 @@ While a waiter waits for such a chord, the backend reads the state of the chord 
 
 - at once when the result of the body arrives, if a part that this library stored has named the body's id;
 - at once when the results of all members have arrived, if the group was saved;
-- otherwise every ``heartbeat`` seconds: one timer serves all chords of a backend, which are read in one batch.
+- otherwise every ``heartbeat`` seconds. One timer serves all chords of a backend, and one batch reads them.
 
 Each read returns a few numbers. If the number of parts has grown since the last read, the backend fetches the new
 parts, to find a part that failed. After each fetch it pauses for nine times as long as the fetch took. So fetching
@@ -101,7 +101,7 @@ class Lookouts:
             self.leave(group_id, waiter)
             return
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # the waiters of an event loop that has ended are gone with it
+        if self._loop is not loop:  # the old event loop has ended, and its waiters with it
             self._loop, self._lookouts, self._timer = loop, {}, None
         lookout = self._lookouts.get(group_id)
         if lookout is None:
@@ -111,7 +111,7 @@ class Lookouts:
             self._set_timer(loop)
 
     def leave(self, group_id: str, waiter: ChordWaiter) -> None:
-        """Note that ``waiter`` no longer waits. Does nothing if the waiter is unknown here."""
+        """Note that ``waiter`` no longer waits. Does nothing if this object does not know the waiter."""
         lookout = self._lookouts.get(group_id)
         if lookout is not None and lookout.leave(waiter):
             del self._lookouts[group_id]

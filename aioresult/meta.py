@@ -1,4 +1,4 @@
-"""`TaskMeta`, the record that is stored, published and awaited; and `TaskRequest`, what a worker knows of its task."""
+"""`TaskMeta`, a task's state as stored, published and awaited; and `TaskRequest`, what a worker knows of its task."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TaskMeta:
             return self
         try:
             return replace(self._again(), _again=self._again)
-        except Exception:  # the exception's class is the user's: its constructor may raise the second time
+        except Exception:  # the constructor of a user's exception may raise the second time
             return self
 
     @classmethod
@@ -117,12 +117,12 @@ class TaskMeta:
 
     @property
     def args(self) -> Any:
-        """The positional arguments the task was called with."""
+        """The positional arguments that the task was called with."""
         return self._optional("args")
 
     @property
     def kwargs(self) -> Any:
-        """The keyword arguments the task was called with."""
+        """The keyword arguments that the task was called with."""
         return self._optional("kwargs")
 
     @property

@@ -51,7 +51,7 @@ class News(ResultBase):
 
     @property
     def outcome(self) -> Outcome | None:
-        """The last known outcome: a meta, or the error that reading it raised.
+        """The last known outcome: a meta, or the error that reading the result raised.
 
         If a wait found that a parent had failed, the outcome is the parent's meta, until this task itself succeeds. If
         the task stores no result (`ignored`), the outcome is a meta without a value.

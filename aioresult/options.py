@@ -55,7 +55,7 @@ def option_names(cls: type) -> set[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'expires'?"`` with a known name similar to ``name``, or ``""`` if no name is similar."""
-    from difflib import get_close_matches  # seldom needed
+    from difflib import get_close_matches  # imported here, because it is seldom needed
 
     similar = get_close_matches(name.lower(), sorted(known), 1, 0.7)
     return f"; did you mean {similar[0]!r}?" if similar else ""

@@ -57,7 +57,7 @@ class Kept:
         self.keep: Keep = Keep() if keep is None else Keep(*keep)
         if min(self.keep) < 1:
             raise UsageError(f"keep must be at least one chunk and one byte, not {keep}")
-        #: For each entry the number of its last chunk, its number of chunks, and its number of bytes.
+        #: For each entry: the number of its last chunk, how many chunks it has, and how many bytes.
         self._entries: deque[tuple[int, int, int]] = deque()
         self._chunks = self._bytes = 0
 
@@ -150,7 +150,7 @@ class Output:
         self._add(data)
 
     def send_nowait(self, chunk: Any) -> None:
-        """Send ``chunk`` from a plain callback. Like `send`, but raises `OutputFull` if `send` would wait."""
+        """Send ``chunk`` from a plain callback. Works like `send`, but raises `OutputFull` if `send` would wait."""
         data = self._encoded(chunk)
         if self._unsent_is_full():
             raise OutputFull(
@@ -240,11 +240,11 @@ class Output:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def _encoded(self, chunk: Any) -> bytes:
-        """Encode ``chunk``. Raises if it cannot be sent."""
+        """Encode ``chunk``. Raises an error if the chunk cannot be sent."""
         self._check()
         error, self._trouble = self._trouble, None
         if error is not None:
-            raise error  # the error of the last flush, which is raised only once
+            raise error  # the error of the last flush; only one call raises it
         data = self._store.dumps_chunk(self.task_id, chunk)
         keep = self._kept.keep
         if self._fails_when_full and (self._sent >= keep.chunks or self._sent_bytes + len(data) > keep.bytes):
@@ -362,7 +362,7 @@ class Output:
             self._renewal = self._loop.call_later(self._expires / 4, self._renew, context=EMPTY.context)
 
     def _renew(self) -> None:
-        """Extend the life of the log although nothing is sent."""
+        """Extend the life of the log, even if nothing is sent."""
         if self._flush is None and not self._scheduled:
             self._post(self._flush_of(self._flushed, b""))
         self._renew_soon()

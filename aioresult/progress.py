@@ -1,4 +1,4 @@
-"""`GroupProgress`: how many members of a group are over, while the rest of it runs.
+"""`GroupProgress`: how many members of a group are over, while the other members run.
 
 A store may count the members of a saved group that are over, by the index in each member's request. Then a group of any
 size costs one subscription, and one small read for each change that is shown.
@@ -33,7 +33,7 @@ _FIRST_LOOK, _LAST_LOOK = 1.0, 60.0
 
 
 class GroupProgress(NamedTuple):
-    """How far a group is."""
+    """How many members of a group are over."""
 
     #: The number of members that are over, including the failed ones.
     done: int

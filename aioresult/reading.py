@@ -224,7 +224,7 @@ class Reading:
 
     @property
     def obstacle(self) -> AioResultError | _End | None:
-        """The next item in the box if it is not a chunk: the end of the output, or an error; otherwise ``None``."""
+        """The next item in the box if it is not a chunk: the end of the output, or an error. Otherwise ``None``."""
         item = self._box[0][1] if self._box else None
         return item if isinstance(item, (AioResultError, _End)) else None
 

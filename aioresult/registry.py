@@ -124,7 +124,7 @@ class ConnectOptions(
     """
 
 
-#: A group of options → the schemes whose backends take them.
+#: A class with options → the schemes whose backends take them.
 _SCHEMES: Final[Mapping[type, str]] = {
     _MemoryOptions: "memory://",
     _KeyValueOptions: "redis:// and memory://",
@@ -232,7 +232,7 @@ def _owners(names: Iterable[str], here: str) -> dict[str, str]:
 
 def _announced() -> dict[str, str]:
     """Return the backends that other packages announce: the name → the path of the class."""
-    from importlib.metadata import entry_points  # slow to import, and seldom needed
+    from importlib.metadata import entry_points  # imported here, because that is slow and seldom needed
 
     return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
 

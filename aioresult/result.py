@@ -37,7 +37,7 @@ __all__ = ["AsyncResult", "GroupResult", "ResultBase", "ResultSet", "result_from
 
 T = TypeVar("T")
 
-#: Limits on result tuples, because they come from outside. Real chains and groups are much smaller.
+#: Limits on result tuples (results as plain data), which come from outside. Real chains and groups are much smaller.
 _MAX_PARENTS = 10_000
 _MAX_NODES = 1_000_000
 
@@ -45,7 +45,7 @@ _MAX_NODES = 1_000_000
 class AsyncResult(LiveResult, Generic[T]):
     """A handle on the result of one task. Awaiting it returns the value, or raises the exception of the task.
 
-    Two handles are equal if they have the same id in the same store; a handle also equals its id. Once the task is
+    Two handles are equal if they have the same id in the same store; a handle also equals its id. After the task is
     over, the handle remembers the result and does not ask the server again.
     """
 
@@ -89,8 +89,8 @@ class AsyncResult(LiveResult, Generic[T]):
         :param follow_parents: raise the exception of a parent that failed or was revoked: then this task never runs. If
             this task has failed, too, as the callback of a chord does, the parent's exception takes precedence. If
             several parents failed, the first one's exception is raised. A success of this task is never affected.
-        :param on_lost: what to do if the process that runs the task dies (see `aioresult.Backend.running`): ``"wait"``
-            for the next attempt, the default, or ``"raise"`` a `WorkerLostError`.
+        :param on_lost: what to do if the process that runs the task dies (see `aioresult.Backend.running`): ``"wait"``,
+            the default, waits for the next attempt; ``"raise"`` raises `WorkerLostError`.
         :param must_exist: raise `TaskNotFoundError` at once if nothing is stored under the id.
         :raises TimeoutError: the task was not over in time. The task itself goes on.
         :raises Exception: the task's exception, if its class is imported here, otherwise a `RemoteError`. Its
@@ -223,7 +223,7 @@ class ResultSet(ResultBase):
             backend, infinity for ever. 0 reads one time.
         :param propagate: raise the exception of the first member that fails, as soon as it does. With ``False``, wait
             for all members, and return exceptions in their places. If a parent of a member or of its group has failed,
-            the member is over with that parent's exception; see ``follow_parents`` of `AsyncResult.get`.
+            the member counts as failed with that parent's exception; see ``follow_parents`` of `AsyncResult.get`.
         :raises TimeoutError: some members were not over in time. For other errors see `AsyncResult.get`.
         """
         members = self._frozen()
@@ -244,7 +244,7 @@ class ResultSet(ResultBase):
         return frozen
 
     async def join(self, timeout: Timeout = None, propagate: bool = True) -> list[Any]:
-        """The same as `get`. Celery has both names."""
+        """Do the same as `get`. Celery has both names."""
         return await self.get(timeout, propagate)
 
     async def as_completed(self, timeout: Timeout = None) -> AsyncGenerator[AsyncResult[Any], None]:

@@ -183,7 +183,7 @@ class Persistence:
         return found
 
     async def call(self, operation: Callable[[], Awaitable[Out]]) -> Out:
-        """Await ``operation()``, and repeat it during an outage for at most ``retry_for`` seconds. Raises its error."""
+        """Await ``operation()``, and repeat it in an outage for at most ``retry_for`` seconds. Raises its error."""
 
         async def run(_: Sequence[None]) -> Sequence[Out]:
             return [await operation()]
@@ -195,7 +195,7 @@ class Persistence:
 
 
 def _halves(part: Sequence[int]) -> list[Sequence[int]]:
-    """The halves of ``part``. The first half comes last, because `perform` takes the next part from the end."""
+    """Return the halves of ``part``. The first half comes last, because `perform` takes the next part from the end."""
     middle = (len(part) + 1) // 2
     return [half for half in (part[middle:], part[:middle]) if half]
 

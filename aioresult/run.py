@@ -29,7 +29,7 @@ class RunOp(enum.Enum):
 
     #: Begin a run and store STARTED, unless the task was revoked. If ``skip_done`` is set, a success also prevents it.
     START = "start"
-    #: Store a state of the run that has begun, such as PROGRESS.
+    #: Store a state of a run that goes on, such as PROGRESS.
     STORE = "store"
     #: End the run: store its final state, or RETRY, and mark the end of its output.
     FINISH = "finish"
@@ -44,7 +44,7 @@ class RunOp(enum.Enum):
 
 
 class Verdict(enum.Enum):
-    """The outcome of a step."""
+    """The outcome of a step. The words before a colon name the steps that can have the outcome."""
 
     #: START: the run has begun.
     STARTED = "started"
@@ -82,11 +82,12 @@ class RunStep(NamedTuple):
     record: Record | None = None
     #: FINISH: the state of `record`, also if `record` is ``None``.
     state: str = ""
-    #: REVOKE: the reason, for `TaskRevokedError`.
+    #: REVOKE: the reason for it, which `TaskRevokedError` shows.
     reason: str = ""
     #: START: do not begin a run if the task has succeeded.
     skip_done: bool = False
-    #: FINISH: write the end mark of the output after this place, if the log is of the same epoch.
+    #: FINISH, or a RELEASE that stores REVOKED: write the end mark of the output after this place in its log, if the
+    #: log still has the epoch of the place.
     output: Place | None = None
     #: REVOKE: the id of a worker that is known to be dead. If the note says that this worker runs the task, the step
     #: stores REVOKED at once.
@@ -94,7 +95,7 @@ class RunStep(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """What a step did, and what the note says after it."""
+    """What a step did, and what the note (the record of the last run) says after the step."""
 
     verdict: Verdict
     #: The run that is under way, and its worker; both are empty if no run is under way.

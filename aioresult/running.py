@@ -114,7 +114,7 @@ class Runs:
         self._store.watch_topic(self._topic, self, read_first=False)
 
     def _listen_again(self) -> None:
-        """Subscribe again. When the subscription is confirmed, the requests are read."""
+        """Subscribe again. When the hub confirms it, the requests to stop runs are read."""
         self._timer = None
         if self._runs:
             self._store.unwatch(self._topic, self)
@@ -137,7 +137,7 @@ class Runs:
             if not isinstance(outcome, BackendClosedError):
                 self._listen_soon()
         elif outcome.result is None:
-            # The subscription has begun: the runs may have missed earlier requests. A later run cannot miss any.
+            # The subscription has begun. The present runs may have missed earlier requests. Later runs cannot miss any.
             if self._runs:
                 task = spawn(self._read_wishes())
                 self._reading.add(task)
@@ -196,7 +196,7 @@ class Running:
         self.task_id: str = task_id
         #: The request that was given to `aioresult.Backend.running`.
         self.request: Any = request
-        #: The value that is stored with SUCCESS.
+        #: The result of the task, which is stored with SUCCESS. The body assigns it.
         self.value: Any = None
         self._meta: Mapping[str, Any] | None = None
         self._runs = runs
@@ -264,7 +264,7 @@ class Running:
     def meta(self) -> Mapping[str, Any] | None:
         """Metadata to store with the end of the task; see `aioresult.Backend.store_result`. Assigning makes a copy.
 
-        Raises `UsageError` or `EncodeError` if it cannot be stored.
+        Raises `UsageError` or `EncodeError` if the metadata cannot be stored.
         """
         return self._meta
 
@@ -395,7 +395,7 @@ class Running:
         finally:
             self._runs.discard(self._run)
         if raised is not None and exc is not None and not ours and not isinstance(exc, Exception):
-            # A cancellation, or the end of the process, takes precedence over this error.
+            # A cancellation, or the end of the process, takes precedence over ``raised``.
             if not isinstance(raised, TaskRevokedError):
                 logger.warning("the end of task %s was not stored: %s", self.task_id, raised)
             raised = None
@@ -452,7 +452,7 @@ class Running:
         return error
 
     async def _revoked(self) -> TaskRevokedError:
-        """End the run as REVOKED. Returns the error to raise."""
+        """End the run with the state REVOKED. Returns the error to raise."""
         found = await self._store.submit_run_step(RunStep(RunOp.READ, self.task_id))
         error = TaskRevokedError(found.wish or "")
         await self._finish(REVOKED, error)

@@ -13,7 +13,7 @@ __all__ = ["MAX_SECONDS", "Limit", "Seconds", "Timeout", "checked_seconds", "che
 
 #: A duration that a caller may pass: a number of seconds, or a timedelta.
 Seconds: TypeAlias = float | timedelta
-#: A timeout that a caller may pass; ``None`` means no limit.
+#: A timeout that a caller may pass: a number of seconds, or a timedelta. ``None`` means the default, or no limit.
 Timeout: TypeAlias = float | timedelta | None
 
 #: The longest expiry, about 317 years: every server can add it to the present time and still represent the date.

@@ -42,7 +42,7 @@ SUCCESS_HEAD = b'{"status": "SUCCESS"'
 #: The heads of all final states.
 FINAL_HEADS = tuple(f'{{"status": "{state}"'.encode() for state in sorted(READY_STATES))
 
-#: The fields that every meta has. All others are optional.
+#: The fields that every stored meta has. All other fields are optional.
 CORE_FIELDS: Final = frozenset({"status", "result", "traceback", "children", "date_done", "task_id"})
 _KNOWN: Final = ("json", "msgpack", "pickle")
 
@@ -150,7 +150,7 @@ class _OnlyReads(Exception):
 
 
 class Codec:
-    """Writes with one serializer, and reads with all in ``accept``. Refuses more than ``max_result_size`` bytes.
+    """Writes with one serializer, reads with all in ``accept``. Refuses values of more than ``max_result_size`` bytes.
 
     :raises ImproperlyConfigured: a serializer or a compression is unknown, or its package is missing; or ``types`` or
         ``json_default`` make no sense.
@@ -204,7 +204,7 @@ class Codec:
         )
 
     def write_nothing(self, reason: str) -> None:
-        """From now on only read. Every attempt to write raises `ImproperlyConfigured` with ``reason``."""
+        """Only read from now on. Every attempt to write raises `ImproperlyConfigured` with ``reason``."""
 
         def refuse(_: object) -> bytes:
             raise _OnlyReads(reason)
@@ -250,7 +250,7 @@ class Codec:
     def dumps_text(self, value: Any, what: str) -> bytes:
         """Turn ``value`` into one line of ASCII for a browser, in JSON that every parser reads.
 
-        It works even after `write_nothing`. Types that JSON does not have are tagged as in the store. NaN and the
+        This works even after `write_nothing`. Types that JSON does not have are tagged as in the store. NaN and the
         infinities become null, as in JavaScript.
         """
         data = self._written(self._dumps_text, value, what, "json")
@@ -315,7 +315,7 @@ class Codec:
             raise unreadable(what, exc) from exc
 
     def _check_types(self, data: bytes, serializer: str) -> None:
-        """Refuse a dict that looks like a tagged value of kombu's (``__type__``) but is none: no reader can read it."""
+        """Refuse a dict that looks like a tagged value of kombu's (``__type__``) but is not one: no reader reads it."""
         if b"__type__" not in data or serializer == "pickle":
             return
         try:

@@ -10,7 +10,7 @@ framework: the body of the response is an async iterator of bytes, and its heade
             return Response(status_code=400)
         return StreamingResponse(events(stream), headers=HEADERS)
 
-An ``EventSource`` reconnects after every end of the body, and sends the id of the last event that it has got. So each
+An ``EventSource`` reconnects whenever the body ends, and sends the id of the last event that it has got. So each
 chunk carries its cursor as its id, and no other event carries an id. To stop reconnecting, call ``close()`` in the page
 on the event ``end``. An answer such as 204 or 400 also stops it.
 """
@@ -74,7 +74,7 @@ def events(source: OutputStream[Any] | Updates, ping: Seconds = 15.0, retry: int
     :param ping: seconds without an event after which a comment is sent, so that no proxy closes an idle connection; 0
         sends no comments.
     :param retry: milliseconds that the browser waits before it reconnects.
-    :raises BackendError, SerializationError: as ``source`` does. That ends the body, and the browser reconnects.
+    :raises BackendError, SerializationError: ``source`` has raised it. That ends the body, and the browser reconnects.
     :raises UsageError: an argument is of the wrong type.
     """
     if isinstance(retry, bool) or not isinstance(retry, int) or retry < 0:
@@ -102,7 +102,7 @@ async def _events(told: _Told, ping: float | None, retry: int) -> AsyncGenerator
     try:
         yield b"retry: %d\n\n" % retry
         while not told.over:
-            # The step goes on while pings are sent: cancelling it could lose the chunks that it has taken.
+            # The task `step` goes on while pings are sent: cancelling it could lose the chunks that it has taken.
             step = spawn(told.next())
             while not (await asyncio.wait([step], timeout=ping))[0]:
                 yield b": ping\n\n"
@@ -119,7 +119,7 @@ async def _events(told: _Told, ping: float | None, retry: int) -> AsyncGenerator
 
 
 class _Output:
-    """The events of an output."""
+    """Makes the events from a stream of output."""
 
     def __init__(self, stream: OutputStream[Any]) -> None:
         self.over = False
@@ -159,7 +159,7 @@ class _Output:
 
 
 class _States:
-    """The events of the states of a task."""
+    """Makes the events from the states of a task."""
 
     def __init__(self, updates: Updates) -> None:
         self.over = False

@@ -2,8 +2,8 @@
 
 A stream subscribes to a topic of the hub, whose messages announce new chunks and usually carry them. The reader reads a
 page (some entries of the log after its place) when the subscription is confirmed, and after each message whose chunks
-do not fit into its box (see `aioresult.reading`). One `_Tail` per task decodes each message once, for all its readers.
-A slow reader never delays a producer, and takes no memory beyond its box.
+do not fit into its box, the chunks that wait in memory (see `aioresult.reading`). One `_Tail` per task decodes each
+message only once, for all readers. A slow reader never delays a producer, and takes no memory beyond its box.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class _Tail:
                 # its readers get that error when they read it.
                 with suppress(AioResultError):
                     chunks = self._store.loads_chunks(self._task_id, data)
-                data = None  # decoded once, for all followers
+                data = None  # decoded only once, for all followers
             reading.receive(epoch, last, chunks, size)
             follower.wake()
 
@@ -284,7 +284,7 @@ class OutputStream(Following[T], Generic[T]):
             yield [chunk for _, chunk in batch]
 
     async def batch(self) -> list[tuple[str, T]]:
-        """Wait for a chunk, and return all chunks that are there, each with its cursor. Returns ``[]`` at the end.
+        """Wait for a chunk, and return all chunks that have arrived, each with its cursor. Returns ``[]`` at the end.
 
         Use it in a web handler that passes the cursors on, as `aioresult.sse.events` does. Raises the same errors as
         iterating over the stream.
@@ -300,7 +300,7 @@ class OutputStream(Following[T], Generic[T]):
             self._busy = False
 
     async def page(self, limit: int, wait: float) -> OutputPage:
-        """Return at most ``limit`` chunks that are there. If there are none, wait at most ``wait`` seconds for some."""
+        """Return at most ``limit`` chunks that have arrived. If there are none, wait at most ``wait`` seconds."""
         self._begin()
         try:
             await self._something(asyncio.get_running_loop().time() + wait)
@@ -412,7 +412,7 @@ class OutputStream(Following[T], Generic[T]):
             outcome = self._follower.final or await self._store.wait_for(self._task_id, inf)
             if isinstance(outcome, TaskMeta) and outcome.status != self._reading.state:
                 if self._reading.state and not self._reopened:
-                    # Another attempt has ended the task. It may have written its own output since the mark was read.
+                    # Another attempt has ended the task. It may have written output since the end mark was read.
                     self._reopened = True
                     self._reading.reopen()
                     return

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class _Empty(threading.local):
-    """Holds an empty context for each thread: two threads cannot be inside the same context at once."""
+    """Holds an empty context for each thread: two threads cannot use the same context at the same time."""
 
     def __init__(self) -> None:
         self.context: Context = Context()
@@ -51,7 +51,7 @@ class _Empty(threading.local):
 #: alive for as long as it may still be called, and a cancelled timer keeps it until the timer would have been due. So
 #: it must not be the context of a caller.
 EMPTY = _Empty()
-#: Seconds after which the library restarts a task of its own that code outside the library has cancelled.
+#: Seconds after which the library restarts an asyncio task of its own that code outside the library has cancelled.
 RESTART_AFTER = 0.01
 #: After so many seconds of decoding or delivering without an await, the event loop gets a turn.
 TURN = 0.005

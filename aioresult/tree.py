@@ -44,7 +44,7 @@ class ResultBase(ABC):
     _single: ClassVar[bool] = False
 
     id: str | None
-    #: The result that this one follows in a chain.
+    #: The result of the task before this one in a chain; ``None`` if there is none.
     parent: ResultBase | None
 
     def __dir__(self) -> Iterable[str]:
@@ -97,6 +97,8 @@ class ResultBase(ABC):
 
     async def iterdeps(self, intermediate: bool = False) -> AsyncGenerator[tuple[ResultBase | None, ResultBase], None]:
         """Walk the tree of results below this one, breadth first, as ``(parent, node)``.
+
+        Below a result are the results of the tasks that it started, and the members of a group.
 
         :param intermediate: walk past nodes that are not ready, instead of raising `IncompleteStream`.
         :raises CyclicResultError: a task is among its own descendants.

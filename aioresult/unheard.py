@@ -1,4 +1,4 @@
-"""A warning for waits that may never end, because no worker has stored anything under the id for a minute."""
+"""Warns of waits that may never end, because no worker has stored anything under the id for a minute."""
 
 from __future__ import annotations
 

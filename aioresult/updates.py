@@ -73,8 +73,8 @@ class Updates(Following[TaskMeta]):
 
     The first item is the present state. Then each change follows, and the final state is the last item.
 
-    A slow reader gets the newest state and misses the states in between. There is no I/O and no subscription before the
-    first step. With ``async with result.updates() as updates`` the subscription ends with the block.
+    A slow reader gets the newest state and misses the states in between. Before the first step there is no I/O and no
+    subscription. With ``async with result.updates() as updates`` the subscription ends with the block.
     """
 
     def __init__(self, store: UpdateStore, task_id: str, on_lost: str) -> None:
@@ -146,6 +146,6 @@ def _leave(store: UpdateStore, task_id: str, newest: _Newest) -> None:
 
 
 def _likeness(meta: TaskMeta) -> tuple[Any, ...]:
-    """Return a key that is equal for two reads of one stored state. Exceptions never compare equal, so it uses `repr`."""
+    """Return a key that is equal for two reads of one stored state. It uses `repr`: exceptions never compare equal."""
     result = repr(meta.result) if isinstance(meta.result, BaseException) else meta.result
     return meta.status, result, meta.traceback, meta.extra

@@ -38,7 +38,7 @@ class SingleWaiter:
 
     The result or the deadline settles `future`, whichever comes first. The result is the first meta for which
     ``until(meta)`` is true; by default a final one. The deadline is ``timeout`` seconds from now, ``None`` for no
-    deadline. ``what`` names the task in the error.
+    deadline. ``what`` is the name of the task for the text of the error.
     """
 
     __slots__ = ("_timer", "_until", "future")
