@@ -1,4 +1,4 @@
-"""The state of one reader of an output: it turns messages and pages into chunks, in order and without repetition.
+"""The state of one reader of an output: it turns messages and pages into chunks, in order, each exactly once.
 
 The log is what the store keeps of an output. A message announces new chunks of the log, and usually carries them. A
 page is a part of the log that was read. Messages and pages arrive on different connections, in any order. So a reader

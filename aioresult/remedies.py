@@ -69,7 +69,7 @@ def not_an_id(value: object) -> str:
     """Return the text of the error for a ``value`` that is not an id."""
     told = f"an id must be a str or a UUID, not {kind_of(value)}"
     for attribute in ("id", "task_id"):
-        with suppress(Exception):  # it may be a property that raises, as of a detached row of an ORM
+        with suppress(Exception):  # the attribute may be a property that raises, as in a detached row of an ORM
             if isinstance(getattr(value, attribute, None), str):
                 return f"{told}; pass its {attribute}"
     return f"{told}; await it first" if isinstance(value, (Coroutine, asyncio.Future)) else told

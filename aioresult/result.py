@@ -136,7 +136,7 @@ class AsyncResult(LiveResult, Generic[T]):
     # -- looking, without waiting -----------------------------------------------------------------------------------
 
     async def fetch(self) -> TaskMeta:
-        """Read the stored state now. Raises the errors of `aioresult.backends.base.Backend.get_task_meta`."""
+        """Read and return the stored state. Raises the errors of `aioresult.backends.base.Backend.get_task_meta`."""
         meta = await self.backend.get_task_meta(self.id)
         self.set_outcome(meta)
         return meta

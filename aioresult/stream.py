@@ -229,7 +229,7 @@ class Streams:
 
 
 class OutputStream(Following[T], Generic[T]):
-    """Iterates over the chunks of one output, in order: ``async for chunk in result.stream()``.
+    """Iterates over the chunks of one output, in order, each exactly once: ``async for chunk in result.stream()``.
 
     The stream ends when the task has succeeded or its output was closed. If the task failed or was revoked, the stream
     raises the task's own exception after the last chunk. There is no I/O and no subscription before the first step.
