@@ -1,7 +1,7 @@
-"""`Backend`: groups, chords and handles, on top of what workers, readers and operators call.
+"""Defines `Backend`, which adds groups, chords and handles to its base classes.
 
-The base classes have the other coroutines: `worker` those that store results, `reader` those that read and wait, `live`
-those for running tasks, and `operations` those for operators.
+The base classes have the other coroutines: `worker` has those that store results, and `reader` has those that read and
+wait. `live` has those for running tasks, and `operations` has those for operators.
 """
 
 from __future__ import annotations
@@ -67,22 +67,23 @@ class Backend(OperationsSide):
       ``pickle`` runs code that the stored bytes name: accept it only if you trust every program that writes there.
     - ``compression``: ``gzip``, ``bzip2``, ``lzma`` or ``zstd`` for what is written. Reading needs no setting.
     - ``types``: a list of `StoredType`, for instances of your own classes in JSON and msgpack. Writers and readers need
-      the same list. It takes precedence over kombu's types, and these over the built-in types.
-    - ``json_default``: a function as for ``json.dumps(default=)``. JSON and msgpack pass it each value that none of
-      these types fits, and store what it returns; pickle does not call it. See docs/values.md.
+      the same list. These types take precedence over kombu's types, which take precedence over the built-in types.
+    - ``json_default``: a function as for ``json.dumps(default=)``. The JSON and msgpack serializers call it with each
+      value that fits none of these types, and store what it returns. pickle does not call it. See docs/values.md.
     - ``extended``: also store the task's name, arguments, worker, retries and queue.
-    - ``max_result_size``: how many bytes a result may have (128 MiB), checked when it is stored and, after
-      decompression, when it is read. A larger one raises `ResultTooLargeError`.
-    - ``max_pending_bytes``: how many bytes of stores may be queued or in flight (64 MiB). A further store waits until
-      there are fewer.
+    - ``max_result_size``: the largest size of a result in bytes (128 MiB). The size is checked when the result is
+      stored and, after decompression, when it is read. A larger result raises `ResultTooLargeError`.
+    - ``max_pending_bytes``: the most bytes that stores may have queued or in flight (64 MiB). A further store waits
+      until there is room.
 
     Connection:
 
     - ``retry_for``: how many seconds a call retries while the server cannot be reached (30). Then it raises
       `BackendConnectionError`. Calls that wait for a result go on waiting.
-    - ``heartbeat``: seconds between two signs of life (5). A dead connection is noticed within three of them.
-    - ``recheck``: after how many seconds the results that still have waiters are read again, in batches; 0, the
-      default, is never. Needed only where a message can get lost although the connection stands: see
+    - ``heartbeat``: seconds between two signs of life of a connection (5). A dead connection is noticed within three
+      heartbeats.
+    - ``recheck``: seconds after which the results that still have waiters are read again, in batches. With 0, the
+      default, they never are. You need it only where a message can get lost although the connection stands: see
       docs/guarantees.md.
     - ``wait_for_server``: how many seconds `open` keeps trying while the server cannot be reached; with 0, the default,
       it fails at once. Use it for services that start together with their server. If the server answers and refuses,
@@ -96,15 +97,15 @@ class Backend(OperationsSide):
 
     Running tasks:
 
-    - ``lease``: after how many seconds without a sign of life a worker that runs tasks under `running` counts as dead
+    - ``lease``: seconds without a sign of life after which a worker that runs tasks under `running` counts as dead
       (30). Give all processes the same value.
 
     Chords. A chord is a group of tasks, its header, and a callback that runs with their results. Each result is a part
     of the chord. The process that stores the last part claims the callback, and dispatches it.
 
-    - ``chord_lease``: how many seconds the claim lasts without a sign of life (30). Then another process may claim the
-      callback.
-    - ``chord_expires``: how many seconds the parts of a chord are kept after the last one has come; 0 keeps them for
+    - ``chord_lease``: how many seconds a claim lasts without a sign of life of the process that holds it (30). Then
+      another process may claim the callback.
+    - ``chord_expires``: how many seconds the parts of a chord are kept after the last part has come; 0 keeps them for
       ever. ``None``, the default, keeps them as long as results.
     - ``on_chord_ready``: a coroutine function that dispatches the callback of a `ReadyChord`. `mark_as_done`,
       `mark_as_failure`, `mark_as_revoked` and `running` await it if their ``request`` belongs to a chord, and the task
@@ -124,9 +125,10 @@ class Backend(OperationsSide):
     ) -> None:
         """Store the members of a group, so that any process can get them with `restore_group`.
 
-        :param group: a `GroupResult`, a group of Celery's, or the tuple of either.
-        :param expires: how many seconds the group is kept, instead of the backend's ``expires``; 0 for ever. It is kept
-            longer if the result of a member is: of one that was stored with a request that names the group.
+        :param group: a `GroupResult`, a group of Celery's, or what ``as_tuple()`` returns for either.
+        :param expires: how many seconds the group is kept, instead of the backend's ``expires``; 0 for ever. If the
+            result of a member was stored with a request that names the group, the group is kept at least as
+            long as that result.
         :raises UsageError: ``group`` is no group, or holds something that is no result.
         """
         self.check()
@@ -178,10 +180,10 @@ class Backend(OperationsSide):
     async def create_chord(
         self, group: GroupResult | SupportsAsTuple | str | UUID, body: Any = None, size: int | None = None
     ) -> Chord:
-        """Begin a chord: once all tasks of a group are over, one process dispatches the callback with their results.
+        """Begin a chord: when all tasks of a group are over, one process dispatches the callback with their results.
 
-        :param group: the header, a group. It is saved, so that results of nested groups keep their shape. Pass an id
-            alone if you do not know the members yet.
+        :param group: the header, a group of tasks. It is saved, so that results of nested groups keep their shape. Pass
+            an id alone if you do not know the members yet.
         :param body: what is needed to dispatch the callback: any value that can be stored. The process that dispatches
             the callback gets it as `ReadyChord.body`.
         :param size: the number of parts, if it is not the number of members. If you pass an id alone, give the size
@@ -243,7 +245,7 @@ class Backend(OperationsSide):
         )
 
     def chord(self, group_id: str | UUID) -> Chord:
-        """A handle on a chord, from any process. No I/O. Awaiting the handle gives the results of the header."""
+        """Return a handle on a chord, in any process. No I/O. Awaiting it gives the results of the chord's tasks."""
         return self._chords.chord(self._valid_id(group_id))
 
     async def ready_chords(self) -> AsyncGenerator[ReadyChord, None]:
@@ -259,8 +261,8 @@ class Backend(OperationsSide):
 
         It claims each complete chord that no other process has claimed. That includes a chord whose claim has run out
         because the process that held it died. Any number of dispatchers may run at once. The iterator waits while the
-        server is away, however long that lasts. A chord that cannot be read here is logged once as an error, and
-        skipped until it changes.
+        server is away, however long that lasts. If a chord cannot be read here, the iterator logs one error and skips
+        the chord until it changes.
 
         Closing the iterator ends the subscription. `contextlib.aclosing` closes it as soon as you leave the loop.
         """
@@ -270,26 +272,26 @@ class Backend(OperationsSide):
                 yield ready
 
     async def chord_step(self, step: ChordStep) -> ChordState:
-        """Do one atomic step on a chord. For `aioresult.chord`."""
+        """Do one atomic step on a chord. Used by `aioresult.chord`."""
         self.check()
         if self._steps.full:
             await self._steps.wait_for_room()
         return await self._steps.submit(step, size=len(step.part) + len(step.body or b""))
 
     async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
-        """Do many steps in few round trips. The error of a step stands in its place. For `aioresult.chord`."""
+        """Do many steps in few round trips. If a step fails, its error takes its place. Used by `aioresult.chord`."""
         self.check()
         if self._steps.full:
             await self._steps.wait_for_room()
         return await asyncio.gather(*map(self._steps.submit, steps), return_exceptions=True)
 
     async def active_chords(self) -> Sequence[str]:
-        """The ids of the chords that may be complete. For `aioresult.chord`."""
+        """Return the ids of the chords that may be complete. Used by `aioresult.chord`."""
         self.check()
         return [group_id for group_id in await self._call(self._active_chords) if self._is_id(group_id)]
 
     def read_again(self, topic: str) -> None:
-        """Have the hub read ``topic`` again, in its next batch. A topic is what a waiter waits for. For the chords."""
+        """Have the hub read ``topic`` again in its next batch. A topic is what a waiter waits for. Used by chords."""
         if self._loop is not None:
             self._hub.mark_stale(topic)
 
@@ -308,7 +310,7 @@ class Backend(OperationsSide):
     def result(
         self, task_id: str | UUID | SupportsAsTuple, parent: ResultBase | None = None, *, type: Any = None
     ) -> AsyncResult[Any]:
-        """A handle on the result of ``task_id``. No I/O. Awaiting the handle gives the value.
+        """Return a handle on the result of ``task_id``. No I/O. Awaiting the handle gives the value of the task.
 
         :param task_id: the id, or what Celery's ``delay`` or ``apply_async`` returned. A handle made from Celery's
             result keeps its parents. It also keeps what Celery knows already: the value of a task that Celery has run
@@ -320,7 +322,7 @@ class Backend(OperationsSide):
             does so. If the value does not fit, awaiting the handle raises `DecodeError`. See docs/values.md.
         :raises UsageError: ``task_id`` is none of these, or the package cannot convert to that type. Pass a group of
             Celery's to `group`.
-        :raises ImproperlyConfigured: neither package is installed. The message says how to install one.
+        :raises ImproperlyConfigured: neither pydantic nor msgspec is installed. The message says how to install one.
         """
         if isinstance(task_id, (str, UUID)):
             handle: AsyncResult[Any] = AsyncResult(self._valid_id(task_id), self, parent)
@@ -333,10 +335,10 @@ class Backend(OperationsSide):
         results: Iterable[SupportsAsTuple | str | UUID] | SupportsAsTuple,
         id: str | UUID | None = None,
     ) -> GroupResult:
-        """A handle on several results. No I/O. Awaiting the handle gives the list of their values.
+        """Return a handle on several results. No I/O. Awaiting the handle gives the list of their values.
 
         :param results: handles, ids and results of Celery's; or a group of Celery's.
-        :param id: the id of the group. By default it is that of Celery's group, or otherwise a new one.
+        :param id: the id of the group. The default is the id of Celery's group, or a new id for any other group.
         """
         return group_of(results, self, id)
 

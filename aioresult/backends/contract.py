@@ -1,7 +1,7 @@
-"""What the author of a backend implements: the primitives and their guarantees. And the options of all backends.
+"""What the author of a backend implements, the primitives and their guarantees; and the options of all backends.
 
 docs/writing_a_backend.md is the guide. The primitives are the methods with a leading underscore: small operations of
-the store, from which `core` and the modules above it build the public methods.
+the store. `core` and the modules above it build the public methods from them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..urls import hide_password
 
 __all__ = ["BackendContract", "CoreOptions", "Record", "Removal"]
 
-#: No real id is longer. A much longer one would be costly as a key or as the name of a channel.
+#: The longest id. No real id is longer, and a much longer id would be costly as a key or as the name of a channel.
 _MAX_ID_LENGTH = 1024
 
 
@@ -55,26 +55,26 @@ class CoreOptions(TypedDict, total=False):
 
 
 class Removal:
-    """One call of `forget`. It remembers the version of the result, so that a repetition removes no later result."""
+    """One call of `forget`. It keeps the version of the result, so that a repeated attempt removes no later result."""
 
     __slots__ = ("task_id", "version")
 
     def __init__(self, task_id: str) -> None:
         self.task_id: str = task_id
-        #: What `_versions` has returned for the id; ``None`` before that.
+        #: The version of the result that `_versions` has returned; ``None`` until it has returned one.
         self.version: Any = None
 
 
 class BackendContract(ABC):
-    """What the author of a backend implements: the abstract methods, and those optional ones that the store can do.
+    """Declares what the author of a backend implements: all abstract methods, and the optional ones that fit the store.
 
-    The input of a primitive has been checked and gathered into a batch. Primitives run in tasks of the backend, so the
-    cancellation of a caller does not reach them. Each coroutine may raise
+    The input of a primitive has been checked and gathered into a batch. Primitives run in asyncio tasks of the backend,
+    so the cancellation of a caller does not reach them. Each coroutine may raise
 
     - `BackendConnectionError` if a retry may help. The call is repeated for up to ``retry_for`` seconds, so every
       primitive must be idempotent;
-    - any other `BackendError` if a retry will not help. Then the batch is halved until the item that causes the error
-      is alone, unless the error has ``of_server`` set.
+    - any other `BackendError` if a retry will not help. Then the backend halves the batch until the item that causes
+      the error is alone. If the error has ``of_server`` set, the whole batch fails instead.
 
     Many primitives return a sequence with one entry for each item, in order. If an error concerns one item alone, the
     error takes the place of its entry, and the other items are not affected.
@@ -82,12 +82,12 @@ class BackendContract(ABC):
 
     #: The most ids in one fetch or subscription, and the most chord steps in one call.
     fetch_chunk = 500
-    #: The most records in one store, and the most stores that are in flight at once.
+    #: ``store_chunk``: the most records in one store. ``store_parallel``: the most stores that are in flight at once.
     store_chunk = 500
     store_parallel = 2
     #: The most bytes of values in one store, fetch or call of steps, unless a single value is larger.
     chunk_bytes = 16 * 2**20
-    #: Whether another program, such as Celery, may finish a chord that it created, without a message to this library.
+    #: True if another program, such as Celery, may finish a chord that it created and send this library no message.
     chords_beside = False
 
     def __init__(
@@ -151,12 +151,12 @@ class BackendContract(ABC):
         self.codec: Codec = Codec(serializer, accept, compression, max_result_size, types, json_default)
 
     def as_uri(self) -> str:
-        """The URL without the password."""
+        """Return the URL without the password."""
         return hide_password(self._url)
 
     @property
     def store_id(self) -> Hashable:
-        """A key that is equal for backends which keep their results in the same place, as far as this is known."""
+        """Return a key. It is equal for two backends that are known to keep their results in the same place."""
         return self
 
     @abstractmethod
@@ -168,13 +168,13 @@ class BackendContract(ABC):
 
     @abstractmethod
     async def _close(self) -> None:
-        """Close what `_open` and `_subscribe` have opened, even if they failed. Must not raise, and must be quick."""
+        """Close what `_open` and `_subscribe` have opened, even if they failed. Be quick, and do not raise."""
 
     def _abandon(self, forked: bool) -> None:  # noqa: B027 - optional
         """Drop what `_open` and `_subscribe` have opened. Send nothing to the server, and do not use the event loop.
 
-        Called instead of `_close` if the event loop that opened the backend has ended. Called with ``forked`` in a
-        child process. There the sockets belong to the parent, and so does the selector of its event loop.
+        The backend calls it instead of `_close` if the event loop that opened the backend has ended. ``forked`` is true
+        in a child process. There the sockets belong to the parent, and so does the selector of its event loop.
         """
 
     async def _ping(self) -> None:
@@ -195,7 +195,8 @@ class BackendContract(ABC):
         The server itself must decide whether to store a record. It does not store a record in three cases:
 
         - the stored state is SUCCESS;
-        - the record has ``custom`` set, and the stored state is final (SUCCESS, FAILURE or REVOKED);
+        - the record has ``custom`` set (its state is the caller's own, such as PROGRESS), and the stored state is final
+          (SUCCESS, FAILURE or REVOKED);
         - the record has ``only_new`` set, and anything is stored under the id.
 
         If an id occurs twice, the records must take effect one after the other. Returns for each record whether it was
@@ -205,26 +206,27 @@ class BackendContract(ABC):
     def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
         """Send ``record`` to the server within this call and return true; or do nothing and return false.
 
-        Optional, for stores where starting a task costs as much as everything else. The backend tries it when no other
-        store is in flight. If it returns true, it must call ``done`` exactly once, and not before it has returned: with
-        whether the record was stored, or with ``None`` after any failure. After ``None``, `_store` gets the record.
-        Before that call, tell ``self._persistence`` whether the server has replied (`Persistence.reached`,
-        `Persistence.not_reached`). A subclass that overrides `_store` must override this method, too.
+        Optional, for stores where starting an asyncio task costs as much as everything else. The backend tries it when
+        no other store is in flight. If the method returns true, it must call ``done`` later, exactly one time. The
+        argument is true if the record was stored, false if it was not, and ``None`` after any failure. After ``None``,
+        `_store` gets the record. Before calling ``done``, tell ``self._persistence`` whether the server has replied
+        (`Persistence.reached`, `Persistence.not_reached`). A subclass that overrides `_store` must override this
+        method, too.
         """
         return False
 
     def _append_at_once(self, flush: Flush, done: Callable[[int | None], None]) -> bool:
-        """The same as `_store_at_once` for a flush, which is some output of a running task.
+        """Do the same as `_store_at_once` for a flush, which is some output of a running task.
 
-        Call ``done`` with what `_append` would return, or with ``None`` after any failure: then `_append` gets the
-        flush.
+        Call ``done`` with what `_append` would return for the flush, or with ``None`` after any failure. After
+        ``None``, `_append` gets the flush.
         """
         return False
 
     async def _versions(self, task_ids: Sequence[str]) -> Sequence[Any]:
-        """Return a version of the result under each id, which differs from that of any later result.
+        """Return a version of the result under each id, which differs from the version of any later result.
 
-        ``None`` means that nothing is stored. An empty version fits any result.
+        ``None`` means that nothing is stored. An empty version, ``b""``, matches any result.
 
         Optional, for stores where a reply may get lost. Then `_delete` is repeated with the same version, and must not
         remove a result that was stored after its first attempt.
@@ -240,7 +242,7 @@ class BackendContract(ABC):
 
     @abstractmethod
     async def _subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
-        """Subscribe to these ids: call `_received` for every later store of them.
+        """Subscribe to these ids: call `_received` with every result that is stored under them from now on.
 
         Return only after the server has confirmed the subscription. Connect the listener, the connection that carries
         messages, if it is not connected. Call `_listener_lost` whenever it breaks. If an id is subscribed already, have
@@ -265,7 +267,7 @@ class BackendContract(ABC):
         """Remove the group. Do nothing if there is none."""
 
     async def _count_group(self, group_id: str, size: int, expires: float) -> None:  # noqa: B027 - optional
-        """Begin to count how many of the ``size`` members of a saved group are over. Tell members apart by their index.
+        """Begin to count how many of the ``size`` members of a saved group are over. An index identifies a member.
 
         Keep the counts for ``expires`` seconds (0: for ever), and call `_group_news` when they change.
 
@@ -274,25 +276,26 @@ class BackendContract(ABC):
         """
 
     async def _group_size(self, group_id: str) -> int | None:
-        """How many members the group has; ``None`` if its members are not counted."""
+        """Return how many members the group has; ``None`` if its members are not counted."""
         return None
 
     async def _group_counts(self, group_id: str) -> GroupCounts:
-        """How many members of a group are over."""
+        """Return how many members of a group are over, that is, have a final state."""
         return GroupCounts(0, 0)
 
     async def _chord_steps(self, steps: Sequence[ChordStep]) -> Sequence[ChordState | BaseException]:
         """Do each step atomically, and notify the processes that wait for what it has changed.
 
-        Call `_chord_news` in every process that subscribed to the chord if the step completes or finishes it, gives the
-        claim back, or adds the first part that failed. The chords of `aioresult.backends.memory` are the reference.
+        Call `_chord_news` in every process that subscribed to the chord if the step completes or finishes the chord,
+        gives back the claim to its callback, or adds the first part that failed. The chords of
+        `aioresult.backends.memory` are the reference.
 
         Optional, together with `_active_chords`. A store without them keeps results and groups, but counts no chords.
         """
         raise UsageError(f"{type(self).__name__} does not count chords")
 
     async def _active_chords(self) -> Sequence[str]:
-        """The ids of all chords that are complete and not finished. Other chords among them do no harm."""
+        """Return the ids of all chords that are complete and not finished. The ids of other chords do no harm."""
         raise UsageError(f"{type(self).__name__} does not count chords")
 
     # -- optional: running tasks ------------------------------------------------------------------------------------
@@ -322,7 +325,7 @@ class BackendContract(ABC):
     async def _run_steps(self, steps: Sequence[RunStep]) -> Sequence[RunState | BaseException]:
         """Do each step atomically, in order. Notify the subscribers of what it stores, as `_store` does.
 
-        If a REVOKE has the verdict ASKED, call `_revoke_news` in the process of the worker that runs the task.
+        If a step REVOKE gets the verdict ASKED, call `_revoke_news` in the process of the worker that runs the task.
         """
         raise UsageError(f"{type(self).__name__} does not run tasks")
 
@@ -332,9 +335,9 @@ class BackendContract(ABC):
         A lease of 0 ends the worker. ``worker`` is empty in a process that runs no tasks. Returns the server's clock,
         in seconds.
 
-        ``last`` is what the beat before has returned. If it is given, remove the workers whose lease has run out, and
-        call `_worker_news` with each of them in every process that subscribed to it. There are two exceptions, because
-        the reason is then an outage and not a death:
+        ``last`` is what the previous call returned. If it is given, remove the workers whose lease has run out. Call
+        `_worker_news` with each of them in every process that subscribed to it. In two cases the reason is probably an
+        outage of the server, and not the death of a worker:
 
         - If ``last`` is more than half a lease ago, remove no worker.
         - If the lease of a worker ran out longer than ``lease`` seconds ago, extend it by half a lease instead.
@@ -342,7 +345,7 @@ class BackendContract(ABC):
         raise UsageError(f"{type(self).__name__} does not run tasks")
 
     async def _alive(self, workers: Sequence[str]) -> Sequence[bool]:
-        """Whether each worker is alive: its lease has not run out."""
+        """Return for each worker whether it is alive, that is, whether its lease has not run out."""
         raise UsageError(f"{type(self).__name__} does not run tasks")
 
     async def _cleanup(self) -> int:
@@ -372,7 +375,7 @@ class BackendContract(ABC):
         return task_id
 
     def _is_id(self, text: str) -> bool:
-        """Whether ``text`` is a valid id. It comes from the server, where other programs may write, too."""
+        """True if ``text`` is a valid id. The text comes from the server, where other programs may write, too."""
         try:
             self._valid_id(text)
         except UsageError:
@@ -380,7 +383,9 @@ class BackendContract(ABC):
         return True
 
     def _encode(self, meta: TaskMeta) -> Any:
-        """Make of ``meta`` what is stored. It is called once for each store, so an error reaches that caller alone."""
+        """Convert ``meta`` to the form that is stored. It is called for one store at a time, so an error reaches only
+        the caller of that store.
+        """
         return self.codec.encode(meta)
 
     def _decode(self, task_id: str, stored: Any) -> TaskMeta:
@@ -393,9 +398,9 @@ class BackendContract(ABC):
         return self.codec.loads(payload, f"group {group_id}")
 
     def _payload_size(self, payload: Any) -> int:
-        """The size in bytes of what `_encode` has returned."""
+        """Return the size in bytes of what `_encode` has returned."""
         return len(payload) if isinstance(payload, bytes) else 0
 
     def _stored_size(self, stored: Any) -> int:
-        """The size in bytes of what `_fetch` has returned for one id."""
+        """Return the size in bytes of what `_fetch` has returned for one id."""
         return len(stored) if isinstance(stored, bytes) else 0

@@ -1,4 +1,4 @@
-"""What every backend makes of its primitives: batches, retries, one hub, and opening and closing.
+"""Adds to a backend's primitives what all backends share: batches, retries, one hub, and opening and closing.
 
 A *primitive* is a method that the author of a backend writes; see `contract`. A *topic* is what a waiter waits for: a
 task id, or a text that begins with NUL and stands for a chord, an output, a group or workers.
@@ -55,24 +55,24 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 T = TypeVar("T")
 
-#: The most calls in flight at once, of those that cannot be batched.
+#: The most calls in flight at once, if they are of a kind that cannot be batched.
 _PARALLEL_CALLS = 8
 #: The most seconds that `_say_goodbye` may take.
 _GOODBYE = 1.0
 #: How many ids go into the first read, while the size of the values is unknown.
 _FIRST_READ = 100
-#: From one read to the next, the estimated size of a value shrinks at most to this fraction: one eighth.
+#: The estimated size of a value shrinks at most by this factor from one read to the next.
 _ESTIMATE_SINKS = 8
 
 
 class BackendCore(BackendContract):
-    """What every backend shares, below the public coroutines of `aioresult.backends.base.Backend`."""
+    """Has what every backend shares, below the public coroutines of `aioresult.backends.base.Backend`."""
 
     def __init__(self, url: str = "", **options: Unpack[CoreOptions]) -> None:
         super().__init__(url, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = self._pid = 0
-        #: Settled when the present call of `open` or `aclose` ends; ``None`` if there is no such call.
+        #: A future that is done when the running call of `open` or `aclose` ends; ``None`` if there is no such call.
         self._changing: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._was_closed = False
@@ -85,18 +85,18 @@ class BackendCore(BackendContract):
 
     @property
     def is_open(self) -> bool:
-        """Whether the backend is open in this process."""
+        """True if the backend is open in this process."""
         return self._loop is not None and self._pid == os.getpid() and not self._loop.is_closed()
 
     # -- what authors call ------------------------------------------------------------------------------------------
 
     def _received(self, task_id: str, stored: Any) -> None:
-        """A backend calls this with each result that arrives as a message. ``stored`` has the form of `_fetch`."""
+        """A backend calls this with each result that arrives as a message. ``stored`` is as `_fetch` returns it."""
         if self._hub.has_waiters(task_id):
             self._hub.receive(task_id, *self._finding(task_id, stored))
 
     def _chord_news(self, group_id: str, ready: bool) -> None:
-        """A backend calls this with each message about a chord. ``ready``: there may be a callback to dispatch."""
+        """A backend calls this with each message about a chord. If ``ready``, a callback may wait to be dispatched."""
         self._hub.mark_stale(CHORD_TOPIC + group_id)
         if ready and self._is_id(group_id):
             self._notify_topic(READY_TOPIC, group_id)
@@ -153,7 +153,7 @@ class BackendCore(BackendContract):
         self._thread, self._pid = get_ident(), os.getpid()
         try:
             while not await self._opened():
-                await uncancelled(self._close)  # the attempt was cancelled from outside, but the caller was not
+                await uncancelled(self._close)  # other code cancelled the asyncio task of `_opened`, not this caller
             if self._opening is None:  # `aclose` was called
                 raise self._closed()
             self._start(loop)
@@ -168,7 +168,7 @@ class BackendCore(BackendContract):
         return self
 
     async def _opened(self) -> bool:
-        """Open in a task with an empty context. Returns false if other code cancelled that task, and not the caller."""
+        """Open in an asyncio task with an empty context. False if other code cancelled that task and not the caller."""
         opening = self._opening = spawn(connect_patiently(self))
         try:
             await opening
@@ -283,7 +283,7 @@ class BackendCore(BackendContract):
         if forked or loop.is_closed():
             self._was_closed = True
             self._abandon(forked)
-            # Kept alive as long as the backend: if its tasks and transports were collected, they would use their loop.
+            # Keep them as long as the backend: if its tasks and transports were collected, they would use their loop.
             self._left_behind = (self.__dict__.copy(), getattr(self, "_left_behind", None)) if forked else None
             self._loop = self._changing = self._opening = None
 
@@ -332,14 +332,14 @@ class BackendCore(BackendContract):
     # -- what the batchers and the hub run --------------------------------------------------------------------------
 
     def _outage(self, error: BackendConnectionError) -> None:
-        """Fail the calls that are still queued with ``error``: the server has been away for ``retry_for`` seconds."""
+        """Make the queued calls raise ``error``, because the server has been away for ``retry_for`` seconds."""
         for batcher in self._batchers:
             batcher.fail_queued(twin(error))
 
     async def _call(self, operation: Callable[[], Awaitable[T]], key: Hashable = None) -> T:
         """Await ``operation()``, and retry it while the server is away. For calls that cannot be batched.
 
-        A task of the backend runs it, and `aclose` ends that task. Calls with the same ``key`` run in order.
+        An asyncio task of the backend runs it, and `aclose` ends that task. Calls with the same ``key`` run in order.
         """
         return cast("T", await self._calls.submit(partial(self._persistence.call, operation), key))
 
@@ -427,7 +427,7 @@ class BackendCore(BackendContract):
         return found
 
     async def _decode_into(self, found: list[Finding | None], task_ids: Sequence[str], stored: Sequence[Any]) -> None:
-        """Decode, and give the event loop a turn every few milliseconds."""
+        """Decode ``stored`` into ``found``, and give the event loop a turn every few milliseconds."""
         now = asyncio.get_running_loop().time
         pause_at = now() + TURN
         for task_id, value in zip(task_ids, stored, strict=True):
@@ -437,7 +437,7 @@ class BackendCore(BackendContract):
                 pause_at = now() + TURN
 
     async def _read_topics(self, topics: Sequence[str]) -> Sequence[Finding | None]:
-        """The same as `_read`, for topics of which some are not tasks."""
+        """Do the same as `_read`, for a list of topics that are not all task ids."""
         tasks = [topic for topic in topics if not topic.startswith("\x00")]
         chords = [topic for topic in topics if topic.startswith(CHORD_TOPIC)]
         found: dict[str, Finding | None] = dict(zip(tasks, await self._read(tasks) if tasks else (), strict=True))
@@ -454,7 +454,7 @@ class BackendCore(BackendContract):
         return [found[topic] for topic in topics]
 
     def _finding(self, task_id: str, stored: Any) -> Finding:
-        """The meta in ``stored``, or the error in its place; and its mark, which is equal for equal stored bytes."""
+        """Return the meta in ``stored``, or an error instead; and a mark, which is equal for equal stored bytes."""
         if isinstance(stored, BaseException):
             return _as_error(stored), None
         try:
@@ -468,7 +468,7 @@ class BackendCore(BackendContract):
 
 
 class _HubSource:
-    """The part of a backend that the hub uses; see `aioresult.hub.Source`."""
+    """Gives the hub the part of a backend that it uses; see `aioresult.hub.Source`."""
 
     def __init__(self, backend: BackendCore) -> None:
         self.subscribe = backend._subscribe

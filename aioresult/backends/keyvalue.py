@@ -1,4 +1,4 @@
-"""`KeyValueStoreBackend`: results, groups and notifications on a store that has keys, values and channels.
+"""Defines `KeyValueStoreBackend`, the base of backends on a store that has keys, values and channels.
 
 The keys are Celery's (``celery/backends/base.py``: ``BaseKeyValueStoreBackend``). Each key is also the name of a
 channel: every result that is stored under the key is published there. An author implements six methods; `Write`
@@ -26,7 +26,7 @@ __all__ = ["KeyValueStoreBackend", "Op", "Write", "output_message", "sibling"]
 
 
 class Op(enum.Enum):
-    """What a `Write` does. Each operation is atomic and idempotent."""
+    """The operation that a `Write` does. Each operation is atomic and idempotent."""
 
     #: Store and publish, unless the stored value is a success (`Codec.is_success`).
     PUT_UNLESS_SUCCESS = enum.auto()
@@ -36,8 +36,8 @@ class Op(enum.Enum):
     PUT_IF_ABSENT = enum.auto()
     #: Store, and publish nothing.
     PUT = enum.auto()
-    #: Keep the stored value for at least ``expires`` more seconds. A store that counts the members of groups also notes
-    #: that the member at the index ``member`` is over.
+    #: Keep the stored value for at least ``expires`` more seconds. If the store counts the members of groups, it also
+    #: counts the member with the index ``member`` as over.
     EXTEND = enum.auto()
     #: Remove. With a ``value``, remove only if the stored value still has that version (`Backend._versions`).
     DELETE = enum.auto()
@@ -51,15 +51,17 @@ class Write(NamedTuple):
     value: bytes = b""
     #: Seconds to live from now; 0 for ever.
     expires: float = 0.0
-    #: `Op.EXTEND`: the index of the group's member that is over, ``None`` to count nothing.
+    #: For `Op.EXTEND`: the index of the group's member that is over, ``None`` to count nothing.
     member: int | None = None
-    #: `Op.EXTEND`: whether that member has failed.
+    #: For `Op.EXTEND`: true if that member has failed.
     failed: bool = False
 
 
 class KeyValueStoreBackend(Backend):
-    """The base of backends on a key-value store. Further option: ``global_keyprefix``, put before every key and
-    channel; for a store that several applications share.
+    """The base of backends on a key-value store.
+
+    It has one further option, ``global_keyprefix``: a text before every key and channel. Use it if several
+    applications share the store.
 
     For authors: implement six methods, `_open`, `_close`, `_get`, `_write`, `_listen` and `_unlisten`, under the rules
     of `Backend`. Call `_published` with each message that arrives.
@@ -70,9 +72,9 @@ class KeyValueStoreBackend(Backend):
 
     For running tasks implement `_append`, `_pages`, `_run_steps`, `_beat` and `_alive`, and publish
 
-    - with each flush, the bytes of `output_message`, on the channel ``sibling(key, ".out")``;
-    - when a run must stop, the id of the run, on the channel of its worker;
-    - when a worker has died or shut down, its id, on ``_workers_channel``.
+    - with each flush (some output of a task), the bytes of `output_message`, on the channel ``sibling(key, ".out")``;
+    - when a run (one attempt of a task) must stop, the id of the run, on the channel of its worker;
+    - when a worker has died or shut down, the worker's id, on ``_workers_channel``.
     """
 
     def __init__(self, url: str = "", *, global_keyprefix: str = "", **options: Unpack[BackendOptions]) -> None:
@@ -84,25 +86,27 @@ class KeyValueStoreBackend(Backend):
         self._group_prefix = f"{global_keyprefix}celery-taskset-meta-"
         self._task_channel = self._task_prefix.encode()
         self._group_channel = self._group_prefix.encode()
-        #: The channel that announces completed chords, and the key of the set of chords that may be complete.
+        #: One name for two things. The channel announces completed chords. The key holds the set of the chords that may
+        #: be complete.
         self._ready_channel = f"{global_keyprefix}aioresult-chords"
         self._announcements = self._ready_channel.encode()
-        #: The key of the workers' leases, and the channel that announces workers that have died or shut down.
+        #: One name for two things. The key holds the leases of the workers, which say until when each counts as alive.
+        #: The channel announces the workers that have died or shut down.
         self._workers_channel = f"{global_keyprefix}aioresult-workers"
         self._worker_prefix = f"{global_keyprefix}aioresult-worker-"
-        #: The subscribed channels that are not those of results or chords → the topic of each. A topic is the hub's
-        #: name for what its waiters wait for: the id of a task, or a prefix that begins with NUL and an id. The name of
-        #: such a channel may look like that of a result: the output of task "{a}" has "celery-task-meta-{a}.out".
+        #: Channel → topic, for the subscribed channels that carry neither results nor chords. A topic is the hub's name
+        #: for what its waiters wait for: the id of a task, or a prefix that begins with NUL and an id. Such a channel
+        #: may look like that of a result: the output of task "{a}" has the channel "celery-task-meta-{a}.out".
         self._routes: dict[bytes, str] = {}
 
     @property
     def store_id(self) -> Hashable:
-        """What identifies the store: the class, the URL and the prefix."""
+        """Return what identifies the store: the class, the URL and the prefix."""
         return type(self), self.as_uri(), self._task_prefix
 
     @abstractmethod
     async def _get(self, keys: Sequence[str]) -> Sequence[bytes | BaseException | None]:
-        """The value of each key, ``None`` if there is none, or the error that concerns this key alone."""
+        """Return the value of each key, ``None`` if there is none, or the error that concerns this key alone."""
 
     @abstractmethod
     async def _write(self, writes: Sequence[Write]) -> Sequence[bool | BaseException]:
@@ -113,11 +117,11 @@ class KeyValueStoreBackend(Backend):
 
     @abstractmethod
     async def _listen(self, channels: Sequence[str]) -> Mapping[str, Exception] | None:
-        """Subscribe to channels; otherwise as `Backend._subscribe`."""
+        """Subscribe to channels, by the same rules as `Backend._subscribe`."""
 
     @abstractmethod
     async def _unlisten(self, channels: Sequence[str]) -> None:
-        """Unsubscribe from channels; otherwise as `Backend._unsubscribe`."""
+        """Unsubscribe from channels, by the same rules as `Backend._unsubscribe`."""
 
     def _published(self, channel: bytes, value: bytes) -> None:
         """Pass a message on to its waiters. A backend calls this with each message that arrives."""
@@ -131,10 +135,10 @@ class KeyValueStoreBackend(Backend):
             self._chord_news(_text(value), ready=True)
 
     def _routed(self, topic: str, value: bytes) -> bool:
-        """Pass on a message about a running task or a group. False if it is not one.
+        """Pass on a message about a running task or a group, and return true. Return false for any other message.
 
-        Any client may publish on the channel. And the output of task "{a}" has the same channel as the result of task
-        "{a}.out".
+        Other messages arrive here, too: any client may publish on the channel. And the output of task "{a}" has the
+        same channel as the result of task "{a}.out".
         """
         if topic.startswith(OUTPUT_TOPIC):
             cursor, _, data = value.partition(b" ")
@@ -175,7 +179,8 @@ class KeyValueStoreBackend(Backend):
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
         writes = list(map(self._put, records))
-        # A group lives at least as long as its members. This is a separate write: the two keys may be in two slots.
+        # A group lives at least as long as its members. This is a separate write, because the keys of the group and of
+        # the result may be in two slots of a Redis Cluster.
         groups = [
             Write(self._group_key(record.group_id), Op.EXTEND, b"", record.expires, record.group_index, record.failed)
             for record in records
@@ -238,13 +243,16 @@ class KeyValueStoreBackend(Backend):
         return value["result"]
 
 
-#: How the topics in `KeyValueStoreBackend._routes` begin. Without its last space, the prefix of one worker's topic is
-#: also that of the topic of all workers.
+#: The topics in `KeyValueStoreBackend._routes` begin with these prefixes. Without its last space, the prefix of one
+#: worker's topic is also the prefix of the topic of all workers.
 _ROUTED = (OUTPUT_TOPIC, WORKER_TOPIC.rstrip(), GROUP_TOPIC)
 
 
 def output_message(epoch: int, last: int, data: bytes) -> bytes:
-    """The message about a flush: its place, and the chunks if they are short. Readers fetch long chunks themselves."""
+    """Return the message about a flush: its place in the log, and the chunks if they are short.
+
+    Readers fetch longer chunks themselves.
+    """
     return b"%d-%d %s" % (epoch, last, data if len(data) <= _MESSAGE_BYTES else b"")
 
 
@@ -253,11 +261,11 @@ _MESSAGE_BYTES = 16 * 2**10
 
 
 def sibling(key: str, suffix: str) -> str:
-    """The name of a further key that belongs to ``key``. Both keys are in the same hash slot of a Redis Cluster.
+    """Return the name of a further key that belongs to ``key``. A Redis Cluster keeps both in the same hash slot.
 
     Redis Cluster takes the slot from the text between the first "{" and the next "}". If there is no such text, or it
-    is empty, it takes the whole key (Redis Cluster specification, "Hash tags"). Braces in the id or the prefix are
-    allowed for. Only for a key such as "a}b" no other name is in its slot; there the two keys may be in two slots.
+    is empty, it takes the whole key (Redis Cluster specification, "Hash tags"). The id and the prefix may contain
+    braces. Only for a key such as "a}b" there is no other name in its slot, so the two keys may be in two slots.
     """
     start = key.find("{")
     end = key.find("}", start + 1) if start >= 0 else -1

@@ -35,7 +35,7 @@ class LiveSide(ReaderSide):
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         super()._start(loop)
-        #: Keeps the lease of this process as a worker, and watches the workers of the tasks that are waited for.
+        #: Renews the lease by which this worker counts as alive, and watches the workers of the awaited tasks.
         self.liveness: Liveness = Liveness(self)
         self._streams = Streams(self)
         self._running = Runs(self)
@@ -60,19 +60,21 @@ class LiveSide(ReaderSide):
         """Run a task in this process: ``async with backend.running(task_id) as task``. The call itself does no I/O.
 
         Entering stores STARTED. Inside, ``task.progress(…)`` and ``task.output.send(…)`` publish news of the task, and
-        ``task.value = …`` sets its result. Leaving stores how the body ended, in one step with the end of the output:
+        ``task.value = …`` sets its result. Leaving stores how the body, the code inside ``async with``, has ended. The
+        end of the output is stored in the same step:
 
-        - the body ended: SUCCESS, also if a revoke cancelled the body and the body went on to its end.
-        - it raised: FAILURE. With `aioresult.Retry`, or Celery's: RETRY, and the next attempt writes the output.
-        - `revoke` cancelled it: REVOKED. `TaskRevokedError` is raised in place of the cancellation.
-        - anything else cancelled it, such as a shutdown, or it raised Celery's Ignore or Reject: nothing is stored, and
-          the next attempt starts from the beginning.
+        - the body came to its end: SUCCESS, even if a revoke has cancelled it before.
+        - the body raised an exception that is not named below: FAILURE.
+        - the body raised `aioresult.Retry`, or Celery's ``Retry``: RETRY. The next attempt writes the output.
+        - `revoke` cancelled the body: REVOKED. `TaskRevokedError` is raised in place of the cancellation.
+        - anything else cancelled the body, such as a shutdown, or the body raised Celery's ``Ignore`` or ``Reject``:
+          nothing is stored, and the next attempt starts from the beginning.
 
         Each attempt is a run of its own. If a queue delivers a task twice, the run that started last decides the
-        outcome. Of an older run only a success counts.
+        outcome. An older run counts only if it succeeds.
 
-        :param request: what is known of the task; see `store_result`. The task is counted for its chord. If the task
-            fails, the tasks after it in its chain fail, too.
+        :param request: what is known of the task; see `store_result`. If it names a chord, the task counts as a part of
+            the chord. If the task fails, the tasks after it in its chain fail, too.
         :param track: store STARTED, with the process id and the host name, as Celery's ``task_track_started``.
         :param expires: seconds to keep the result, instead of the backend's default; 0 for ever.
         :param output_expires: seconds to keep the output; by default as long as results are kept.
@@ -118,9 +120,10 @@ class LiveSide(ReaderSide):
         """Call ``function(*args, **kwargs)`` inside `running`, and return its value.
 
         ``function`` is a coroutine function. A plain function works, too: it runs in the event loop and blocks it.
-        Inside the function `aioresult.current_task` is the task.
+        Inside the function, `aioresult.current_task` returns this task.
 
-        :param if_done: with ``"skip"`` a task that has succeeded before is not run again: its stored value is returned.
+        :param if_done: with ``"skip"``, a task that has succeeded before is not run again: its stored value is
+            returned.
         :raises Exception: what the function raises. For the other errors see `running`.
         """
         if if_done not in ("run", "skip"):
@@ -150,9 +153,9 @@ class LiveSide(ReaderSide):
         Inside `running` use ``task.output`` instead. If two producers open the output of one task, the producer that
         opened it last writes it. The other producer gets `OutputSuperseded`.
 
-        :param keep: how much of the output the log keeps; ``Keep(chunks=10_000, bytes=4 * 2**20)`` by default.
-        :param on_full: what happens when the log is full. ``"trim"`` drops the oldest chunks; ``"fail"`` raises
-            `OutputFull`.
+        :param keep: how much of the output is kept; ``Keep(chunks=10_000, bytes=4 * 2**20)`` by default.
+        :param on_full: what happens when the output has grown to this limit. ``"trim"`` drops the oldest chunks;
+            ``"fail"`` raises `OutputFull`.
         :param expires: seconds to keep the output after its last chunk; by default as long as results are kept.
         """
         self.check()
@@ -200,7 +203,10 @@ class LiveSide(ReaderSide):
         return found.verdict is not Verdict.DONE
 
     async def unless_lost(self, task_id: str, waiting: Coroutine[Any, Any, T]) -> T:
-        """Await ``waiting``. Raises `WorkerLostError` as soon as the worker of the task is lost. Used by handles."""
+        """Await the coroutine ``waiting``, and return its result. Used by handles.
+
+        Raises `WorkerLostError` as soon as the worker that runs the task is lost.
+        """
         interruption, liveness = Interruption(), self.liveness
         interruption.enter()
         try:
@@ -217,11 +223,11 @@ class LiveSide(ReaderSide):
         return result
 
     async def group_size(self, group_id: str) -> int | None:
-        """The number of members of a saved group; ``None`` if the store does not count them. Used by handles."""
+        """Return the number of members of a saved group; ``None`` if the store does not count them. Used by handles."""
         return await self._call(partial(self._group_size, self._valid_id(group_id)))
 
     async def group_counts(self, group_id: str) -> GroupCounts:
-        """How many members of such a group are over. Used by handles."""
+        """Return how many members of a saved group are over. Used by handles."""
         return await self._call(partial(self._group_counts, self._valid_id(group_id)))
 
     # -- for `aioresult.output`, `stream`, `running` and `liveness` -------------------------------------------------
@@ -239,30 +245,30 @@ class LiveSide(ReaderSide):
         return self.codec.loads_chunks(data, f"the output of task {task_id}")
 
     def append(self, flush: Flush) -> asyncio.Future[int]:
-        """Append a flush to the log. The future brings its epoch there."""
+        """Append a flush, some output of a task, to the log of the task. The future's result is the log's epoch."""
         self.check()
         return self._appends.submit(flush, flush.task_id, len(flush.data))
 
     async def page(self, request: PageRequest) -> Page:
-        """Read a page of the log."""
+        """Read a page of the log, the stored output of a task."""
         return await self._page_reads.submit(request)
 
     def submit_run_step(self, step: RunStep) -> asyncio.Future[RunState]:
-        """Do a step. The steps of one task are done in the order in which they were submitted."""
+        """Do a step of a run. The steps of one task are done in the order in which they were submitted."""
         self.check()
         size = 0 if step.record is None else self._payload_size(step.record.payload)
         return self._runs.submit(step, step.task_id, size)
 
     async def run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
-        """Do many steps. The error of a step is returned in its place."""
+        """Do many steps of runs. If a step fails, its error takes the place of its state."""
         return await asyncio.gather(*map(self.submit_run_step, steps), return_exceptions=True)
 
     async def beat(self, worker: str, lease: float, last: float | None = None, persist: bool = False) -> float:
-        """Give a sign of life. It is retried only with ``persist``, because a late beat is of no use."""
+        """Renew the lease of ``worker``. A failed call is retried only with ``persist``: a late beat is of no use."""
         if persist:
             return await self._call(partial(self._beat, worker, lease, last))
         return await self._beat(worker, lease, last)
 
     async def alive(self, workers: Sequence[str]) -> Sequence[bool]:
-        """Whether each worker's lease is still valid."""
+        """Return for each worker whether its lease is still valid."""
         return await self._call(partial(self._alive, workers))

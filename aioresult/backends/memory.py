@@ -38,7 +38,8 @@ class _Chord:
     def __init__(self) -> None:
         self.run = ""
         self.size: int | None = None
-        #: The outcomes of the header's tasks, in order of arrival; by the id of the task and its index in the header.
+        #: The encoded outcomes of the header's tasks, in order of arrival. The key is the task's id and its index in
+        #: the header, which is the group of tasks that the callback waits for.
         self.parts: dict[tuple[str, int | None], bytes] = {}
         self.body: bytes | None = None
         self.failure: bytes | None = None
@@ -48,7 +49,7 @@ class _Chord:
         self.expires_at = -math.inf
 
     def take(self, step: ChordStep) -> tuple[ChordState, bool]:
-        """Do the step. Returns the state after it, and whether the waiters must be notified."""
+        """Do the step. Returns the state after it, and true if the waiters must be notified."""
         op, now, news, claimed = step.op, monotonic(), False, False
         mine = self.token == step.token != ""
         if self.done:
@@ -71,7 +72,7 @@ class _Chord:
                     if claimed:
                         self.token, self.claimed_until = step.token, now + step.lease
                 elif mine and op in (ChordOp.RELEASE, ChordOp.FINISH):
-                    # The lease may have run out: no other process has claimed the chord since.
+                    # The lease may have run out. That does no harm: no other process has claimed the chord since.
                     self.claimed_until, news = 0.0, True
                     if op is ChordOp.FINISH:
                         self.done, self.body, self.size, claimed = True, None, len(self.parts), True
@@ -113,7 +114,7 @@ class MemoryStore:
         self.chords: dict[str, _Chord] = {}
         #: The output of each running task, by the key of its result.
         self.logs: dict[str, Log] = {}
-        #: The note of the last run of each running task, by the key of its result.
+        #: What the store knows of the last run of each running task, by the key of the task's result.
         self.notes: dict[str, Note] = {}
         #: When the lease of each worker ends. A worker without a valid lease counts as dead.
         self.workers: dict[str, float] = {}
@@ -122,7 +123,7 @@ class MemoryStore:
         self._queue: list[tuple[float, str]] = []
 
     def get(self, key: str) -> bytes | None:
-        """The value, unless it has expired."""
+        """Return the value; ``None`` if there is no value or it has expired."""
         return self.values.get(key) if self._expiry.get(key, monotonic() + 1) > monotonic() else None
 
     def put(self, key: str, value: bytes, expires: float) -> None:
@@ -133,7 +134,7 @@ class MemoryStore:
             self._expire(key, expires)
 
     def extend(self, key: str, expires: float) -> bool:
-        """Keep the value for at least ``expires`` seconds from now, 0 for ever. False if there is no value."""
+        """Keep the value for at least ``expires`` seconds from now, 0 for ever. Return false if there is no value."""
         if self.get(key) is None:
             return False
         if not expires:
@@ -148,18 +149,18 @@ class MemoryStore:
         self._compact()
 
     def _compact(self) -> None:
-        """Rebuild the queue once most of its entries are stale: their values were replaced, extended or removed."""
+        """Rebuild the queue of expiries if most entries are stale: their values were replaced, extended or removed."""
         if len(self._queue) > 2 * len(self._expiry) + 100:
             self._queue = [(until, key) for key, until in self._expiry.items()]
             heapq.heapify(self._queue)
 
     def seconds_left(self, key: str) -> float | None:
-        """The seconds until the value expires; ``None`` if it never does."""
+        """Return the seconds until the value expires; ``None`` if it never does."""
         until = self._expiry.get(key)
         return None if until is None else until - monotonic()
 
     def delete(self, key: str) -> bool:
-        """Remove the value, and the output and the note of its task. False if there was no value."""
+        """Remove the value, and the output and the note of its task. Return false if there was no value."""
         self.logs.pop(key, None)
         self.notes.pop(key, None)
         self._expiry.pop(key, None)
@@ -167,9 +168,9 @@ class MemoryStore:
         return self.values.pop(key, None) is not None
 
     def purge(self, thoroughly: bool = False) -> int:
-        """Remove what has expired, and return how many entries that was.
+        """Remove the entries that have expired, and return their number.
 
-        Chords, logs and notes are looked through only when many of them have come since the last time, or with
+        Chords, outputs and notes of runs are looked through only if many have been added since the last time, or with
         ``thoroughly``.
         """
         removed, now = 0, monotonic()
@@ -197,7 +198,9 @@ def _drop(kept: dict[str, _Kept], now: float) -> int:
 
 
 class MemoryBackend(KeyValueStoreBackend):
-    """``memory://``. Further option: ``store``, a `MemoryStore` to share; without it the backend makes its own.
+    """Keeps results in this process. The URL is ``memory://``.
+
+    It has one further option, ``store``: a `MemoryStore` to share. Without it, the backend makes a store of its own.
 
     Results survive `aclose`: they live as long as the backend object or the store.
     """
@@ -219,7 +222,7 @@ class MemoryBackend(KeyValueStoreBackend):
 
     @property
     def store_id(self) -> Hashable:
-        """The store and the prefix."""
+        """Return what identifies the store: the `MemoryStore` and the prefix."""
         return id(self.store), self._task_prefix
 
     async def _open(self) -> None:
@@ -278,7 +281,7 @@ class MemoryBackend(KeyValueStoreBackend):
         self._messages.append((channel, value))
 
     def _deliver_some(self) -> None:
-        """Deliver messages for a few milliseconds. The event loop has its turn before the rest is delivered."""
+        """Deliver messages for a few milliseconds. Then the event loop has a turn before the rest is delivered."""
         pause_at = monotonic() + TURN
         while self._messages:
             self._deliver(*self._messages[0])
@@ -363,7 +366,7 @@ class MemoryBackend(KeyValueStoreBackend):
         return Page(self._is_final(key), *log.page(request))
 
     def _is_final(self, key: str) -> bool:
-        """Whether the task is over. A result that cannot be decoded counts as final, so that its readers learn why."""
+        """True if the task is over. A result that cannot be decoded counts as final, so that its readers learn why."""
         current = self.store.get(key)
         try:
             return current is not None and self.codec.is_final(current)
@@ -426,6 +429,6 @@ class MemoryBackend(KeyValueStoreBackend):
 
 
 def _current(kept: dict[str, _Kept], key: str, now: float) -> _Kept | None:
-    """The entry under ``key``, or ``None`` if there is none or it has expired."""
+    """Return the entry under ``key``; ``None`` if there is none or it has expired."""
     found = kept.get(key)
     return found if found is not None and found.expires_at > now else None

@@ -1,4 +1,4 @@
-"""The operator's side of a backend: is the server there, and what is going on."""
+"""The operator's side of a backend: `ping` checks the server, and `stats` shows what the backend is doing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .live import LiveSide
 
 __all__ = ["OperationsSide"]
 
-#: How long a ping may take.
+#: How many heartbeats a ping may take.
 _HEARTBEATS: Final = 3
 
 
@@ -21,9 +21,9 @@ class OperationsSide(LiveSide):
     """What health checks and metrics call; see `aioresult.backends.base.Backend`."""
 
     async def ping(self) -> float:
-        """The latency in seconds of one round trip to the server, made now and without retries.
+        """Make one round trip to the server, now and without retries. Return how many seconds it took.
 
-        For health checks. A lost connection is made anew. Concurrent calls share a round trip.
+        Use it for health checks. A lost connection is made anew. Concurrent calls share a round trip.
 
         :raises BackendConnectionError: the server cannot be reached, or does not answer within three heartbeats.
         :raises BackendRefusedError: the server answers, and refuses.
@@ -39,10 +39,10 @@ class OperationsSide(LiveSide):
             raise error from None
 
     def stats(self) -> BackendStats:
-        """What the backend is doing at this moment. No I/O.
+        """Return what the backend is doing at this moment. No I/O.
 
         Call it in the thread of the backend's event loop. It may be called while the backend is closed, too. It counts
-        the ids that are waited for one by one: ten thousand take about a millisecond.
+        the awaited ids one by one: ten thousand ids take about a millisecond.
         """
         if not self.is_open:
             return _CLOSED
@@ -64,7 +64,7 @@ class OperationsSide(LiveSide):
         )
 
 
-#: Of a backend that is not open.
+#: What `OperationsSide.stats` returns for a backend that is not open.
 _CLOSED = BackendStats(
     is_open=False,
     connected=False,

@@ -51,7 +51,7 @@ class ReaderSide(WorkerSide):
         return metas
 
     async def get_outcomes(self, task_ids: Iterable[str | UUID]) -> list[Outcome]:
-        """The same as `get_many`, but if a result cannot be read, its error takes its place and nothing is raised."""
+        """Do the same as `get_many`, but raise nothing for a result that cannot be read: its error takes its place."""
         self.check()
         outcomes: list[Outcome] = []
         for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
@@ -68,7 +68,7 @@ class ReaderSide(WorkerSide):
         return [self._valid_id(task_id) for task_id in task_ids]
 
     async def exists(self, task_id: str | UUID) -> bool:
-        """Whether anything is stored under ``task_id``, even a pending state, or a result that cannot be read."""
+        """True if anything is stored under ``task_id``, even a pending state, or a result that cannot be read."""
         self.check()
         try:
             return await self._fetches.submit(self._valid_id(task_id)) is not None
@@ -81,8 +81,8 @@ class ReaderSide(WorkerSide):
         Otherwise it raises the same errors as `get_task_meta`, but it waits while the server is away.
 
         :param timeout: how long to wait, in seconds or as a `timedelta`. ``None`` means ``default_timeout``, infinity
-            means for ever, and 0 looks once without waiting. A timeout of less than a second may take up to one second
-            longer: it ends with a read of the store, so that a stored result is not missed.
+            means for ever, and 0 reads the store without waiting. A timeout of less than a second may take up to one
+            second longer: it ends with a read of the store, so that a stored result is not missed.
         :param must_exist: raise `TaskNotFoundError` at once if nothing is stored under the id.
         :raises TimeoutError: the task was not over in time. The task itself goes on.
         :raises BackendClosedError: the backend was closed during the wait.
@@ -114,10 +114,10 @@ class ReaderSide(WorkerSide):
             waiter.stop()
 
     async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None:
-        """Wait for a chord by its topic, which is its id in the hub. For handles.
+        """Wait for a chord by its topic, which is the chord's name in the hub. Used by handles.
 
-        When the waiter's timeout ends, this reads the store once more and returns what it finds. With ``patient`` it
-        raises `TimeoutError` instead.
+        When the waiter's timeout ends, this method reads the store once more and returns what it finds. With
+        ``patient`` it raises `TimeoutError` instead.
         """
         self.check()
         self._hub.watch(topic, waiter)
@@ -155,7 +155,7 @@ class ReaderSide(WorkerSide):
             self._hub.unwatch(str(task_id), waiter)
 
     def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None:
-        """The same as `watch` for a topic of the hub that is not a task. For chords and running tasks."""
+        """Do the same as `watch` for a topic of the hub that is not a task id. Used by chords and running tasks."""
         self.check()
         self._hub.watch(topic, waiter, read_first)
 

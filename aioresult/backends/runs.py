@@ -1,4 +1,4 @@
-"""What a store keeps of a running task: the log of its output and the note of its run.
+"""What a store keeps of a running task: the log (its output) and the note (what is known of its last run).
 
 The memory backend uses these classes. For authors of other backends they are the reference of what a `Flush`
 (`aioresult.log`) and a `RunStep` (`aioresult.run`) do. They do no I/O, and take the time from the caller.
@@ -20,7 +20,7 @@ __all__ = ["Log", "Note", "superseded"]
 
 
 class Log:
-    """The output of one task. The entries are in order of ``last``; all of them have the same epoch."""
+    """The output of one task. All entries have one epoch, the number of an attempt, and are in order of ``last``."""
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque()
@@ -30,11 +30,11 @@ class Log:
 
     @property
     def top(self) -> Place:
-        """The end of the log; `START` if nothing was written."""
+        """Return the end of the log; `START` if nothing was written."""
         return Place(self.entries[-1].epoch, self.entries[-1].last) if self.entries else START
 
     def take(self, flush: Flush, now: float) -> tuple[int, bool]:
-        """Write the flush. Returns the epoch of the log, and whether the message about the flush must be published.
+        """Write the flush. Returns the epoch of the log, and true if the message about the flush must be published.
 
         ``now`` is the time of day, in seconds. Raises `OutputSuperseded` if the log has a newer epoch.
         """
@@ -61,11 +61,12 @@ class Log:
         return epoch, news
 
     def end(self, own: Place | None, void: bool) -> Place | None:
-        """The place after which an end mark goes; ``None`` if no mark is needed. An end mark says how the output ended.
+        """Return the place after which an end mark goes; ``None`` if no mark is needed.
 
-        This is ``own``, the end of the run's output, unless the log holds the output of a newer run and that output is
-        ``void``, because the older run has succeeded. Then the mark gets a new epoch. From the new epoch the readers
-        and the producer of the void output learn that it is void.
+        An end mark says how the output ended. Usually the place is ``own``, the end of the run's own output. There is
+        one exception: the log holds the output of a newer run, and that output is ``void`` because the older run has
+        succeeded. Then the mark gets a new epoch. From the new epoch, the readers and the producer of the void output
+        learn that it is void.
         """
         top = self.top
         if not void or (own is not None and top.epoch <= own.epoch):
@@ -73,7 +74,7 @@ class Log:
         return None if self.entries and self.entries[-1].state else Place(top.epoch + 1, 0)
 
     def page(self, request: PageRequest) -> tuple[tuple[Entry, ...], bool, Place]:
-        """The entries after a place, whether there are more, and the end of the log."""
+        """Return the entries after a place, whether there are more, and the end of the log."""
         after = request.after
         if after is None:
             return tuple(self.entries)[-1:], False, self.top
@@ -87,21 +88,21 @@ class Taken(NamedTuple):
     verdict: Verdict
     #: The record to store and publish.
     store: Record | None = None
-    #: The state of the end mark to write after the output of the step; empty for none.
+    #: The state of the end mark to write after the output of the step; empty for no end mark.
     mark: str = ""
-    #: Whether the output of a newer run is void, because this run has succeeded; see `Log.end`.
+    #: True if the output of a newer run is void, because this run has succeeded; see `Log.end`.
     void: bool = False
-    #: Whether to tell the worker of the run that the run must stop.
+    #: True if the worker of the run must be told to stop the run.
     tell: bool = False
 
 
 class Note:
-    """What the store knows of the last run of a task that started."""
+    """What the store knows of one run of a task: the run that started last."""
 
     def __init__(self) -> None:
         self.run: str = ""
         self.worker: str = ""
-        #: Whether that run has ended.
+        #: True if that run has ended.
         self.over: bool = True
         #: The request to stop the task: the record of REVOKED to store, or ``None`` if there is no request.
         self.wish: Record | None = None
@@ -110,7 +111,7 @@ class Note:
         self.expires_at: float = math.inf
 
     def take(self, step: RunStep, status: str | None, same: bool) -> Taken:
-        """Do the step. ``status`` is the stored state; ``same`` says whether it is the step's own record."""
+        """Do the step. ``status`` is the stored state; ``same`` is true if the step's own record is stored already."""
         others = self.run not in ("", step.run)
         match step.op:
             case RunOp.START:
@@ -142,7 +143,7 @@ class Note:
         if step.state != SUCCESS:
             if others:
                 return Taken(Verdict.SUPERSEDED)
-            if self.run and self.over:  # a repetition of this step; or a revoke has ended the run of a dead worker
+            if self.run and self.over:  # the caller repeats this step, or a revoke has ended the run of a dead worker
                 if status == REVOKED != step.state:
                     return Taken(Verdict.REVOKED)
                 return Taken(Verdict.STORED if same else Verdict.KEPT)
@@ -175,7 +176,7 @@ class Note:
         return Taken(Verdict.REVOKED, None if status in (SUCCESS, REVOKED) else self.wish, mark=REVOKED)
 
     def state(self, verdict: Verdict) -> RunState:
-        """The state of the note after a step with this verdict."""
+        """Return the state of the note after a step with this verdict."""
         under_way = (self.run, self.worker) if not self.over else ("", "")
         return RunState(verdict, *under_way, None if self.wish is None else self.reason)
 
@@ -190,5 +191,5 @@ def _put(record: Record | None, status: str | None, same: bool) -> Taken:
 
 
 def superseded(task_id: str) -> OutputSuperseded:
-    """The error for a producer whose output another producer has taken over."""
+    """Return the error for a producer whose output another producer has taken over."""
     return OutputSuperseded(f"another attempt of task {task_id} now writes its output; stop this attempt")

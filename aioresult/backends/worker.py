@@ -35,7 +35,7 @@ from .core import BackendCore, CoreOptions
 
 __all__ = ["BackendOptions", "WorkerSide", "as_tuple", "check_state", "checked_count", "checked_index"]
 
-#: Far beyond any real chord, and small enough for the scores of Redis, which are floats.
+#: The most parts of a chord: far beyond any real chord, and small enough for the scores of Redis, which are floats.
 _MAX_PARTS = 10**15
 #: The width of the column ``status`` in Celery's table.
 _MAX_STATE_LENGTH = 50
@@ -115,7 +115,7 @@ class WorkerSide(BackendCore):
         return await self._submit(self.record(task_id, value, state, traceback, request, expires, meta=meta))
 
     def _must_wait(self) -> bool:
-        """Whether the caller must wait before it stores more, because too much is queued. Raises as `check` does."""
+        """True if the caller must wait before it stores more, because too much is queued. Raises as `check` does."""
         self.check()
         return self._writes.full
 
@@ -135,7 +135,7 @@ class WorkerSide(BackendCore):
     ) -> Record:
         """Check and encode what `store_result` stores. Raises the same errors.
 
-        This comes before queueing, so that a mistake in one call does not affect the other calls of its batch.
+        The check happens before the record is queued, so that a mistake in one call does not affect the other calls.
         """
         task_id = self._valid_id(task_id)
         custom = state not in ALL_STATES if isinstance(state, str) else True
@@ -163,7 +163,7 @@ class WorkerSide(BackendCore):
         return Record(task_id, payload, seconds, only_new, group_id, custom, index, state in PROPAGATE_STATES)
 
     def _extra_fields(self, request: Any) -> dict[str, Any]:
-        """The optional fields, in Celery's order (``Backend._get_result_meta``)."""
+        """Return the optional fields, in Celery's order (``Backend._get_result_meta``)."""
         extra: dict[str, Any] = {}
         for field, attribute in (("group_id", "group"), ("parent_id", "parent_id")):
             if value := getattr(request, attribute, None):
@@ -292,7 +292,7 @@ class WorkerSide(BackendCore):
         return kept
 
     async def follow_up(self, task_id: str, state: str, value: Any, request: Any, expires: Seconds | None) -> None:
-        """Count an ended task as a part of its chord, and fail the rest of its chain. For `aioresult.running`."""
+        """Count an ended task as a part of its chord, and fail the rest of its chain. Used by `aioresult.running`."""
         if request is None:
             return
         part = self._part_of(request, task_id)
@@ -360,9 +360,9 @@ class WorkerSide(BackendCore):
         return kept
 
     def _part_of(self, request: Any, task_id: str | UUID) -> _Part | None:
-        """The part of a chord that the request describes; ``None`` if it describes none.
+        """Return the part of a chord that the request describes; ``None`` if it describes none.
 
-        Called before anything is stored, because it raises `UsageError` for a request that makes no sense.
+        Call this before anything is stored, because it raises `UsageError` for a request that makes no sense.
         """
         if not self._count_requests:
             return None
@@ -374,7 +374,7 @@ class WorkerSide(BackendCore):
         return _Part(self._valid_id(group_id), self._valid_id(task_id), checked_index(index), body)
 
     def _parts_of(self, own: _Part | None, links: Sequence[Any]) -> list[_Part | None]:
-        """The parts of chords that a task and the links of its chain are; ``None`` for one that is no part."""
+        """Return the chord parts of a task and of each link of its chain; ``None`` for a task that is in no chord."""
         return [own, *(self._part_of(link, self._valid_id(link.id)) for link in links)]
 
     async def _return_part(self, part: _Part, state: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The Redis backend: `backend` has the class, `connection` a single connection, `scripts` the Lua scripts."""
+"""The Redis backend: `backend` has the class, `connection` has one connection, and `scripts` has the Lua scripts."""
 
 from .backend import RedisBackend
 

@@ -43,13 +43,14 @@ T = TypeVar("T")
 
 
 class RedisBackend(RunningTasks):
-    """``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://`` or ``redis+socket://``.
+    """Keeps results in Redis 6.2 or later, or in Valkey.
 
-    The server must be Redis 6.2 or later, or Valkey. ``valkey://`` and ``valkeys://`` mean the same as ``redis://`` and
-    ``rediss://``. The query of the URL takes redis-py's connection options: ``?protocol=2``, ``?client_name=web``,
-    ``?socket_connect_timeout=3``, ``?ssl_ca_certs=/etc/ca.pem``. Certificates are verified unless the query has
-    ``?ssl_cert_reqs=none``. ``?credential_provider=package.module.Class`` names a `redis.CredentialProvider`, which
-    provides the user name and the password.
+    The URL is ``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://`` or
+    ``redis+socket://``. ``valkey://`` and ``valkeys://`` mean the same as ``redis://`` and ``rediss://``. The query of
+    the URL takes redis-py's connection options: ``?protocol=2``, ``?client_name=web``, ``?socket_connect_timeout=3``,
+    ``?ssl_ca_certs=/etc/ca.pem``. Certificates are verified unless the query has ``?ssl_cert_reqs=none``.
+    ``?credential_provider=package.module.Class`` names a `redis.CredentialProvider`, which provides the user name and
+    the password.
 
     Further options:
 
@@ -60,8 +61,8 @@ class RedisBackend(RunningTasks):
       of its header's tasks, are kept in the order in which they arrive. Celery's workers need the same setting.
     """
 
-    # Small batches, many in flight at once. The connection is pipelined: a batch need not wait for the one before it.
-    # The callers in the first batch continue while the server works on the others.
+    # Use small batches, and many in flight at once. The connection is pipelined: a batch need not wait for the batch
+    # before it. The callers in the first batch continue while the server works on the others.
     store_chunk = 50
     store_parallel = 20
     chunk_bytes = 2**20
@@ -90,9 +91,9 @@ class RedisBackend(RunningTasks):
 
     @property
     def store_id(self) -> Hashable:
-        """What identifies the store: the class, the server, the database and the prefix.
+        """Return what identifies the store: the class, the server, the database and the prefix.
 
-        It is equal for ``redis://`` and ``valkey://``.
+        The returned value is the same for ``redis://`` and ``valkey://``.
         """
         place = resolved_url(self._connection_class, self._connection_options)
         return type(self), place, self._task_prefix
@@ -115,7 +116,7 @@ class RedisBackend(RunningTasks):
         self._commands = self._listener = None
 
     async def _connect(self) -> RedisConnection:
-        """The connection for commands; a lost one is replaced. Callers at the same time share one attempt."""
+        """Return the connection for commands, or a new one if it is lost. Concurrent callers share one attempt."""
         if self._commands is None or self._commands.closed:
             if self._commands is not None:
                 await self._commands.close()
@@ -182,7 +183,7 @@ class RedisBackend(RunningTasks):
             raise error
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | BaseException | None]:
-        # Not MGET: it needs all keys in one slot, and would block the server while it copies all the values.
+        # Do not use MGET: it needs all keys in one slot, and would block the server while it copies all the values.
         replies = await self._execute([("GET", key) for key in keys])
         return [
             self._refusal(reply, BackendGetMetaError, f"read {key}") if isinstance(reply, hiredis.ReplyError) else reply
@@ -231,7 +232,7 @@ class RedisBackend(RunningTasks):
         return True
 
     async def _judged(self, write: Write, reply: Any) -> bool | BaseException:
-        """The outcome of ``write``. The reply may be an error, or a stored value that only the codec can read."""
+        """Return the outcome of ``write``. ``reply`` may be an error, or a value that only the codec can read."""
         try:
             while isinstance(reply, bytes) and write.op in _JUDGED:
                 stays = self.codec.is_final if write.op is Op.PUT_UNLESS_FINAL else self.codec.is_success
@@ -243,7 +244,7 @@ class RedisBackend(RunningTasks):
         return bool(reply)
 
     async def _replace(self, write: Write, current: bytes) -> Any:
-        """Store over ``current``, which the script could not read. The server compares its digest, and then sets."""
+        """Replace ``current``, a value that the script could not read. The server first compares its digest."""
         digest = hashlib.sha1(current).hexdigest()  # noqa: S324 - Redis has only SHA-1; it is not used for security
         (reply,) = await self._execute([_command(write, digest)])
         return reply
@@ -274,7 +275,7 @@ class RedisBackend(RunningTasks):
     async def _count_group(self, group_id: str, size: int, expires: float) -> None:
         *_, total = count_keys(self._group_key(group_id))
         (outcome,) = await self._write([Write(total, Op.PUT, str(size).encode(), expires)])
-        # The user may have rights to results and groups alone. Then waiters count the results themselves.
+        # The user may have rights to results and groups, but not to the counts. Then waiters count the results.
         if isinstance(outcome, BaseException) and not isinstance(outcome, BackendRefusedError):
             raise outcome
 

@@ -33,7 +33,7 @@ Command: TypeAlias = tuple[str | bytes | int, ...]
 WAITERS_FIRST: Final[Command] = ("PING",)
 
 _NOT_ENOUGH: Final = object()
-#: The annotation in hiredis allows only tuples of one element.
+#: A cast, because the annotation in hiredis allows only tuples of one element.
 _pack = cast("Callable[[Command], bytes]", pack_command)
 
 #: Replies that mean "not now": the server is starting or busy, has lost its master role, or has lost a script that was
@@ -45,14 +45,15 @@ _REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "UNAUTHORIZED")
 _OF_A_LONE_USER = "; for a password without a user name write redis://:password@host, with a colon before the password"
 
 
-#: Before Redis 7, the text of an error in a script begins with its line: "@user_script: 12: -READONLY You can't …".
+#: In Redis before version 7, an error in a script begins with its line: "@user_script: 12: -READONLY You can't …".
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
-#: A command in a script for which the user has no right; the code of that error is "ERR". The second is Redis before 7.
+#: How the error reads, with the code "ERR", if the user has no right to a command in a script. The second text is that
+#: of Redis before version 7.
 _NO_RIGHT_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
 def code_of(error: BaseException) -> str:
-    """The first word of an error reply, which tells its kind, such as ``"NOAUTH"``."""
+    """Return the first word of an error reply, which tells its kind, such as ``"NOAUTH"``."""
     text = str(error)
     found = _IN_SCRIPT.search(text)
     code = found[1] if found else text.partition(" ")[0].rstrip(":")
@@ -78,7 +79,7 @@ def translate(error: BaseException, where: str) -> BackendError:
 
 
 def _tls_hint(link: AbstractConnection, error: BaseException) -> str:
-    """A hint for the message of ``error``, if its cause may be that only one side uses TLS; otherwise empty."""
+    """Return a hint for the message of ``error`` if perhaps only one side uses TLS; otherwise an empty text."""
     kinds = {type(error), type(error.__context__)}
     cut = ConnectionResetError in kinds or "closed by server" in str(error)
     if not isinstance(link, SSLConnection):
@@ -105,8 +106,8 @@ class RedisConnection(asyncio.Protocol):
 
     ``where`` names the server in errors. ``heartbeat`` is in seconds: after that much silence the connection pings the
     server, and a server that leaves anything unanswered for twice as long counts as dead. ``on_message`` is called with
-    the channel and the value of each published message. ``on_lost`` is called once with the reason when the connection
-    is lost, but not after `close`.
+    the channel and the value of each published message. ``on_lost`` is called one time, with the reason, when the
+    connection is lost, but not after `close`.
     """
 
     def __init__(
@@ -130,11 +131,11 @@ class RedisConnection(asyncio.Protocol):
         self._heard_at = self._asked_at = self._loop.time()
         self._unsent = 0
         self._timer: asyncio.TimerHandle | None = None
-        #: Whether replies are left that arrived, and that the last turn of the event loop had no time for.
+        #: True if replies have arrived that the last turn of the event loop had no time to handle.
         self._behind = False
 
     async def connect(self, link: AbstractConnection) -> None:
-        """Connect with redis-py's ``link``, and take over its transport.
+        """Connect ``link``, a connection object of redis-py, and take over its transport.
 
         Raises `BackendConnectionError` if the server cannot be reached or is not ready, and `BackendRefusedError` if it
         refuses.
@@ -179,7 +180,7 @@ class RedisConnection(asyncio.Protocol):
     def _look_through(self) -> None:
         """Handle the replies that have arrived, for a few milliseconds.
 
-        If more are left, they wait for the next turn of the event loop, and nothing more is read until then.
+        If there are more replies, the next turn of the event loop handles them. Nothing more is read until then.
         """
         gets, on_message, time = self._reader.gets, self._on_message, self._loop.time
         pause_at = time() + TURN
@@ -240,7 +241,7 @@ class RedisConnection(asyncio.Protocol):
         return await self.begin(commands)
 
     async def request_many(self, command: Command, replies: int) -> list[Any]:
-        """Send one command that gets several replies (SUBSCRIBE), or one error. Otherwise as `request`."""
+        """Send one command that gets several replies (SUBSCRIBE), or one error. Otherwise do the same as `request`."""
         await self._writing()
         return await self._post(_pack(command), replies, one_command=True)
 
@@ -253,11 +254,11 @@ class RedisConnection(asyncio.Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether `begin` may be called: the connection is open, and its write buffer is not full."""
+        """True if `begin` may be called: the connection is open, and its write buffer is not full."""
         return not self.closed and self._writable.is_set()
 
     def begin(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
-        """Send the commands before this returns; otherwise as `request`. The future must not be cancelled."""
+        """Send the commands before this returns; otherwise do as `request`. The future must not be cancelled."""
         return self._post(b"".join(map(_pack, commands)), len(commands))
 
     def _post(self, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
@@ -274,7 +275,7 @@ class RedisConnection(asyncio.Protocol):
         """Ping a silent server, and give up one that does not answer.
 
         A dead server is noticed within three heartbeats: one of silence, and two without an answer to the ping. So each
-        call schedules the next one for the moment when either is due. Calls at fixed intervals would be late for both.
+        call schedules the next call for the moment when one of the two is due. Calls at fixed intervals would be late.
         """
         now, unsent = self._loop.time(), self._transport.get_write_buffer_size()
         if unsent < self._unsent:
@@ -314,7 +315,7 @@ class RedisConnection(asyncio.Protocol):
             self._timer.cancel()
 
     def abandon(self) -> None:
-        """Drop the socket without the event loop: that loop has ended, or belongs to the parent process."""
+        """Drop the socket without using the event loop, which has ended or belongs to the parent process."""
         self._on_lost = None
         self._stop_timer()
         self.closed = True
@@ -330,7 +331,7 @@ class RedisConnection(asyncio.Protocol):
 
 
 def take_over(link: AbstractConnection, protocol: asyncio.Protocol) -> asyncio.Transport:
-    """The transport of a connected redis-py connection, with ``protocol`` in place of redis-py's reader.
+    """Return the transport of a connected redis-py connection, and put ``protocol`` in place of redis-py's reader.
 
     This is the only use of a private attribute of redis-py: the stream writer, which has the transport (5.0.1 to 8.1;
     the attribute has had this name since the asyncio client came in 4.2). All replies of the handshake have arrived, so

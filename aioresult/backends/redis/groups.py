@@ -12,17 +12,17 @@ __all__ = ["count_keys", "extend_command", "milliseconds"]
 
 
 def count_keys(group: str) -> tuple[str, str, str]:
-    """The keys that belong to a group: the bits of succeeded members, the bits of failed ones, and the size."""
+    """Return the keys that belong to a group: the bits of succeeded members, those of failed members, and the size."""
     return sibling(group, ".ok"), sibling(group, ".bad"), sibling(group, ".n")
 
 
 def extend_command(group: str, expires: float, index: int | None = None, failed: bool = False) -> Command:
-    """The command that keeps a group for at least ``expires`` seconds, and notes that a member is over."""
+    """Return the command that keeps a group for at least ``expires`` seconds, and counts a member that is over."""
     member = ("", 0) if index is None else (index, int(failed))
     return ("EVALSHA", EXTEND, 1, group, milliseconds(expires), *member, *count_keys(group))
 
 
 @lru_cache(maxsize=64)  # the argument is nearly always the same
 def milliseconds(seconds: float) -> int:
-    """``seconds`` in milliseconds, for Redis; at least 1. 0 stays 0, which means "for ever"."""
+    """Return ``seconds`` in milliseconds, for Redis; at least 1. 0 stays 0, which means "for ever"."""
     return max(1, round(seconds * 1000)) if seconds else 0

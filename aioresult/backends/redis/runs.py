@@ -34,8 +34,9 @@ NOT_TOLD = "AIORESULT"
 
 #: The greatest value of each half of a stream id: a half has 64 bits.
 _GREATEST = 2**64 - 1
-#: How the JSON of every meta begins, and how many of its first bytes suffice to tell a final state.
+#: The JSON of every meta begins with this text.
 _HEAD = b'{"status": "'
+#: So many first bytes of that JSON suffice to tell a final state.
 _HEAD_BYTES = len(FINAL_HEADS[0])
 _BEGIN: Command = ("MULTI",)
 
@@ -56,15 +57,16 @@ class RunningTasks(KeyValueStoreBackend):
 
     @abstractmethod
     def _refusal(self, reply: hiredis.ReplyError, kind: type[BackendError], what: str) -> BackendError:
-        """The error for one operation that the server refuses. ``what`` names the operation."""
+        """Return the error for one operation that the server refuses. ``what`` names the operation."""
 
     @abstractmethod
     def _at_once(
         self, commands: Sequence[Command], outcome: Callable[[list[Any]], T | None], done: Callable[[T | None], None]
     ) -> bool:
-        """Send the commands before this returns. False if no connection can take them now; then nothing was sent.
+        """Send the commands before this method returns, and return true. Return false if no connection can take them.
 
-        Later ``done`` is called with the outcome of the replies, or with ``None`` if there was any trouble.
+        If it returns true, it calls ``done`` later with the outcome of the replies, or with ``None`` if there was any
+        trouble. If it returns false, nothing was sent.
         """
 
     # -- the log ----------------------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ class RunningTasks(KeyValueStoreBackend):
     async def _why_aborted(
         self, part: Sequence[Command], queued: Sequence[Any], reply: hiredis.ReplyError
     ) -> hiredis.ReplyError:
-        """The error because of which the server did not execute a transaction."""
+        """Return the error because of which the server did not execute a transaction."""
         for command, earlier in zip(part, queued, strict=False):
             if isinstance(earlier, hiredis.ReplyError):
                 told = command[0] != "PUBLISH" or code_of(earlier) != "NOPERM"
@@ -119,7 +121,7 @@ class RunningTasks(KeyValueStoreBackend):
         return reason
 
     def _appended(self, flush: Flush, reply: Any) -> int | BaseException:
-        """The outcome of a flush. ``reply`` is the epoch, 0 if another run has the output, or the log's last entry."""
+        """Return the outcome. ``reply`` is the epoch, 0 if another run has the output, or the log's last entry."""
         if isinstance(reply, hiredis.ReplyError):
             return self._refusal(reply, BackendStoreError, f"append to the output of task {flush.task_id}")
         if isinstance(reply, int):
@@ -127,7 +129,7 @@ class RunningTasks(KeyValueStoreBackend):
         return superseded(flush.task_id) if top_of(reply).epoch > flush.epoch else flush.epoch
 
     async def _pages(self, requests: Sequence[PageRequest]) -> list[Page | BaseException]:
-        # Unless this backend writes plain JSON, the first bytes of a result do not tell its state: read the whole.
+        # Unless this backend writes plain JSON, the first bytes of a result do not tell its state: read all of them.
         pages = await self._read_pages(requests, whole=not self.codec.plain)
         if doubtful := [index for index, page in enumerate(pages) if page is None]:
             for index, page in zip(
@@ -135,7 +137,7 @@ class RunningTasks(KeyValueStoreBackend):
             ):
                 pages[index] = page
         found = [page for page in pages if page is not None]
-        # If there is nothing after a place, the reader needs the end of the log: the place may no longer be in it.
+        # If no entry comes after a place, the reader needs the end of the log: the place may no longer be in it.
         beyond = [
             (index, request, page)
             for index, (request, page) in enumerate(zip(requests, found, strict=True))
@@ -153,9 +155,9 @@ class RunningTasks(KeyValueStoreBackend):
         return found
 
     async def _read_pages(self, requests: Sequence[PageRequest], whole: bool) -> list[Page | BaseException | None]:
-        """A page for each request. An empty page lacks the end of the log.
+        """Return a page for each request. A page without entries lacks the end of the log.
 
-        It is ``None`` if only the ``whole`` result tells the task's state, and only its first bytes were read.
+        A page is ``None`` if the first bytes of the result do not tell the task's state, and ``whole`` is false.
         """
         commands: list[Command] = []
         for request in requests:
@@ -190,7 +192,7 @@ class RunningTasks(KeyValueStoreBackend):
         return self._refusal(reply, BackendGetMetaError, f"read the output of task {request.task_id}")
 
     def _is_final(self, stored: Any, whole: bool) -> bool | hiredis.ReplyError | None:
-        """Whether the task is over; ``None`` if ``stored`` is not the ``whole`` value and does not tell."""
+        """True if the task is over; ``None`` if ``stored`` is not the ``whole`` value and does not tell."""
         if isinstance(stored, hiredis.ReplyError):
             return stored
         if not stored:
@@ -239,7 +241,7 @@ class RunningTasks(KeyValueStoreBackend):
 
     async def _stepped(self, step: RunStep, reply: Any) -> RunState | BaseException:
         try:
-            while isinstance(reply, bytes):  # the stored value, of which only the codec can read the state
+            while isinstance(reply, bytes):  # the reply is the stored value, because only the codec can read its state
                 status = self.codec.status(reply)
                 digest = hashlib.sha1(reply).hexdigest()  # noqa: S324 - Redis has only SHA-1; not used for security
                 known = status if status in READY_STATES else ""
@@ -275,9 +277,10 @@ class RunningTasks(KeyValueStoreBackend):
 
 
 def flush_commands(key: str, flush: Flush) -> list[Command]:
-    """The commands that write a flush to the log of the result ``key``. The last reply tells the outcome.
+    """Return the commands that write a flush to the log of the result ``key``. The last reply tells the outcome.
 
-    A flush that opens the output is a script, any other a transaction. A flush without data only reads the log's end.
+    A flush that opens the output is a script, and any other is a transaction. A flush without data only reads the end
+    of the log.
     """
     out = sibling(key, ".out")
     ttl = None if flush.expires is None else milliseconds(flush.expires)
@@ -307,7 +310,7 @@ def _range(out: str, request: PageRequest) -> Command:
 
 
 def top_of(reply: Any) -> Place:
-    """The end of a log, from the reply to `last_of`."""
+    """Return the end of a log, from the reply to the command of `last_of`."""
     if not reply:
         return START
     epoch, last = reply[0][0].split(b"-")
@@ -315,7 +318,7 @@ def top_of(reply: Any) -> Place:
 
 
 def _entry(task_id: str, place: bytes, fields: Sequence[bytes]) -> Entry:
-    """An entry of the log. Raises `DecodeError` for an entry of another program that is not one of ours."""
+    """Return an entry of the log. Raises `DecodeError` for an entry in a form that this library never writes."""
     given = dict(zip(fields[::2], fields[1::2], strict=True))
     try:
         epoch, last = map(int, place.split(b"-"))

@@ -34,7 +34,7 @@ _OCSP: Final = ("ssl_validate_ocsp", "ssl_validate_ocsp_stapled", "ssl_ocsp_cont
 #: Scheme → redis-py's name for it.
 _SCHEMES: Final = {"socket": "unix", "valkey": "redis", "valkeys": "rediss"}
 _FALSE: Final = frozenset({"", "0", "f", "false", "n", "no"})
-#: Arguments that say which server and which database.
+#: Arguments that select the server or the database.
 _PLACE: Final = frozenset({"host", "port", "path", "db"})
 
 
@@ -43,7 +43,7 @@ class _MalformedUrl(ValueError):
 
 
 def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[AbstractConnection], dict[str, Any]]:
-    """The class and the arguments of redis-py's connection for ``url``. The ``given`` arguments take precedence.
+    """Return the class and the arguments of redis-py's connection for ``url``. ``given`` takes precedence.
 
     :raises ImproperlyConfigured: redis-py does not take an argument; the message names it.
     """
@@ -56,7 +56,7 @@ def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[Abstrac
                 raise ValueError("a credential provider replaces the user name and the password; pass only one of them")
         _checked_tls(options)
         if issubclass(connection_class, SSLConnection) and options.get("ssl_cert_reqs", "required") != "none":
-            options.setdefault("ssl_check_hostname", True)  # redis-py before 6 accepts the certificate of any host
+            options.setdefault("ssl_check_hostname", True)  # before version 6, redis-py accepts any host's certificate
         for name in ("protocol", "db"):
             if name in options:
                 options[name] = int(options[name])
@@ -73,7 +73,7 @@ def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[Abstrac
 
 
 def url_options(url: str) -> dict[str, Any]:
-    """The arguments that ``url`` itself gives. ``connection_class`` is among them unless it is the plain class.
+    """Return the arguments that ``url`` gives. ``connection_class`` is among them unless it is the plain class.
 
     :raises ValueError: the URL is malformed. The message quotes nothing that may be a password.
     """
@@ -102,7 +102,7 @@ def url_options(url: str) -> dict[str, Any]:
 
 
 def _cut_password(url: str) -> bool:
-    """Whether an unescaped character has cut the user name or the password in two.
+    """True if an unescaped character has cut the user name or the password in two.
 
     An ``@`` is allowed in the value of an option, and in the path of a unix socket.
     """
@@ -114,14 +114,14 @@ def _cut_password(url: str) -> bool:
 
 
 def _halves(url: str) -> tuple[str, str]:
-    """The part of the URL before the path, which has the user name and the password; and the rest."""
+    """Return the part of the URL before the path, which has the user name and the password; and the rest."""
     rest = url.partition("://")[2]
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     return authority, rest[len(authority) :]
 
 
 def _reason(exc: Exception, url: str, given: Mapping[str, Any]) -> str:
-    """What is wrong, in a text that quotes no part of a password."""
+    """Say what is wrong, in a text that quotes no part of a password."""
     if isinstance(exc, _MalformedUrl):
         return str(exc)
     if "@" in _halves(url)[1]:
@@ -139,7 +139,7 @@ def _reason(exc: Exception, url: str, given: Mapping[str, Any]) -> str:
 
 
 def resolved_url(connection_class: type[AbstractConnection], options: Mapping[str, Any]) -> str:
-    """The URL of the server and the database that ``options`` lead to, without credentials; for errors and equality."""
+    """Return the URL of the server and database of ``options``, without credentials; for errors and equality."""
     database = options.get("db", 0)
     if issubclass(connection_class, UnixDomainSocketConnection):
         return f"unix://{options.get('path', '')}?db={database}"
@@ -149,12 +149,12 @@ def resolved_url(connection_class: type[AbstractConnection], options: Mapping[st
 
 
 def leads_elsewhere(given: Mapping[str, Any]) -> bool:
-    """Whether ``connect_options`` name another server or database than the URL."""
+    """True if ``connect_options`` name another server or database than the URL."""
     return not _PLACE.isdisjoint(given)
 
 
 def _provider(given: Any) -> CredentialProvider:
-    """A credential provider from an instance, from a class, or from the path of a class: ``package.module.Class``."""
+    """Make a credential provider from an instance, a class, or the path of a class: ``package.module.Class``."""
     if isinstance(given, str):
         try:
             given = pkgutil.resolve_name(given)
@@ -174,7 +174,7 @@ def _checked_tls(options: dict[str, Any]) -> None:
         requirement = options["ssl_cert_reqs"]
         if isinstance(requirement, int):
             requirement = ssl.VerifyMode(requirement).name
-        # Before 6, redis-py's asyncio connection takes only these words.
+        # redis-py's asyncio connection before version 6 takes only the words "none", "optional" and "required".
         options["ssl_cert_reqs"] = str(requirement).lower().removeprefix("cert_")
     for name in _OCSP:
         value = options.pop(name, None)
