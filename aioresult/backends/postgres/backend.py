@@ -61,14 +61,14 @@ T = TypeVar("T")
 _MAX_ID_LENGTH = 155
 #: Seconds of silence after which `create_schema` gives up. The statements wait for any lock for a shorter time.
 _SCHEMA_BOUND = 15.0
-#: The topics without an id, and their channels. A topic is the hub's name for what its waiters wait for.
+#: Topic → channel, for the topics without an id. A topic is the hub's name for what its waiters wait for.
 _CHANNELS = {READY_TOPIC: "ready", WORKERS_TOPIC: "workers"}
 #: Celery's names for its tables.
 _USUAL = Tables()
 
 
 class PostgresBackend(Backend):
-    """``postgresql://user:password@host/database``, also Celery's ``db+postgresql+driver://``; PostgreSQL 14 or later.
+    """PostgreSQL 14 or later: ``postgresql://user:password@host/database``, or Celery's ``db+postgresql+driver://``.
 
     Further options:
 
@@ -135,9 +135,9 @@ class PostgresBackend(Backend):
 
     @property
     def store_id(self) -> Hashable:
-        """What identifies the store: the URL and the tables.
+        """Return what identifies the store: the URL and the tables.
 
-        It is this object if the caller's own connections may lead to another database than the URL.
+        Return the backend itself if the caller's own connections may lead to another database than the URL.
         """
         alone = self._connections.given is not None or self._has_factory
         return self if alone else (self.as_uri(), self._tables)
@@ -155,7 +155,7 @@ class PostgresBackend(Backend):
             away. Nothing was created; try again.
         :raises BackendRefusedError: the user lacks a right.
         """
-        # In an empty context: a new connection keeps the context in which it was made.
+        # Use an empty context, because a new connection keeps the context in which it was made.
         await spawn(self._on_any_connection(self._run_schema))
 
     async def _on_any_connection(self, operation: Callable[[Any], Awaitable[T]]) -> T:
@@ -284,7 +284,7 @@ class PostgresBackend(Backend):
         return [found.get(task_id) for task_id in task_ids]
 
     def _encode(self, meta: TaskMeta) -> tuple[Any, ...]:
-        """The columns of the result, from ``status`` on. Only `PLAIN_COLUMNS` if all others are null."""
+        """Return the columns of the result, from ``status`` on; only `PLAIN_COLUMNS` if all others are null."""
         return self._rows.encode(meta)
 
     def _payload_size(self, payload: tuple[Any, ...]) -> int:
@@ -300,7 +300,7 @@ class PostgresBackend(Backend):
         return await self._connections.run(partial(self._stores().store, records), BackendStoreError)
 
     def _stores(self) -> Storing:
-        """The part that stores results. Raises `BackendRefusedError` if aioresult only reads these tables."""
+        """Return the object that stores results. Raises `BackendRefusedError` if aioresult only reads these tables."""
         if isinstance(self._rows, DjangoRows):
             raise self._rows.refusal()
         return self._storing
@@ -314,7 +314,7 @@ class PostgresBackend(Backend):
         return [found.get(task_id) for task_id in task_ids]
 
     async def _delete(self, task_ids: Sequence[str], versions: Sequence[Version]) -> None:
-        # By id, so that two batches in flight lock their common rows in the same order.
+        # Sort by id, so that two batches in flight lock their common rows in the same order.
         found = sorted(zip(task_ids, versions, strict=True), key=lambda pair: pair[0])
         await self._connections.run(partial(self._delete_on, found))
 
@@ -433,9 +433,9 @@ class PostgresBackend(Backend):
         return listener
 
     async def _notify(self, channel: str) -> None:
-        """Send the listener a notification that proves that it hears us.
+        """Send the listener a notification that proves that it hears the server.
 
-        Also read the number of the table on the server: it may be another one after a reconnect.
+        Also read the OID of the table: after a reconnect the server may be another one.
         """
         query = "SELECT to_regclass($1)::oid::int8 AS tasks, pg_notify($2, '')"
         row = await self._connections.on_connection(
@@ -457,7 +457,7 @@ class PostgresBackend(Backend):
                 self._revoke_news(rest[int(length[:4]) :], rest[: int(length[:4])])
         elif kind == "gone":
             self._worker_news(rest)
-        elif kind.isdecimal():  # any user of the database can send anything, so ignore all else
+        elif kind.isdecimal():  # any user of the database can send anything, so ignore everything else
             self._hub.mark_stale(rest[int(kind[:4]) :])  # ``kind`` is the length of the state before the id
 
     def _listener_lost(self, reason: BaseException) -> None:
@@ -487,7 +487,7 @@ class PostgresBackend(Backend):
 
 
 def _warn(connection: object, message: Any) -> None:
-    """Pass on the warnings of the schema, such as that of a large table without an index."""
+    """Log the warnings of the schema, such as the warning about a large table without an index."""
     if message.severity_en == "WARNING":
         logger.warning("%s", message.message)
 

@@ -12,7 +12,7 @@ from .statements import CLEANUP_BATCH, Statements
 
 __all__ = ["ChordTable"]
 
-#: The index of a part without one: it comes after all other parts. Such parts are in order of arrival.
+#: What is stored as the index of a part without one. Such parts come after all other parts, in order of arrival.
 _NO_INDEX = 2**62
 
 
@@ -24,7 +24,7 @@ class ChordTable:
     """The chords in one set of tables. The caller passes the connection to each method."""
 
     def __init__(self, names: Tables, statements: Statements) -> None:
-        # A saved group lives as long as its chord: it says how the groups in the header are nested.
+        # Keep a saved group as long as its chord, because the group says how the groups in the header are nested.
         self._steps = f"""
             WITH living_on AS ({statements.living_on})
             SELECT * FROM {names.chord_steps}({prefix_sql(names)}, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"""
@@ -43,7 +43,7 @@ class ChordTable:
 
     async def take(self, connection: Any, steps: Sequence[ChordStep]) -> list[ChordState]:
         """Do the steps, all in one transaction."""
-        # In order of the groups: the function needs that, and two batches must lock common rows in the same order.
+        # Sort by group: the function needs that order, and two batches must lock common rows in the same order.
         order = sorted(range(len(steps)), key=lambda index: steps[index].group_id)
         columns = zip(*(_row(steps[index]) for index in order), strict=True)
         rows = await connection.fetch(self._steps, *columns)
@@ -57,7 +57,7 @@ class ChordTable:
         return states
 
     async def active(self, connection: Any) -> list[str]:
-        """The ids of the chords that are complete, and whose callbacks are not dispatched yet."""
+        """Return the ids of the chords that are complete, and whose callbacks are not dispatched yet."""
         return [row["group_id"] for row in await connection.fetch(self._active)]
 
 

@@ -22,7 +22,7 @@ class CleanupStatements(Protocol):
 
 
 class Cleaner:
-    """Cleans up one set of tables. The statements ``beside`` clean up chords and running tasks.
+    """Cleans up one set of tables. ``beside`` are further statements, for chords and running tasks.
 
     ``name`` must be the same in every process that cleans up the same tables.
     """
@@ -40,7 +40,7 @@ class Cleaner:
     async def run(self, alone: bool = False) -> int:
         """Remove what has expired. Returns the number of removed results, groups, chords, outputs and notes of runs.
 
-        With ``alone`` this does nothing while another process cleans up.
+        With ``alone`` the call does nothing while another process cleans up.
         """
         total = 0
         step = partial(self._step, alone)

@@ -31,7 +31,7 @@ __all__ = ["Connections"]
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
 
-#: SQLSTATE classes and codes after which the same statement may succeed: connection trouble, a transaction that lost
+#: SQLSTATE classes and codes after which a repeated statement may succeed: connection trouble, a transaction that lost
 #: a race or its time, a server that is full, starting or stopping, a lock or statement timeout, a standby that may be
 #: promoted.
 _TRANSIENT = ("08", "40", "25P03", "25P04", "53300", "57", "55P03", "25006")
@@ -48,16 +48,17 @@ _OF_A_POOLER = "; behind a pooler in transaction mode, pass connect_options={'st
 
 CANNOT_REACH = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
-#: Settings of the connections that aioresult makes. The server uses a plan that it made while a table was empty for as
-#: long as the connection lives. Such a plan must not read the table from end to end. See `statements`.
+#: Settings of the connections that aioresult makes. The server may make a plan while a table is empty, and
+#: use it as long as the connection lives. Such a plan must not read the table from end to end. See `statements`.
 _PLANNING = {"enable_seqscan": "off", "jit": "off"}
 
 
 class Connections:
     """Makes connections to ``dsn``, or with the caller's ``connect``, and runs operations on a pool of them.
 
-    ``where`` names the server in errors. ``heartbeat`` is in seconds. ``patience`` is in seconds, too: for so long a
-    full pool of the caller counts as a passing trouble. ``given`` is the caller's pool, which the caller closes.
+    ``where`` names the server in errors. ``heartbeat`` and ``patience`` are in seconds. ``given`` is the caller's pool,
+    which the caller closes. While that pool is full for less than ``patience``, an operation raises an error that
+    allows a retry.
     """
 
     def __init__(
@@ -87,22 +88,22 @@ class Connections:
         self._options = options
         self._connect = connect
         self._pool: asyncpg.Pool[Any] | None = None
-        #: Done when the attempt to connect that is in flight has ended, with an exception if it failed.
+        #: The running attempt to connect: a future that is done when the attempt ends, with its exception if it fails.
         self._attempt: asyncio.Future[None] | None = None
         self._made: WeakSet[asyncpg.Connection[Any]] = WeakSet()
         self._planning: Mapping[str, str] = _PLANNING
-        #: The number of operations that run.
+        #: The number of operations that are running.
         self._in_use = 0
         #: The time since which the caller has held all connections of its pool; ``None`` if it does not.
         self._full_since: float | None = None
 
     @property
     def pooled(self) -> bool:
-        """Whether there is a pool to run operations on."""
+        """True if there is a pool to run operations on."""
         return self._pool is not None or self.given is not None
 
     async def open(self) -> None:
-        """Make the pool, unless the caller has given one. It connects when the first operation runs."""
+        """Make the pool, unless the caller has given one. The pool connects when the first operation runs."""
         if self.given is not None:
             if getattr(self.given, "_loop", None) not in (None, asyncio.get_running_loop()):
                 raise UsageError(
@@ -126,7 +127,7 @@ class Connections:
                 pool.terminate()
 
     def abandon(self) -> None:
-        """Drop every connection without the event loop: that loop has ended, or belongs to the parent process."""
+        """Drop every connection without using the event loop, which has ended or belongs to the parent process."""
         self._pool = self._attempt = None
         self._in_use = 0
         for connection in tuple(self._made):
@@ -135,7 +136,7 @@ class Connections:
                 silence(transport)
 
     async def new(self, dsn: Dsn | None = None) -> asyncpg.Connection[Any]:
-        """A new connection to ``dsn``. Without ``dsn`` the caller's ``connect`` makes it, or it leads to the URL."""
+        """Make a connection to ``dsn``. Without ``dsn``, the caller's ``connect`` makes it, or it goes to the URL."""
         if dsn is None and self._connect is not None:
             made = await self._connect()
             self._made.add(made)
@@ -241,7 +242,7 @@ class Connections:
     async def translated(self, operation: Awaitable[T], otherwise: type[BackendError] = BackendError) -> T:
         """Await ``operation``, and turn an error of asyncpg into an error of this library. This happens nowhere else.
 
-        The error is an ``otherwise`` unless its SQLSTATE tells more.
+        The new error is of the class ``otherwise``, unless the SQLSTATE tells more.
         """
         try:
             return await operation
@@ -261,7 +262,7 @@ class Connections:
         elif code.startswith(_REFUSED):
             kind = BackendRefusedError
         remedy = _OF_A_POOLER if code in ("26000", "42P05") else ""
-        if code.startswith(_WHO):  # changes asyncpg's error, too: it is the cause of our error, and is shown with it
+        if code.startswith(_WHO):  # changes asyncpg's error, too: that is the cause of our error, and is shown with it
             exc.args = (hide_lone_user(str(exc.args[0]), self._dsn.text), *exc.args[1:])
         error = kind(f"{self._where}: {exc.args[0]} [{code}]{remedy}")
         if code.startswith(_WHOLE_BATCH):
@@ -272,7 +273,7 @@ class Connections:
 async def _reset(connection: Any) -> None:
     """Reset a connection of the pool. asyncpg's own reset would cost a round trip after every use.
 
-    An operation of this library leaves nothing behind but, if it was interrupted, an open transaction.
+    An operation of this library can leave only one thing behind: an open transaction, if it was interrupted.
     """
     if connection.is_in_transaction():
         await connection.execute("ROLLBACK")

@@ -53,14 +53,14 @@ class DjangoStatements:
 
 
 class DjangoRows:
-    """The rows of the table. ``where`` names the database in errors."""
+    """Reads the rows of the table of results. ``where`` names the database in errors."""
 
     def __init__(self, codec: Codec, where: str) -> None:
         self._codec = codec
         self._where = where
 
     def refusal(self) -> BackendRefusedError:
-        """The error of a store."""
+        """Return the error for an attempt to store a result."""
         return BackendRefusedError(
             f"{self._where} holds the tables of django-celery-results, which aioresult only reads: let Celery's "
             f"workers store there, or name a table of Celery's own format with table="
@@ -70,7 +70,7 @@ class DjangoRows:
         raise self.refusal()
 
     def decode(self, task_id: str, row: Mapping[str, Any]) -> TaskMeta:
-        """The meta in a row of `DjangoStatements.fetch`. Raises the errors of `Codec.decode`."""
+        """Return the meta in a row of `DjangoStatements.fetch`. Raises the errors of `Codec.decode`."""
         fields = dict(row)
         encoding, meta = fields.pop("content_encoding"), fields.pop("meta")
         for name, text in (("result", fields["result"]), ("children", meta)):
@@ -84,19 +84,19 @@ class DjangoRows:
         return self._codec.build(task_id, {"status": None, "result": None, **optional})
 
     def _arguments(self, text: str, encoding: str, task_id: str) -> Any:
-        """The arguments of the task, or their text if they cannot be decoded: they must not cost the result."""
+        """Return the arguments of the task, or their text if they cannot be decoded: the result must stay readable."""
         try:
             return self._codec.loads(content(text, encoding, "arguments", task_id), "the arguments")
         except AioResultError:
             return text
 
     def group(self, group_id: str, row: Mapping[str, Any]) -> bytes | None:
-        """The stored bytes of a group, as the serializer wrote them."""
+        """Return the stored bytes of a group, as the serializer wrote them."""
         return None if row["result"] is None else content(row["result"], row["content_encoding"], "group", group_id)
 
 
 def content(text: str, encoding: str | None, what: str, id: str) -> bytes:
-    """The bytes that the serializer wrote. Raises `DecodeError`."""
+    """Return the bytes that the serializer wrote. Raises `DecodeError` for malformed base64."""
     try:
         return base64.b64decode(text, validate=True) if encoding == "binary" else text.encode()
     except (binascii.Error, ValueError) as exc:

@@ -28,7 +28,8 @@ def _words(text: str) -> frozenset[str]:
 
 _SSL_MODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 
-#: Options that become arguments. In the query asyncpg would give precedence to the part of the DSN before it.
+#: Options of the query that become arguments of `asyncpg.connect`. If they stayed in the query, the part of the DSN
+#: before it would take precedence.
 _AS_ARGUMENT: Final[Mapping[str, str]] = {
     "user": "user",
     "password": "password",
@@ -52,7 +53,7 @@ _NO_MEANING: Final = _words(
 #: Options that are translated one by one.
 _PARAMETERS: Final = _words("host port connect_timeout options application_name fallback_application_name ssl")
 
-#: Options → their values that describe what asyncpg does anyway. Any other value is refused.
+#: Option → the values that describe what asyncpg does anyway. Any other value is refused.
 _ONLY: Final[Mapping[str, frozenset[str]]] = {
     "gssencmode": frozenset({"disable", "prefer"}),
     "channel_binding": frozenset({"disable", "prefer"}),  # "require" is translated
@@ -113,14 +114,17 @@ _SETTINGS: Final = _words(
 
 
 class Dsn(NamedTuple):
-    """Where to connect to, for asyncpg."""
+    """The server to connect to, in the form that asyncpg takes."""
 
     text: str
     #: Further arguments for `asyncpg.connect`. They take precedence over the text.
     arguments: Mapping[str, Any]
 
     def with_options(self, options: Mapping[str, Any]) -> Dsn:
-        """This DSN with the caller's ``options``, which take precedence. ``server_settings`` are merged one by one."""
+        """Return this DSN with the caller's ``options``, which take precedence.
+
+        Each of the ``server_settings`` counts as an option of its own.
+        """
         merged = {**self.arguments, **options}
         if settings := {**self.arguments.get("server_settings", {}), **(options.get("server_settings") or {})}:
             merged["server_settings"] = settings
@@ -128,7 +132,7 @@ class Dsn(NamedTuple):
 
 
 def parse_dsn(url: str) -> Dsn:
-    """The DSN for asyncpg that ``url`` describes. ``url`` may begin with ``db+postgresql+driver://``, too.
+    """Return the DSN for asyncpg that ``url`` describes. ``url`` may begin with ``db+postgresql+driver://``, too.
 
     An option in the query that is not libpq's is sent to the server as a setting if PostgreSQL has a setting of that
     name (``search_path``, ``statement_timeout``, ``timezone``, …). The same holds for a name with a dot, because
@@ -151,7 +155,9 @@ def parse_dsn(url: str) -> Dsn:
 
 
 def with_connect_args(url: str, connect_args: Mapping[str, Any]) -> str:
-    """``url`` with SQLAlchemy's ``connect_args`` for psycopg in its query. They take precedence, as in SQLAlchemy.
+    """Return ``url`` with SQLAlchemy's ``connect_args`` for psycopg in its query.
+
+    They take precedence over the options of ``url``, as in SQLAlchemy.
 
     :raises ImproperlyConfigured: the value of an argument is neither text nor a number.
     """
@@ -169,7 +175,7 @@ def with_connect_args(url: str, connect_args: Mapping[str, Any]) -> str:
 
 
 def _plain_dsn(url: str) -> str:
-    """``url`` with a scheme that asyncpg knows.
+    """Return ``url`` with a scheme that asyncpg knows.
 
     An unescaped ``@``, ``/``, ``?`` or ``#`` in a password is refused. The rest of the password would count as a host
     or a database, and errors would show it.
@@ -193,11 +199,11 @@ def _pairs(query: str) -> list[tuple[str, str]]:
     try:
         return parse_qsl(query, strict_parsing=True) if query else []
     except ValueError:
-        raise ValueError("an option needs a name and a value: ?name=value") from None  # it may hold a password
+        raise ValueError("an option needs a name and a value: ?name=value") from None  # the cause may quote a password
 
 
 def _joined(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The last value of each option; all values of ``host`` and ``port``, because SQLAlchemy repeats these options."""
+    """Return the last value of each option. Join all values of ``host`` and ``port``, which SQLAlchemy repeats."""
     options: dict[str, str] = {}
     for name, value in pairs:
         options[name] = f"{options[name]},{value}" if name in ("host", "port") and name in options else value
@@ -205,7 +211,7 @@ def _joined(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _translated(options: dict[str, str], base: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The options that stay in the DSN, and those that become arguments. A `ValueError` names the option at fault."""
+    """Return the options that stay in the DSN, and those that become arguments. A `ValueError` names a wrong option."""
     arguments: dict[str, Any] = _places(options, base)
     settings: dict[str, str] = {}
     _translate_tls(options, arguments)
@@ -273,7 +279,7 @@ def _translate_tls(options: dict[str, str], arguments: dict[str, Any]) -> None:
 
 
 def _has_root(options: Mapping[str, str]) -> bool:
-    """Whether asyncpg would find a file of certificate authorities that the user has configured."""
+    """True if asyncpg would find a file of certificate authorities that the user has configured."""
     given = options.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
     return bool(given) or Path("~/.postgresql/root.crt").expanduser().exists()
 

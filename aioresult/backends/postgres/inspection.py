@@ -32,13 +32,13 @@ _INSPECT: Final = """
            1.5::float8 AS a_float8, true AS a_bool, '\\x61'::bytea AS a_bytea,
            1::int8 AS an_int8, 'a'::text AS a_text"""
 
-#: The values of the constants in the query above, on a connection without custom codecs for these types.
+#: What asyncpg returns for the constants in the query above if the connection has no custom codecs for these types.
 _AS_USUAL: Final = {"a_float8": 1.5, "a_bool": True, "a_bytea": b"a", "an_int8": 1, "a_text": "a"}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the database has of the tables with these names."""
+    """What `inspect_tables` has found in the database: which tables and functions with these names exist."""
 
     names: Tables
     #: The OID of the table of results, ``None`` if there is no such table.
@@ -47,15 +47,15 @@ class Found:
     groups: int | None
     #: The columns of the table of results.
     columns: frozenset[str]
-    #: Whether a trigger notifies waiters of every store.
+    #: True if a trigger notifies waiters of every store.
     notifies: bool
-    #: Whether these are the tables of django-celery-results, and hold results.
+    #: True if these are the tables of django-celery-results, and hold results.
     in_use: bool
-    #: Whether all tables, functions and triggers exist that storing needs.
+    #: True if all tables, functions and triggers exist that storing needs.
     complete: bool
-    #: Whether the tables and functions of running tasks exist.
+    #: True if the tables and functions of running tasks exist.
     runs: bool
-    #: Whether the existing functions are those of this version.
+    #: True if the existing functions are those of this version.
     current: bool
     #: The time zones in which the results and the groups keep their dates.
     zones: tuple[str, str]
@@ -64,23 +64,23 @@ class Found:
 
     @property
     def only_read(self) -> bool:
-        """Whether aioresult only reads these tables. Then it needs nothing but the trigger."""
+        """True if aioresult only reads these tables. Then it needs only the trigger."""
         return self.names.table == TABLE
 
     @property
     def usable(self) -> bool:
-        """Whether everything exists that the backend needs."""
+        """True if everything exists that the backend needs."""
         tables = self.tasks is not None and self.groups is not None if self.only_read else self.complete
         return tables and self.notifies
 
     @property
     def up_to_date(self) -> bool:
-        """Whether everything exists that this version creates, in the form of this version."""
+        """True if everything exists that this version creates, in the form of this version."""
         return self.usable and (self.only_read or (self.current and self.runs))
 
     @property
     def outdated(self) -> bool:
-        """Whether the backend can be used, but with functions of another version."""
+        """True if the backend can be used, but with functions of another version."""
         return self.usable and not self.only_read and not self.current
 
 

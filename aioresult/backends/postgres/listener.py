@@ -1,4 +1,4 @@
-"""The connection that LISTENs. A task asks the server for signs of life; asyncpg calls back for each notification."""
+"""The connection that LISTENs. It asks the server for signs of life; asyncpg calls it back for each notification."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Listener", "bounded", "close_connection"]
 
 T = TypeVar("T")
 
-#: How many times within a time limit `bounded` checks whether bytes have come or gone.
+#: `bounded` checks so many times within its time limit whether bytes have come or gone.
 _STEPS = 10
 
 #: The errors of a broken connection. `BackendConnectionError` is an `OSError`, too.
@@ -31,9 +31,9 @@ async def bounded(
     """Await ``operation`` on ``connection``. If no byte moves for ``seconds``, raise `BackendConnectionError`.
 
     Any byte that arrives or leaves is a sign of life, so a long operation is not interrupted. After a silence, and also
-    if this is cancelled, the connection is torn down. ``on_silence`` is called with the error before that.
+    if the caller is cancelled, the connection is torn down. Before that, ``on_silence`` is called with the error.
 
-    asyncpg's own timeout would not do: it asks the server over a further connection to cancel the query, and waits for
+    asyncpg's own timeout is not enough: it asks the server over a further connection to cancel the query, and waits for
     that. A server that has vanished never answers.
     """
     task = asyncio.ensure_future(operation)
@@ -55,7 +55,7 @@ async def bounded(
         return task.result()
     finally:
         if not task.done():
-            # The error of the task is only a consequence: retrieve it, even if the wait below is cancelled, too.
+            # Retrieve the error of this asyncio task, even if the wait below is cancelled: it is only a consequence.
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             _tear_down(connection)
             await asyncio.wait({task})
@@ -90,7 +90,7 @@ class _Traffic(asyncio.Protocol):
             self._transport.set_protocol(self._protocol)
 
     def moved(self) -> bool:
-        """Whether any byte has come or gone since the last call."""
+        """True if any byte has come or gone since the last call."""
         if self._transport is None:
             return False
         before, self._unsent = self._unsent, self._transport.get_write_buffer_size()
@@ -130,9 +130,10 @@ def _tear_down(connection: Any) -> None:
 class Listener:
     """Listens to channels on one asyncpg connection.
 
-    ``on_notify(payload)`` is called for each notification, and ``on_lost(reason)`` once if the connection breaks.
+    ``on_notify(payload)`` is called for each notification, and ``on_lost(reason)`` when the connection breaks.
     Neither is called after `close`. Every query fails if the server is silent for twice ``heartbeat`` seconds. `close`
-    closes the connection, or passes it to ``give_back`` without any channel.
+    closes the connection. If there is a function ``give_back``, `close` passes it the connection instead, without any
+    channel.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Listener:
         self._on_lost: Callable[[BaseException], None] | None = on_lost
         self._give_back = give_back
         self._channels: set[str] = set()
-        #: The id of the server's process that listens.
+        #: The process id of the server's side of the connection, which listens.
         self._process: int | None = None
         # asyncpg allows one query at a time on a connection, and LISTEN is a query.
         self._turn = asyncio.Lock()
@@ -159,7 +160,7 @@ class Listener:
         self._beating.start()
 
     async def listen(self, channels: Iterable[str]) -> None:
-        """Listen to the channels, and return when the server has confirmed that. Known channels cost nothing."""
+        """Listen to the channels, and return when the server has confirmed that. A repetition costs nothing."""
         new = [channel for channel in dict.fromkeys(channels) if channel not in self._channels]
         await self._all_at_once("LISTEN", new)
         for channel in new:
@@ -178,7 +179,8 @@ class Listener:
         """Send all statements in one round trip, instead of one round trip per channel.
 
         asyncpg's own methods send a statement for each channel that is not in its private table of listeners (0.32). So
-        this also updates that table. Without the table this does nothing, and asyncpg's methods send the statements.
+        this method also updates that table. If asyncpg has no such table, this method does nothing, and asyncpg's
+        methods send the statements.
         """
         known = getattr(self._connection, "_listeners", None)
         if len(channels) > 1 and isinstance(known, dict):
@@ -191,7 +193,7 @@ class Listener:
                     known.pop(channel, None)
 
     async def hears(self, notify: Callable[[str], Awaitable[object]]) -> bool:
-        """Whether a notification that ``notify(channel)`` sends over another connection arrives here."""
+        """True if a notification that ``notify(channel)`` sends over another connection arrives here."""
         channel = f"aioresult_test_{uuid4().hex}"
         arrived = asyncio.Event()
 

@@ -14,13 +14,13 @@ from ...serialization import Codec
 
 __all__ = ["CeleryRows", "moment"]
 
-#: The length of the columns for notes, such as the task's name, in Celery's table.
+#: The width, in characters, of the columns of Celery's table that describe the task, such as its name.
 _MAX_NOTE_LENGTH: Final = 155
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-#: Seconds. Two time zones differ by more than this, and two clocks by less. So a larger difference of two dates means
-#: that a session of another time zone stored one of them.
+#: A difference between two dates, in seconds. Two time zones differ by more than this, and two clocks by less. So a
+#: larger difference means that a session with another time zone stored one of the dates.
 _A_ZONE: Final = 14 * 60
 
 
@@ -37,7 +37,7 @@ class CeleryRows:
         self._write = _text_writer(encoding)
 
     def encode(self, meta: TaskMeta) -> tuple[Any, ...]:
-        """The columns of the result, from ``status`` on, and the metadata. Only `PLAIN_COLUMNS` if the rest is null."""
+        """Return the columns from ``status`` on, and the metadata; only `PLAIN_COLUMNS` if the rest is null."""
         done = None if meta.date_done is None else (meta.date_done - _EPOCH) // _MICROSECOND
         plain = (meta.status, self._codec.dumps_result(meta), done)
         if meta.traceback is None and not meta.children and not meta.extra:
@@ -62,11 +62,11 @@ class CeleryRows:
         return value if column == "retries" else self.text(value, _MAX_NOTE_LENGTH)
 
     def text(self, value: object, limit: int | None = None) -> str | None:
-        """``value`` as text that the database can hold. It is only a note, so it must never make a store fail."""
+        """Return ``value`` as text that the database can hold. It is only a note, so it must not fail a store."""
         return None if value is None else self._write(str(value)).replace("\x00", "\\x00")[:limit]
 
     def decode(self, task_id: str, row: Mapping[str, Any]) -> TaskMeta:
-        """The meta in a row of `Statements.fetch`. Raises the errors of `Codec.decode`."""
+        """Return the meta in a row of `Statements.fetch`. Raises the errors of `Codec.decode`."""
         fields = dict(row)
         for name in ("result", "children", "args", "kwargs", META_FIELD):
             if (data := fields.get(name)) is not None:
@@ -74,20 +74,20 @@ class CeleryRows:
         if stamps := fields.pop("stamps", None):
             fields.update(_stamps(self._codec.loads(stamps, f"the stamps of task {task_id}")))
         done, stored_at = fields.pop("date_done"), fields.pop("stored_at")
-        if stored_at is not None and not abs(stored_at - done) < _A_ZONE:  # a session of another time zone stored it
+        if stored_at is not None and not abs(stored_at - done) < _A_ZONE:  # a session with another time zone stored it
             done = stored_at
         fields["date_done"] = moment(task_id, done)
         optional = {name: value for name, value in fields.items() if value is not None}
         return self._codec.build(task_id, {"status": None, "result": None, **optional})
 
     def group(self, group_id: str, row: Mapping[str, Any]) -> bytes | None:
-        """The stored bytes of a group, as the serializer wrote them."""
+        """Return the stored bytes of a group, as the serializer wrote them."""
         data: bytes | None = row["result"]
         return data
 
 
 def moment(task_id: str, seconds: float | None) -> datetime | None:
-    """The moment ``seconds`` after the start of 1970, in UTC. Raises `DecodeError` if Python cannot represent it."""
+    """Return the moment ``seconds`` after the start of 1970, in UTC; raise `DecodeError` if Python has no such date."""
     if seconds is None:
         return None
     try:
@@ -97,7 +97,7 @@ def moment(task_id: str, seconds: float | None) -> datetime | None:
 
 
 def _text_writer(encoding: str) -> Callable[[str], str]:
-    """A function that escapes in a text whatever a database of this encoding cannot hold."""
+    """Return a function that escapes the characters of a text that a database with this encoding cannot hold."""
     try:
         python = codecs.lookup(re.sub("^WIN", "cp", encoding).replace("KOI8", "KOI8_")).name
     except LookupError:
@@ -106,7 +106,7 @@ def _text_writer(encoding: str) -> Callable[[str], str]:
 
 
 def _stamps(packed: Any) -> dict[str, Any]:
-    """Celery's ``stamps`` column as the fields that its other backends store."""
+    """Return Celery's ``stamps`` column as the fields that its other backends store."""
     if not isinstance(packed, dict):
         return {}
     stamps = packed.get("stamps")

@@ -1,4 +1,4 @@
-"""Running tasks in PostgreSQL: their output, the notes of their runs, and the leases of the workers."""
+"""Running tasks in PostgreSQL: their output, the notes about their runs, and the leases of the workers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .storing import Storing, rounds
 
 __all__ = ["RunTable", "Version"]
 
-#: The largest number in a column. A cursor may have larger numbers; they are after every entry.
+#: The largest number that a column can hold. A cursor with a larger number is after every entry.
 _MAX_BIGINT = 2**63 - 1
-#: The fraction of its life that an output may lose. So the expiry is not written again with every flush.
+#: An output may expire early, by this fraction of its life. So not every flush must write the expiry again.
 _SLACK = 0.01
 
 
@@ -36,9 +36,9 @@ class Version(NamedTuple):
 class RunTable:
     """The running tasks in one set of tables. The caller passes the connection to each method.
 
-    ``durable`` says whether a flush is on the server's disk before it counts as written. ``there`` says whether the
-    database has the tables; without them every method raises `BackendRefusedError`. ``where`` names the database in
-    that error. ``text`` escapes in a text what the database cannot hold.
+    If ``durable``, a flush (some output of a task) is on the server's disk before it counts as written. ``there`` is
+    true if the database has the tables; without them every method raises `BackendRefusedError`. ``where`` names the
+    database in that error. ``text`` is a function that escapes what the database cannot hold.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RunTable:
                 ) o
             ) old WHERE o.ctid = old.place AND o.tableoid = old.part"""
         self._forget_runs = _forget_sql(names.runs, "run", "text")
-        #: As `Statements.cleanup`.
+        #: Further statements of the kind of `Statements.cleanup`.
         self.cleanup: list[str] = [_cleanup_sql(names.logs, names.output), _cleanup_sql(names.runs)] if there else []
 
     def _check(self) -> None:
@@ -104,9 +104,9 @@ class RunTable:
             )
 
     async def append(self, flushes: Sequence[Flush], connection: Any) -> list[int | BaseException]:
-        """As `BackendContract._append`. Repeating a flush that was written changes nothing."""
+        """Do what `BackendContract._append` says. Repeating a flush that was written changes nothing."""
         self._check()
-        # In order of the ids, so that two batches lock common rows in the same order.
+        # Sort by id, so that two batches lock common rows in the same order.
         order = sorted(range(len(flushes)), key=lambda index: flushes[index].task_id)
         outcomes: list[int | BaseException] = [0] * len(flushes)
         known = [index for index in order if flushes[index].epoch]
@@ -128,7 +128,7 @@ class RunTable:
         return outcomes
 
     async def pages(self, requests: Sequence[PageRequest], connection: Any) -> list[Page | BaseException]:
-        """As `BackendContract._pages`. All pages come from one snapshot."""
+        """Do what `BackendContract._pages` says. All pages come from one snapshot."""
         self._check()
         rows = await connection.fetch(self._pages, *zip(*map(_page_arguments, requests), strict=True))
         found: list[list[Any]] = [[] for _ in requests]
@@ -137,7 +137,7 @@ class RunTable:
         return [_page(request, some) for request, some in zip(requests, found, strict=True)]
 
     async def take(self, steps: Sequence[RunStep], connection: Any) -> list[RunState | BaseException]:
-        """As `BackendContract._run_steps`."""
+        """Do what `BackendContract._run_steps` says."""
         self._check()
         states: list[RunState | BaseException] = [RunState(Verdict.NOTED)] * len(steps)
         for indexes in rounds([(step.task_id, False) for step in steps]):
@@ -172,13 +172,13 @@ class RunTable:
         )
 
     async def beat(self, worker: str, lease: float, last: float | None, connection: Any) -> float:
-        """As `BackendContract._beat`."""
+        """Do what `BackendContract._beat` says."""
         self._check()
         clock: float = await connection.fetchval(self._beat, worker, lease, last)
         return clock
 
     async def alive(self, workers: Sequence[str], connection: Any) -> list[bool]:
-        """As `BackendContract._alive`."""
+        """Do what `BackendContract._alive` says."""
         self._check()
         alive = {row["id"] for row in await connection.fetch(self._alive, workers)}
         return [worker in alive for worker in workers]
@@ -188,7 +188,7 @@ class RunTable:
         logs = [(task_id, version.epoch) for task_id, version in versions if version.epoch is not None]
         if logs:
             async with connection.transaction():
-                # This waits for the flushes that are being written, and locks the logs. Then their entries are removed.
+                # The first statement waits for flushes in flight, and locks the logs. The second removes their entries.
                 # Other transactions lock entries only after their log, so the second statement does not wait.
                 gone = await connection.fetch(self._forget_logs, *zip(*logs, strict=True))
                 if gone:
@@ -199,7 +199,7 @@ class RunTable:
 
 
 def _unnest(*types: str) -> str:
-    """The rows of the arrays ``$1``, ``$2`` …, in a form that hides their lengths, so that the server keeps its plan.
+    """SQL for the rows of the arrays ``$1``, ``$2`` …. It hides their lengths, so that the server keeps its plan.
 
     If the server sees how short the arrays are, it makes a new plan for each call. Planning takes longer than the work.
     """
@@ -207,9 +207,9 @@ def _unnest(*types: str) -> str:
 
 
 def _append_sql(names: Tables, durable: bool) -> str:
-    """Writes flushes in order of their ids, and returns the ids of the outputs that are open. It skips other outputs.
+    """SQL that writes flushes in order of their ids, and returns the ids of the open outputs. It skips other outputs.
 
-    This is a statement because it costs much less than a function that handles one flush after the other.
+    It is one statement, because a function that handles one flush after the other costs much more.
     """
     lazily = "" if durable else "WHERE (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL"
     until = instant_sql("lives")
@@ -257,7 +257,7 @@ def _append_sql(names: Tables, durable: bool) -> str:
 
 
 def _pages_sql(names: Tables, statements: Statements) -> str:
-    """Finds the entries after the given places, and the end of each log, all in one snapshot."""
+    """SQL that finds the entries after the given places, and the end of each log, all in one snapshot."""
     return f"""
         SELECT wanted.place, task.final, top.epoch AS top_epoch, top.seq AS top_seq,
                o.epoch, o.seq, o.data, o.state
@@ -283,7 +283,7 @@ def _pages_sql(names: Tables, statements: Statements) -> str:
 
 
 def _beat_sql(names: Tables) -> str:
-    """Sets the lease of the worker ``$1`` to ``$2`` seconds, 0 if it shuts down, and removes the dead workers.
+    """SQL that sets the lease of the worker ``$1`` to ``$2`` seconds, 0 if it shuts down, and removes dead workers.
 
     A worker is dead if its lease has ended. No worker is removed if the caller's last beat, at ``$3``, was long ago:
     perhaps the server was away, and no worker could renew its lease.
@@ -314,7 +314,7 @@ def _beat_sql(names: Tables) -> str:
 
 
 def _forget_sql(table: str, version: str, kind: str) -> str:
-    """Deletes the rows of the ids ``$1`` whose column ``version`` is as in ``$2``. It locks them in this order."""
+    """SQL that deletes the rows of the ids ``$1`` with the versions ``$2`` in the column ``version``, in this order."""
     return f"""
         WITH found AS MATERIALIZED (
             SELECT t.part, t.place FROM unnest($1::text[], $2::{kind}[]) AS wanted(id, version)
@@ -328,7 +328,7 @@ def _forget_sql(table: str, version: str, kind: str) -> str:
 
 
 def _cleanup_sql(table: str, entries: str | None = None) -> str:
-    """Removes a batch of expired rows of ``table``, and the rows of the table ``entries`` that belong to them."""
+    """SQL that removes a batch of expired rows of ``table``, and the rows in ``entries`` of the same tasks."""
     with_entries = (
         ""
         if entries is None
@@ -362,7 +362,7 @@ def _seconds(lives: float | None) -> float | None:
 def _page_arguments(request: PageRequest) -> tuple[str, int | None, int | None, int]:
     if request.after is None:
         return request.task_id, None, None, 1
-    # One entry more than the limit, to see whether there are more.
+    # Ask for one entry more than the limit, to see whether there are more.
     return (
         request.task_id,
         min(request.after.epoch, _MAX_BIGINT),

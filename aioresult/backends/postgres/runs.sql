@@ -4,7 +4,7 @@ BEGIN
         CREATE TABLE {output} (
             task_id varchar(155) NOT NULL,
             epoch bigint NOT NULL,
-            seq bigint NOT NULL, -- the number of its last chunk
+            seq bigint NOT NULL, -- the number of the last chunk in data
             data bytea NOT NULL,
             state varchar(50) NOT NULL,
             PRIMARY KEY (task_id, epoch, seq)
@@ -24,13 +24,13 @@ BEGIN
             run text NOT NULL DEFAULT '',
             worker text NOT NULL DEFAULT '',
             over boolean NOT NULL DEFAULT true,
-            wish jsonb, -- if the task must stop: the record to store then
+            wish jsonb, -- the record to store when the task stops; null unless it must stop
             reason text NOT NULL DEFAULT '',
             expires_at timestamptz NOT NULL DEFAULT 'infinity'
         ) WITH (fillfactor = 50);
     END IF;
     IF to_regclass({workers_literal}) IS NULL THEN
-        -- No further index, so that renewing a lease changes no index.
+        -- The table has no further index, so that renewing a lease changes no index.
         CREATE TABLE {workers} (id text PRIMARY KEY, expires_at timestamptz NOT NULL) WITH (fillfactor = 50);
     END IF;
 END

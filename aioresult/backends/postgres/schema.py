@@ -45,9 +45,9 @@ EXTENDED_COLUMNS: Final = {
     "stamps": "bytea",
 }
 
-#: How many hexadecimal digits of the id's SHA-256 name its channel. 2 digits make 256 channels; docs/postgres.md says
-#: why. The trigger in the database uses the number, too. So if you change it, give the trigger a new name: then a
-#: database with the old trigger counts as one that lacks the trigger.
+#: How many hexadecimal digits of the SHA-256 of an id name the id's channel. 2 digits make 256 channels; see
+#: docs/postgres.md. The trigger in the database uses the number, too. So if you change it, give the trigger a new name:
+#: then a database with the old trigger counts as one that lacks the trigger.
 SHARD_DIGITS: Final = 2
 
 #: The longest name in bytes. PostgreSQL silently cuts longer names.
@@ -64,7 +64,7 @@ def _text(name: str) -> str:
 
 
 def _quoted(name: str) -> str:
-    """``name`` as an identifier in SQL. Raises `ImproperlyConfigured` if PostgreSQL cannot have that name."""
+    """Return ``name`` as an identifier in SQL. Raises `ImproperlyConfigured` if PostgreSQL cannot have that name."""
     if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER or any(each in name for each in _DOLLARS):
         raise ImproperlyConfigured(
             f"{name!r} cannot name a table or schema: choose 1 to {_MAX_IDENTIFIER} bytes without NUL and {_DOLLARS[0]}"
@@ -73,7 +73,7 @@ def _quoted(name: str) -> str:
 
 
 def literal_sql(text: str) -> str:
-    """``text`` as a literal in SQL."""
+    """Return ``text`` as a literal in SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -192,7 +192,7 @@ _NAMES = tuple(name for name, member in vars(Tables).items() if isinstance(membe
 def schema_sql(
     schema: str | None = None, table: str = "celery_taskmeta", group_table: str = "celery_tasksetmeta"
 ) -> str:
-    """The SQL that `PostgresBackend.create_schema` runs; for a migration of your own.
+    """Return the SQL that `PostgresBackend.create_schema` runs. Use it in a migration of your own.
 
     Run it in one transaction (``psql -1``). It is safe to run it again, and in several processes at once: it neither
     changes nor locks what exists already. It creates Celery's tables only if they are missing. An existing table gets
@@ -219,7 +219,7 @@ def schema_sql(
 
 
 def trigger_sql(names: Tables) -> str:
-    """The part of `schema_sql` for tables that aioresult only reads: the trigger that wakes waiters."""
+    """Return the part of `schema_sql` for tables that aioresult only reads: the trigger that wakes waiters."""
     words = {**_words(names), "create_schema": ""}
     return "\n".join(
         [
@@ -231,17 +231,17 @@ def trigger_sql(names: Tables) -> str:
 
 
 def functions(names: Tables) -> dict[str, str]:
-    """The functions in the database by name, except those of running tasks, and the SQL file that creates each."""
+    """Return the SQL file of each function in the database, by name; but not of the functions of running tasks."""
     return {names.notify: "notify.sql", names.stored: "stored.sql", names.chord_steps: "chord_steps.sql"}
 
 
 def run_functions(names: Tables) -> dict[str, str]:
-    """The functions of running tasks by name, and the SQL file that creates each."""
+    """Return the SQL file of each function of running tasks, by name."""
     return {names.append: "append.sql", names.run_steps: "run_steps.sql"}
 
 
 def digest(file: str) -> str:
-    """The comment on a function in the database: a hash of the SQL file. It does not depend on names of tables."""
+    """Return the comment on a function in the database: a hash of the SQL file, without the names of tables."""
     return f"aioresult {hashlib.sha256(_text(file).encode()).hexdigest()[:16]}"
 
 
@@ -266,7 +266,7 @@ $aioresult_unless$;"""
 
 
 def _words(names: Tables) -> dict[str, str]:
-    """The values of the names in braces in the SQL files."""
+    """Return the values of the names in braces in the SQL files."""
     words: dict[str, str] = {name: getattr(names, name) for name in _NAMES}
     words.update({f"{name}_literal": literal_sql(words[name]) for name in _NAMES})
     indexes = (
@@ -300,13 +300,13 @@ def _words(names: Tables) -> dict[str, str]:
 
 
 def _of(table: str, key: str, expiry: str) -> Mapping[str, str]:
-    """The values of the names in braces in expiry.sql, which runs once for each of Celery's two tables."""
+    """Return the values of the names in braces in expiry.sql, which runs once for each of Celery's two tables."""
     words = {"table": table, "key": key, "expiry": expiry}
     return {**words, **{f"{name}_literal": literal_sql(value) for name, value in words.items()}}
 
 
 def _create_schema(schema: str) -> str:
-    # Not IF NOT EXISTS: that demands the right to create schemas even if the schema exists.
+    # Do not use IF NOT EXISTS, because it demands the right to create schemas even if the schema exists.
     return f"""DO $aioresult$
 BEGIN
     IF to_regnamespace({literal_sql(_quoted(schema))}) IS NULL THEN
@@ -317,15 +317,15 @@ $aioresult$;"""
 
 
 def instant_sql(seconds: str) -> str:
-    """In SQL, the moment that is ``seconds`` from now; ``seconds`` is an expression in SQL. Infinity stays infinity."""
+    """Return SQL for the moment ``seconds``, an expression in SQL, from now. Infinity stays infinity."""
     return f"CASE WHEN {seconds} = 'infinity' THEN 'infinity' ELSE now() + {seconds} * interval '1 second' END"
 
 
 def prefix_sql(names: Tables) -> str:
-    """In SQL, the prefix of all channels. The server computes it, because a reconnect may lead to another server."""
+    """SQL for the prefix of all channels. The server computes it, because a reconnect may lead to another server."""
     return f"'aioresult_' || {literal_sql(names.tasks)}::regclass::oid || '_'"
 
 
 def id_channel_sql(prefix: str, id: str) -> str:
-    """In SQL, the channel for news of an id; the same as `PostgresBackend._channel` computes."""
+    """SQL for the channel that carries the news of an id; the same as `PostgresBackend._channel` computes."""
     return f"{prefix} || substr(encode(sha256(convert_to({id}, 'UTF8')), 'hex'), 1, {SHARD_DIGITS})"

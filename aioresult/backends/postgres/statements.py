@@ -4,7 +4,7 @@ When does a row expire? If our table of expiry has a row for it, that row says w
 ``date_done`` plus the reader's default. A row of ours counts only while its ``date_done`` is that of the result. If the
 two differ, another program, such as a Celery worker, has stored the result again since.
 
-Every look-up is written so that an index is the only way to do it (a LATERAL with a LIMIT, an array, a ctid), and our
+Every look-up is written so that the server must use an index (a LATERAL with a LIMIT, an array, a ctid), and our
 connections have ``enable_seqscan`` off (`connections`). The server may use a plan for hours that it made while a table
 was empty. Such a plan must not read the table from end to end once there are a million rows.
 
@@ -33,7 +33,7 @@ __all__ = [
 #: The columns that most results need; the others are null.
 PLAIN_COLUMNS = ("status", "result", "date_done")
 
-#: All columns that a result may have. The function that does steps of runs has the same numbers in every database.
+#: All columns that a result may have. The function that does steps of runs numbers its values in this order.
 STEP_COLUMNS = (
     *("task_id", *PLAIN_COLUMNS, "traceback", "children", *EXTENDED_COLUMNS),
     *("meta", "seconds", "group_id", "group_seconds"),
@@ -41,7 +41,7 @@ STEP_COLUMNS = (
 
 #: The most rows that one statement of `Statements.cleanup` deletes.
 CLEANUP_BATCH = 1000
-#: How many rows of the table of expiry one run of cleanup checks for orphans, which belong to no result or group.
+#: How many rows of the table of expiry one cleanup checks for orphans: rows that belong to no result or group.
 ORPHANS = 10_000
 
 #: The condition under which a store may replace the stored result.
@@ -69,20 +69,20 @@ class _Kept:
         self._default = f"{expires!r} * interval '1 second'" if expires else None
 
     def turned(self, moment: str) -> str:
-        """Converts a moment to a date in the table's time zone, or such a date to a moment."""
+        """SQL that converts a moment to a date in the table's time zone, or such a date to a moment."""
         return f"(({moment}) AT TIME ZONE {literal_sql(self._zone)})"
 
     def ours(self, row: str) -> str:
-        """Joins ``e``, the row of the table of expiry that belongs to ``row``."""
+        """SQL that joins ``e``, the row of the table of expiry that belongs to ``row``."""
         return f"LEFT JOIN LATERAL (SELECT * FROM {self._expiry} x WHERE {self._belongs('x', row)} LIMIT 1) e ON true"
 
     def _belongs(self, ours: str, row: str) -> str:
         return f"{ours}.id = {row}.{self._key} AND {ours}.date_done IS NOT DISTINCT FROM {row}.date_done"
 
     def expires_at(self, row: str) -> str:
-        """When ``row`` expires. ``e`` is its row in the table of expiry.
+        """SQL for the moment when ``row`` expires. ``e`` is its row in the table of expiry.
 
-        It is infinity or null if the row never expires.
+        The moment is infinity or null if the row never expires.
         """
         if self._default is None:
             return "CASE WHEN e.stored_at IS NULL THEN coalesce(e.expires_at, 'infinity') ELSE 'infinity' END"
@@ -93,7 +93,7 @@ class _Kept:
         )
 
     def gone(self, row: str) -> str:
-        """Whether ``row`` has expired."""
+        """SQL that is true if ``row`` has expired."""
         return f"coalesce({self.expires_at(row)} <= now(), false)"
 
     def cleanup(self) -> list[str]:
@@ -117,7 +117,7 @@ class _Kept:
         ]
 
     def orphans(self) -> str:
-        """Checks `ORPHANS` rows of the table of expiry after the id ``$1``, and removes those without a result."""
+        """SQL that checks `ORPHANS` rows of the table of expiry after the id ``$1``, and removes the orphans."""
         return f"""
             WITH seen AS MATERIALIZED (
                 SELECT e.id AS key, e.date_done FROM {self._expiry} e
@@ -138,10 +138,12 @@ class _Kept:
             SELECT count(*)::int AS looked, max(key) AS last FROM seen"""
 
     def by_default(self) -> str | None:
-        """Checks `CLEANUP_BATCH` rows after date ``$1`` and id ``$2``, and removes those that have expired by default.
+        """SQL that checks `CLEANUP_BATCH` rows after date ``$1`` and id ``$2``, and removes those that have expired.
+
+        It removes only rows that expire by the reader's default, that is, without a row in the table of expiry.
 
         The first comparisons have no arithmetic on ``date_done``, so that its index can be used. The last comparison
-        decides, because a time zone has some hours twice.
+        decides: some hours of a date come twice in a time zone that sets its clock back.
         """
         if self._default is None:
             return None
@@ -175,9 +177,9 @@ class _Kept:
                    (SELECT to_json(date_done) #>> '{{}}' FROM last) AS date_done, (SELECT key FROM last) AS key"""
 
     def _removing(self, due: str) -> str:
-        """The rest of a statement that removes rows of the table of expiry, and the results that they belong to.
+        """SQL for the rest of a statement that removes rows of the table of expiry, and the results of these rows.
 
-        ``due`` are these rows, which are locked. In a partitioned table a ctid alone does not identify a row.
+        ``due`` names the query that has locked these rows. In a partitioned table a ctid alone does not identify a row.
         """
         belongs = f"t.{self._key} = {due}.key AND t.date_done IS NOT DISTINCT FROM {due}.date_done"
         return f"""held AS MATERIALIZED (
@@ -195,7 +197,7 @@ class _Kept:
             SELECT (SELECT count(*) FROM forgotten)::int AS forgotten, count(*)::int AS removed FROM deleted"""
 
     def forget(self, ids: str) -> str:
-        """Removes the rows with these ids from the table of expiry."""
+        """SQL that removes the rows with these ids from the table of expiry."""
         return f"DELETE FROM {self._expiry} e WHERE e.id = ANY(ARRAY({ids})::text[])"
 
 
@@ -236,7 +238,7 @@ class Statements:
             WHERE NOT {kept.gone("t")}"""
 
         def living_on(members: str) -> str:
-            """Keeps the saved group of each member for as long as the member.
+            """SQL that keeps the saved group of each member for as long as the member.
 
             It locks the groups in order of their ids. Otherwise two batches could wait for each other.
             """
@@ -259,9 +261,11 @@ class Statements:
                              WHEN old.expires_at IS NULL OR old.stored_at IS NOT NULL
                              THEN coalesce(old.stored_at, excluded.stored_at) END)"""
 
-        #: Runs beside steps of runs, for the groups of the results that they store; ``taken`` has these.
+        #: Runs together with the steps of runs. It keeps the groups of the results that the steps have stored: the
+        #: groups in ``taken``.
         self.living_on_of_runs: str = living_on("taken")
-        #: Runs beside steps of chords, for each of the groups ``$2`` whose seconds to live in ``$13`` are not null.
+        #: Runs together with the steps of chords. It keeps each group in ``$2`` for the seconds in ``$13``,
+        #: unless these are null.
         self.living_on: str = living_on("""(
                     SELECT gid, max(ttl) FROM unnest($2::text[], $13::float8[]) AS step(gid, ttl)
                     WHERE ttl IS NOT NULL GROUP BY gid
@@ -301,9 +305,9 @@ class Statements:
                 steps["living_on AS"] = living_on("input JOIN stored USING (task_id)")
             return f"WITH {', '.join(f'{name} ({sql})' for name, sql in steps.items())} SELECT task_id FROM stored"
 
-        #: Whether to store only new ids → the statement.
+        #: The statements that store results: with the key ``True`` only under new ids, with ``False`` under any id.
         self.store: dict[bool, str] = {only_new: store(only_new, plain=False) for only_new in (False, True)}
-        #: The same for rows with nothing but the `PLAIN_COLUMNS`.
+        #: The same statements, for rows with only the `PLAIN_COLUMNS`.
         self.store_plain: dict[bool, str] = {only_new: store(only_new, plain=True) for only_new in (False, True)}
         # The next two are for the function that does steps of runs. It decides by itself what to store. It plans them
         # on every call, so they are short and store one row. Their columns have the numbers of `STEP_COLUMNS`.
@@ -316,9 +320,10 @@ class Statements:
             ON CONFLICT (task_id) DO NOTHING RETURNING date_done"""
         self.update_step: str = f"""
             UPDATE {tasks} SET ({listed}) = ROW({listed_numbers}) WHERE task_id = $1 RETURNING date_done"""
-        #: Further arguments of that function: the time zone, and the default in seconds, ``None`` for never.
+        #: Further arguments of the function that does steps of runs: the time zone, and the reader's default in seconds
+        #: (``None`` for never).
         self.rule: tuple[str, float | None] = (zones[0], expires or None)
-        #: An expression: whether the task ``wanted.id`` is over.
+        #: An SQL expression that is true if the task ``wanted.id`` is over.
         self.is_final: str = f"""coalesce((
                 SELECT t.status IN ({", ".join(map(literal_sql, sorted(READY_STATES)))})
                 FROM (SELECT * FROM {tasks} WHERE task_id = wanted.id LIMIT 1) t {kept.ours("t")}
@@ -346,23 +351,24 @@ class Statements:
             WITH gone AS (DELETE FROM {names.group_expiry} WHERE id = $1::varchar)
             DELETE FROM {groups} WHERE taskset_id = $1::varchar"""
 
-        #: Repeat each while it has ``forgotten`` rows of the table of expiry. ``removed`` counts results or groups.
+        #: Repeat each statement until its column ``forgotten``, the number of rows removed from the table of expiry,
+        #: is 0. The column ``removed`` is the number of removed results or groups.
         self.cleanup: list[str] = [*kept.cleanup(), *kept_groups.cleanup()]
-        #: Repeat each after the returned ``date_done`` and ``key``, until it ``looked`` at fewer than `CLEANUP_BATCH`
-        #: rows.
+        #: Repeat each statement with the ``date_done`` and the ``key`` that it returned, until it has ``looked`` at
+        #: fewer than `CLEANUP_BATCH` rows.
         self.by_default: list[str] = [sql for sql in (kept.by_default(), kept_groups.by_default()) if sql is not None]
-        #: The next run of each begins after the ``last`` id; or with the first id, if it ``looked`` at fewer than
-        #: `ORPHANS` rows.
+        #: Begin the next run of each statement after the ``last`` id that it returned. If it has ``looked`` at fewer
+        #: than `ORPHANS` rows, begin with the first id again.
         self.orphans: list[str] = [kept.orphans(), kept_groups.orphans()]
 
 
 def epoch_sql(moment: str) -> str:
-    """A moment as seconds since 1970: a number even for infinity, and for years that Python cannot represent."""
+    """SQL for a moment as seconds since 1970. It is a number even for infinity, and for years unknown to Python."""
     return f"extract(epoch FROM {moment})::float8"
 
 
 def versions_sql(tasks: str) -> str:
-    """Selects the version of the row of each id of ``$1``: the transaction that wrote it. A later row has another."""
+    """SQL that selects a version for each id of ``$1``: the transaction that wrote its row. A later row has another."""
     return f"""
             SELECT t.task_id, t.version FROM unnest($1::varchar[]) AS wanted(id)
             CROSS JOIN LATERAL (
@@ -371,7 +377,7 @@ def versions_sql(tasks: str) -> str:
 
 
 def delete_sql(tasks: str, then: str) -> str:
-    """Locks in this order the rows of the ids ``$1`` with the versions ``$2``, deletes them, and does ``then``."""
+    """SQL that locks the rows of the ids ``$1`` with the versions ``$2`` in this order, deletes them, does ``then``."""
     return f"""
             WITH found AS MATERIALIZED (
                 SELECT t.part, t.place FROM unnest($1::varchar[], $2::text[]) AS wanted(id, version)

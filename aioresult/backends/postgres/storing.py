@@ -24,7 +24,7 @@ class Storing:
         self._connections = connections
 
     async def store(self, records: Sequence[Record], connection: Any) -> list[bool | BaseException]:
-        """As `Backend._store`."""
+        """Do what `BackendContract._store` says."""
         outcomes: list[bool | BaseException] = [False] * len(records)
         # Each round is a transaction of its own. One statement locks its rows in order; but if a transaction held the
         # rows of one round while it locks those of the next, two batches could wait for each other.
@@ -54,7 +54,7 @@ class Storing:
     async def _store_round(
         self, connection: Any, records: Sequence[Record], indexes: list[int], outcomes: list[bool | BaseException]
     ) -> None:
-        # In order of the ids, so that two batches in flight lock common rows in the same order.
+        # Sort by id, so that two batches in flight lock common rows in the same order.
         indexes.sort(key=lambda index: records[index].task_id)
         batch = [records[index] for index in indexes]
         plain = all(map(self._is_plain, batch))
@@ -69,15 +69,16 @@ class Storing:
         return len(record.payload) == len(PLAIN_COLUMNS) and not record.group_id and self._expires_by_default(record)
 
     def _expires_by_default(self, record: Record) -> bool:
-        """Whether Celery's rule, ``date_done`` plus the reader's default, is enough. It is for most results.
+        """True if Celery's rule, ``date_done`` plus the reader's default, is enough, as for most results.
 
-        Any other result gets a row in our table of expiry. A result with metadata always gets one, which keeps it.
+        Any other result gets a row in our table of expiry. A result with metadata always gets such a row, which holds
+        the metadata.
         """
         _, _, date_done, *others = record.payload
         return record.expires == self._expires and date_done is not None and not (others and others[-1] is not None)
 
     def row(self, record: Record) -> tuple[Any, ...]:
-        """The arguments of `Statements.store` for ``record``."""
+        """Return the arguments of `Statements.store` for ``record``."""
         seconds = record.expires or math.inf
         missing = (None,) * (len(self.statements.columns) + 1 - len(record.payload))
         expiry = None if self._expires_by_default(record) else seconds

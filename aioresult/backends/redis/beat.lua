@@ -2,9 +2,9 @@
 -- whose leases have run out.
 --   KEYS[1]: a sorted set, worker → milliseconds of the server's clock at which its lease ends; also the channel on
 --         which removed workers are published
---   ARGV: worker, "" for none; milliseconds of its lease, 0 if it shuts down; what this script returned to the caller
---         the last time, "" to remove no worker. No worker is removed either if that is more than half a lease ago:
---         perhaps the server was away, and no worker could renew its lease
+--   ARGV: worker, "" for none; milliseconds of its lease, 0 if it shuts down; the time that this script returned to the
+--         caller the last time, "" to remove no worker. If that time is more than half a lease ago, the script removes
+--         no worker either: perhaps the server was away, and no worker could renew its lease
 -- Returns the server's clock, in milliseconds.
 local leases, worker, lease, last = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')

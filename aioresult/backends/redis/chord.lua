@@ -30,7 +30,7 @@ local store = done and rkey or jkey
 local kind = redis.call('TYPE', store).ok
 local list = kind == 'list' or kind == 'none' and ordered == '0'
 local count = anew and 0 or redis.call(list and 'LLEN' or 'ZCARD', store)
--- When Celery creates a chord again, it removes .c and sets .s. Then what is kept in .a of the previous chord is void.
+-- When Celery creates a chord again, it removes .c and sets .s. Then .a still describes the old chord, and is void.
 local void = not done and (closed
     or not ours and count == 0 and redis.call('EXISTS', skey) == 1 and redis.call('HEXISTS', akey, 'failure') == 1)
 if void then ours, our_token, closed, noted = false, false, false, false end
@@ -48,7 +48,7 @@ elseif not anew then
     total = total and tonumber(total) + tonumber(redis.call('GET', tkey) or 0)
 end
 -- When Celery ends a chord with failed parts, it removes .s; when it ends any other chord, it also removes the parts.
--- Its mark in .c stays for some seconds or minutes. .a may still have the size.
+-- The mark that Celery leaves in .c stays for some seconds or minutes. .a may still have the size.
 noted = tonumber(noted or nil)
 local over = not (done or total or adding or ours)
     and (noted and (count == 0 or count >= noted) or count > 0 and claim and claim ~= our_token)
@@ -67,7 +67,7 @@ elseif complete and (adding or op == 'claim' or op == 'renew') then
     news = news or adding
     claimed = token ~= '' and (not claim or claim == token)
 elseif complete and mine and (not claim or claim == token) and (op == 'release' or op == 'finish') then
-    -- The lease may have run out: no other process has claimed the chord since.
+    -- The lease may have run out. That does no harm: no other process has claimed the chord since.
     news = true
     released = op == 'release'
     finished = op == 'finish'
@@ -108,7 +108,7 @@ if adding and not done then
         else
             -- A part without an index comes after all parts with an index, in order of arrival.
             local score = index == '+inf' and 1e15 + redis.call('ZCARD', jkey) or index
-            -- A sorted set has each member only once. Another space makes an equal part distinct; its JSON is the same.
+            -- A sorted set has no two equal members. Another space makes an equal part distinct; its JSON is the same.
             while redis.call('ZADD', jkey, 'NX', score, part) == 0 do part = part .. ' ' end
         end
         if first_failure then redis.call('HSET', akey, 'failure', part) end
@@ -124,7 +124,7 @@ elseif finished then
     redis.call('HSET', akey, 'finished', '1')
     redis.call('SET', ckey, 'done')
 elseif claimed and not over then
-    -- Not for longer than the other keys: otherwise it would block the next chord of the same id.
+    -- The claim must not live longer than the other keys: otherwise it would block the next chord of the same id.
     redis.call('SET', ckey, token, 'PX', ttl ~= 0 and math.min(lease, ttl) or lease)
     redis.call('HSET', akey, 'token', token)
 end

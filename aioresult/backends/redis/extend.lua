@@ -1,5 +1,5 @@
--- Keep a group for at least ARGV[1] milliseconds, 0 for ever. If the group's members are counted, count one that is
--- over.
+-- Keep a group for at least ARGV[1] milliseconds, 0 for ever. If the group's members are counted, count the member
+-- whose task is over.
 --   KEYS[1]: the group
 --   ARGV: milliseconds; index of the member, "" for none; whether it failed; three further keys of the group: .ok and
 --         .bad, with a bit for each member that has succeeded or failed; .n, the size, also the channel of the counts

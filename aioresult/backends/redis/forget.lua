@@ -1,6 +1,6 @@
 -- Remove a result in two steps. Without ARGV[3], return the version of the value of KEYS[1], or false if there is no
--- value. With a version in ARGV[3], remove the value if it still has that version. So a repetition never removes a
--- result that was stored after the first attempt.
+-- value. With a version in ARGV[3], remove the value if it still has that version. So a repeated call never removes a
+-- result that was stored after the first call.
 -- The version of a long value is made of its length and both ends, so that the server need not hash megabytes. The end
 -- has the moment at which the value was stored.
 --   ARGV[1], ARGV[2]: the keys of the task's run, .run and .out, which are removed with the value. They are in the same

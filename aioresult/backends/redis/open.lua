@@ -29,7 +29,7 @@ if top then
     epoch = math.max(epoch, newest + 1)
 end
 
--- A write that changes nothing. If the server refuses it, for instance because it is full, nothing must be published.
+-- Try a write that changes nothing. If the server refuses it, for instance because it is full, publish nothing.
 local room = redis.pcall('SETRANGE', key, 0, '')
 if type(room) == 'table' then return room end
 if data == '' and state == '' then

@@ -3,7 +3,7 @@
 -- another serializer. Then the caller decodes it and, if it may be replaced, tries again with its digest.
 --   KEYS[1]: the key, which is also the channel
 --   ARGV: value; milliseconds to live, 0 for ever; which stored value may be replaced: "absent" for none, "unfinished"
---         for one that is not final, otherwise any but a success; digest of a stored value that may be replaced
+--         for a value that is not final, otherwise for any but a success; digest of a stored value that may be replaced
 -- A stored value that is equal to the new one counts as stored: the caller repeats the store because its reply was
 -- lost. If the user has no right to publish, nothing is stored: a store never happens without its message.
 local key, value, ttl, guard, digest = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]

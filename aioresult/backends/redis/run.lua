@@ -68,7 +68,7 @@ elseif op == 'store' then
     if others then verdict = 'superseded' elseif ended then verdict = 'kept' else put() end
 elseif op == 'finish' then
     if others and state ~= 'SUCCESS' then verdict = 'superseded'
-    elseif ended and state ~= 'SUCCESS' then -- a repetition of this step, or a revoke has ended the run of a dead worker
+    elseif ended and state ~= 'SUCCESS' then -- the step is repeated, or a revoke has ended the run of a dead worker
         verdict = status == 'REVOKED' and state ~= 'REVOKED' and 'revoked' or same()
     else
         if not others then finish(run) end
@@ -106,7 +106,7 @@ if mark and (epoch ~= '' or void) then
     if not entries.err then -- if the key is not a stream, there is no log; the result is stored all the same
         local top_epoch, top = string.match(entries[1] and entries[1][1] or '0-0', '^(%d+)-(%d+)$')
         if void and (epoch == '' or top_epoch - epoch > 0) then
-            -- The mark gets a new epoch. From it the readers and the writer of the void output learn that it is void.
+            -- The mark gets a new epoch. From it the readers and the writer of that output learn that it is void.
             local fields = entries[1] and entries[1][2] or {}
             keeps, marks = true, fields[#fields - 1] ~= 'e'
             epoch, last = string.format('%.0f', top_epoch + 1), '1'
@@ -123,12 +123,12 @@ for at, value in ipairs({ours, runs_at, over, wish, wish_ttl, wish_group, why}) 
 end
 changed = changed and (ours ~= '' or wish)
 
--- A write that changes nothing. If the server refuses it, for instance because it is full, nothing must be published.
+-- Try a write that changes nothing. If the server refuses it, for instance because it is full, publish nothing.
 if changed or store or marks then
     local room = redis.pcall('SETRANGE', key, 0, '')
     if type(room) == 'table' then return room end
 end
--- The state is published last: it alone has a meaning without the other messages.
+-- Publish the state last: only the state has a meaning without the other messages.
 local messages = {}
 if marks then table.insert(messages, {out, epoch .. '-' .. last .. ' '}) end
 if tell then table.insert(messages, {prefix .. tell, ours}) end
