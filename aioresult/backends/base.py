@@ -224,7 +224,7 @@ class Backend(OperationsSide):
     ) -> ReadyChord | None:
         """Add a part to a chord: the result of one task of its header.
 
-        The task id and the index identify a part, so it is safe to repeat the call: the chord counts the part once.
+        The task id and the index identify a part, so it is safe to repeat the call: a part counts only one time.
 
         :param state: ``SUCCESS``; or ``FAILURE`` or ``REVOKED``, which make the chord fail. Then ``value`` is the
             exception.
@@ -316,7 +316,7 @@ class Backend(OperationsSide):
             result keeps its parents. It also keeps what Celery knows already: the value of a task that Celery has run
             eagerly (``task_always_eager``), or that the task stores no result (``ignore_result``). A handle of this
             backend is returned as it is.
-        :param parent: the result that this one follows in a chain.
+        :param parent: the result of the task before this task in a chain.
         :param type: the type to convert the value to. pydantic converts to a pydantic model. msgspec converts to a
             msgspec Struct, a dataclass, a TypedDict or an annotation such as ``list[int]``; without msgspec, pydantic
             does so. If the value does not fit, awaiting the handle raises `DecodeError`. See docs/values.md.

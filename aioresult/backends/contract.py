@@ -383,8 +383,9 @@ class BackendContract(ABC):
         return True
 
     def _encode(self, meta: TaskMeta) -> Any:
-        """Convert ``meta`` to the form that is stored. It is called for one store at a time, so an error reaches only
-        the caller of that store.
+        """Convert ``meta`` to the form that is stored.
+
+        The backend calls this for each store alone, so an error reaches only the caller of that store.
         """
         return self.codec.encode(meta)
 

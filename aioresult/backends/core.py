@@ -226,7 +226,7 @@ class BackendCore(BackendContract):
             max_held=self.max_pending_bytes,
             persistence=self._persistence,
         )
-        # Not in `_calls`: a ping must not wait for other calls, and must not be retried.
+        # Pings are not in `_calls`: a ping must not wait for other calls, and must not be retried.
         self._pings: Batcher[None, float] = batcher(self._perform_pings, max_items=self.fetch_chunk, parallel=2)
         results = (self._writes, self._fetches, self._calls, self._steps, self._pings)
         self._batchers = (*results, self._appends, self._page_reads, self._runs)
@@ -240,7 +240,7 @@ class BackendCore(BackendContract):
     async def aclose(self) -> None:
         """Close the backend: every waiter gets `BackendClosedError`, and every connection is closed.
 
-        May be called more than once. An `open` that has not returned raises the same error.
+        May be called more than once. A call of `open` that has not returned raises that error, too.
         """
         self._leave_behind()
         if self._changing is not None:

@@ -18,7 +18,7 @@ _HEARTBEATS: Final = 3
 
 
 class OperationsSide(LiveSide):
-    """What health checks and metrics call; see `aioresult.backends.base.Backend`."""
+    """The methods that health checks and metrics call; see `aioresult.backends.base.Backend`."""
 
     async def ping(self) -> float:
         """Make one round trip to the server, now and without retries. Return how many seconds it took.

@@ -100,7 +100,7 @@ class WorkerSide(BackendCore):
         :param meta: metadata of your own, any dict that can be stored. It is stored beside the value, belongs to this
             state alone, and is read as `TaskMeta.meta`. Celery's readers ignore it.
         :returns: whether it was stored. A stored SUCCESS is never overwritten. A state of your own does not overwrite
-            FAILURE or REVOKED either; it is stored again once the task has been stored as STARTED or RETRY.
+            FAILURE or REVOKED either; it can be stored again after the task has been stored as STARTED or RETRY.
         :raises UsageError: an argument makes no sense.
         :raises EncodeError: the serializer cannot hold the value. The message names the task, the path to the part that
             cannot be stored, its type, and the remedy.

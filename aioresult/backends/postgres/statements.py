@@ -6,7 +6,7 @@ two differ, another program, such as a Celery worker, has stored the result agai
 
 Every look-up is written so that the server must use an index (a LATERAL with a LIMIT, an array, a ctid), and our
 connections have ``enable_seqscan`` off (`connections`). The server may use a plan for hours that it made while a table
-was empty. Such a plan must not read the table from end to end once there are a million rows.
+was empty. Such a plan must not read the table from end to end when it has a million rows.
 
 Dates go in and out as numbers: Python cannot represent the year 20000, and a connection of the caller's may have a
 custom codec for dates.
