@@ -441,7 +441,7 @@ class ReadyChord:
 
     @property
     def results(self) -> list[Any]:
-        """The results in order. If a part failed, raises `error`. If the block raises it, the chord is finished."""
+        """The results of the header, in order. Raises `error` if a part failed: let it leave the ``async with``."""
         if self.error is not None:
             raise self.error
         return self._results

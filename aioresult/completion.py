@@ -57,18 +57,17 @@ class Completions(Generic[L]):
     """An async iterator: each step yields a list of the leaves that have finished since the last step.
 
     An item of that list is ``(leaf, outcome)``. A leaf is a handle on a single result. Its outcome is its final meta,
-    or an error that prevents a final meta. The outcome may also be the meta of an ancestor that has failed, such as a
-    parent in a chain. Then the leaf never runs, or has failed with its ancestor. Before a failed leaf is yielded, its
-    ancestors are read. So the failure that is yielded does not depend on when the caller asks.
+    or an error that prevents a final meta. If an ancestor has failed, such as a parent in a chain, the leaf never runs
+    or fails too. Its outcome is then the meta of that ancestor. The ancestors of a failed leaf are read before the leaf
+    is yielded, so that early and late callers get the same failure.
 
     Use it in ``with``, which ends the remaining subscriptions. ``timeout`` is in seconds from now. After it, the next
     step that would have to wait raises `aioresult.TimeoutError`. A timeout of 0 reads all results and does not wait. A
-    stored result takes precedence over a deadline that has passed: at the end of a timeout below one second, the
-    missing results are read again.
+    timeout below one second may end before the first read has; the missing results are then read one more time.
 
-    If there are many leaves, the join itself reads them first, a chunk at a time. Then it needs the hub (the listener
-    that all waiters of a backend share) only for leaves that are not over. After that, it also watches the ancestors of
-    these leaves.
+    If there are many leaves, this iterator first reads them itself, a chunk at a time. Then it needs the hub (the
+    listener that all waiters of a backend share) only for leaves that have not finished. After that, it also watches
+    the ancestors of these leaves.
     """
 
     def __init__(self, lineage: Lineage[L], timeout: Timeout = None) -> None:

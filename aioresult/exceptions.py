@@ -244,9 +244,10 @@ class WorkerLostError(AioResultError):
 class Retry(AioResultError):
     """Raise it inside ``async with backend.running(…)`` if the task is to run again. The state RETRY is then stored.
 
-    ``exc`` is the reason. It is stored with the state; without ``exc`` the `Retry` itself is stored. ``delay`` tells
-    the worker, which catches the `Retry`, after how many seconds its queue should run the task again. The library
-    itself does not wait. ``celery.exceptions.Retry`` has the same effect inside ``async with backend.running(…)``.
+    ``exc`` is the reason. It is stored with the state; without ``exc`` the `Retry` itself is stored. ``delay`` is the
+    number of seconds to wait before the task runs again. The library itself does not wait: the worker catches the
+    `Retry`, and passes ``delay`` to its queue. ``celery.exceptions.Retry`` has the same effect inside ``async with
+    backend.running(…)``.
     """
 
     def __init__(self, message: str = "", exc: BaseException | None = None, delay: float | None = None) -> None:

@@ -59,7 +59,7 @@ class Flush(NamedTuple):
     writer: str
     #: The epoch; 0 opens the output: the store assigns an epoch above all earlier ones, and drops the older chunks.
     epoch: int
-    #: The number of the last chunk in this flush. An end mark has the number after the last chunk.
+    #: The number of the last chunk in this flush. For an end mark: that of the last chunk of the log, plus one.
     last: int
     #: The chunks as a JSON list; empty for an end mark, and for a flush that only extends the life of the log.
     data: bytes = b""

@@ -14,7 +14,7 @@ __all__ = ["News", "value_of"]
 
 
 class _Failed(NamedTuple):
-    """What a handle knows of a failed result after a join has checked its parents."""
+    """The state of a handle on a failed result, once a wait has also checked the parents of the result."""
 
     #: The outcome of the task itself.
     own: Outcome | None

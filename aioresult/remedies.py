@@ -1,4 +1,4 @@
-"""Remedies for errors: what to write instead of an attribute that only Celery's results have, or of a wrong id."""
+"""Hints for errors: what to use for an attribute that only Celery's results have, and what to pass for a wrong id."""
 
 from __future__ import annotations
 

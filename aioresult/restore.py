@@ -118,7 +118,7 @@ def _of_class(module: object, name: str, args: tuple[Any, ...], stored: Mapping[
 
 
 def _are_members(members: object) -> bool:
-    """True if ``members`` are members of an exception group, within the limits. Checked before any is built."""
+    """True if ``members`` can be the members of a group. Also checks their number and depth, before any is built."""
     if not isinstance(members, (list, tuple)) or not members:
         return False
     count, level = 0, [members]

@@ -73,7 +73,7 @@ class Unheard:
             self.set_timer()
 
     async def look(self) -> None:
-        """Look at every id, a few hundred at a time, and log one warning for all ids that are due."""
+        """Look at every id, a few hundred at a time, and log one warning for all that are empty for long enough."""
         self.due = False
         overdue: list[str] = []
         for ids in chunked(self._topics, SLICE):

@@ -279,7 +279,7 @@ class Backend(OperationsSide):
         return await self._steps.submit(step, size=len(step.part) + len(step.body or b""))
 
     async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
-        """Do many steps in few round trips. If a step fails, its error takes its place. Used by `aioresult.chord`."""
+        """Do many steps in few round trips. Return a state for each step, or its error. Used by `aioresult.chord`."""
         self.check()
         if self._steps.full:
             await self._steps.wait_for_room()

@@ -136,7 +136,7 @@ class Connections:
                 silence(transport)
 
     async def new(self, dsn: Dsn | None = None) -> asyncpg.Connection[Any]:
-        """Make a connection to ``dsn``. Without ``dsn``, the caller's ``connect`` makes it, or it goes to the URL."""
+        """Connect to ``dsn``. Without it, call the caller's ``connect``; without that, connect to the URL."""
         if dsn is None and self._connect is not None:
             made = await self._connect()
             self._made.add(made)

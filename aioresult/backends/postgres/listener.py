@@ -55,7 +55,7 @@ async def bounded(
         return task.result()
     finally:
         if not task.done():
-            # Retrieve the error of this asyncio task, even if the wait below is cancelled: it is only a consequence.
+            # The teardown makes this asyncio task fail. Retrieve that error, or asyncio logs it.
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             _tear_down(connection)
             await asyncio.wait({task})

@@ -19,8 +19,8 @@ _MAX_NOTE_LENGTH: Final = 155
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-#: A difference between two dates, in seconds. Two time zones differ by more than this, and two clocks by less. So a
-#: larger difference means that a session with another time zone stored one of the dates.
+#: A limit in seconds, just below 15 minutes, the smallest difference between two time zones. If two dates differ by
+#: more, a session with another time zone stored one of them. Clocks that disagree cause smaller differences.
 _A_ZONE: Final = 14 * 60
 
 

@@ -333,10 +333,10 @@ class RedisConnection(asyncio.Protocol):
 def take_over(link: AbstractConnection, protocol: asyncio.Protocol) -> asyncio.Transport:
     """Return the transport of a connected redis-py connection, and put ``protocol`` in place of redis-py's reader.
 
-    This is the only use of a private attribute of redis-py: the stream writer, which has the transport (5.0.1 to 8.1;
-    the attribute has had this name since the asyncio client came in 4.2). All replies of the handshake have arrived, so
-    nothing is left in a buffer. The caller must keep ``link``: it owns the writer, which closes the transport when it
-    is garbage-collected.
+    This is the only use of a private attribute of redis-py: the stream writer, which has the transport. It was checked
+    with redis-py 5.0.1 to 8.1; its name has not changed since the asyncio client was added in redis-py 4.2. All replies
+    of the handshake have arrived, so nothing is left in a buffer. The caller must keep ``link``: it owns the writer,
+    which closes the transport when it is garbage-collected.
     """
     writer = getattr(link, "_writer", None)
     if not isinstance(writer, asyncio.StreamWriter):

@@ -29,7 +29,7 @@ __all__ = ["NOT_TOLD", "RunningTasks", "flush_commands", "last_of", "top_of"]
 
 T = TypeVar("T")
 
-#: The code of the error with which our scripts say that the user has no right to publish.
+#: The error code that our Lua scripts return if the Redis user has no right to publish.
 NOT_TOLD = "AIORESULT"
 
 #: The greatest value of each half of a stream id: a half has 64 bits.
