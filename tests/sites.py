@@ -208,7 +208,7 @@ async def eventually(condition: Callable[[], Any], seconds: float = 100.0) -> No
 def objects() -> Counter[str]:
     """The instances of this library's classes that are alive."""
     gc.collect()
-    mine = (type(each) for each in gc.get_objects() if not isinstance(each, type))
+    mine = (type(each) for each in gc.get_objects() if not issubclass(type(each), type))
     return Counter(cls.__qualname__ for cls in mine if cls.__module__.startswith("aioresult"))
 
 
