@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from .exceptions import BackendError
 from .retry import Persistence
-from .tasks import EMPTY, RESTART_AFTER, fail, fail_all, spawn, twin
+from .tasks import EMPTY, RESTART_AFTER, copy_of_error, fail, fail_all, spawn
 
 __all__ = ["Batcher"]
 
@@ -121,7 +121,7 @@ class Batcher(Generic[Item, Out]):
         After `close`, `submit` raises the error that was passed to `close`.
         """
         if self._closed is not None:
-            raise twin(self._closed)
+            raise copy_of_error(self._closed)
         future: asyncio.Future[Out] = self._loop.create_future()
         call = _Call(item, future, key, size)
         self._held += size
@@ -215,7 +215,7 @@ class Batcher(Generic[Item, Out]):
                 if outcome is not None:
                     future.set_result(outcome)
                 elif self._closed is not None:
-                    fail(future, twin(self._closed))
+                    fail(future, copy_of_error(self._closed))
             self._release(call)
         if self._due:
             self._start()
@@ -322,7 +322,7 @@ class Batcher(Generic[Item, Out]):
                 future = call.future
                 if not future.done():
                     if isinstance(outcome, BaseException):
-                        fail(future, twin(outcome) if outcome is failed else outcome)
+                        fail(future, copy_of_error(outcome) if outcome is failed else outcome)
                         failed = outcome
                     else:
                         future.set_result(outcome)

@@ -36,7 +36,7 @@ from .result import ResultBase, ResultSet
 from .seconds import Timeout, checked_timeout
 from .serialization import Codec, reading
 from .states import EXCEPTION_STATES, PROPAGATE_STATES, SUCCESS
-from .tasks import TURN, StandingTask, uncancelled
+from .tasks import LONGEST_STEP, StandingTask, run_to_completion
 from .waiter import FINAL_READ, SingleWaiter, Waiter, timed_out
 
 __all__ = [
@@ -325,7 +325,7 @@ class Chords:
         """Return the error of the first failed part. Skips parts whose hash is in ``seen``; adds all others to it."""
         state = await self._step(ChordStep(ChordOp.PARTS, group_id))
         now = asyncio.get_running_loop().time
-        pause_at = now() + TURN
+        pause_at = now() + LONGEST_STEP
         for part in state.parts:
             if (mark := hash(part)) in seen:
                 continue
@@ -338,7 +338,7 @@ class Chords:
                 return part_failed(group_id, task_id, value)
             if now() >= pause_at:
                 await asyncio.sleep(0)
-                pause_at = now() + TURN
+                pause_at = now() + LONGEST_STEP
         return None
 
     async def progress(self, group_id: str) -> ChordProgress:
@@ -457,7 +457,7 @@ class ReadyChord:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await uncancelled(partial(self._leave, exc))
+        await run_to_completion(partial(self._leave, exc))
 
     async def _leave(self, exc: BaseException | None) -> None:
         self._leaving.set()

@@ -34,8 +34,8 @@ from typing import Protocol, TypeAlias
 
 from .exceptions import AioResultError, BackendConnectionError, BackendError
 from .health import Health
-from .retry import Backoff, concerns_everyone
-from .tasks import EMPTY, SLICE, StandingTask, chunked, twin
+from .retry import Backoff, affects_whole_batch
+from .tasks import CALLBACKS_PER_TURN, EMPTY, StandingTask, chunked, copy_of_error
 from .unheard import Unheard
 from .waiter import Outcome, Waiter
 
@@ -189,7 +189,7 @@ class Hub:
             if self._topics.get(task_id) is topic:  # the topic's waiters have not left in the meantime
                 told += len(topic)
                 self._finish(task_id, topic, error)
-            while self._crowds or told >= SLICE:
+            while self._crowds or told >= CALLBACKS_PER_TURN:
                 told = 0
                 await asyncio.sleep(0)
 
@@ -202,7 +202,7 @@ class Hub:
         After `close`, raises the error that was passed to `close`.
         """
         if self._closed is not None:
-            raise twin(self._closed)
+            raise copy_of_error(self._closed)
         topic = self._topics.get(task_id)
         if topic is not None:
             topic.add(waiter)
@@ -307,7 +307,7 @@ class Hub:
         if topic.sole is not None and not topic.queued:
             self._give(task_id, topic, topic.sole, outcome)
             return
-        if topic.queued or len(topic) > SLICE:
+        if topic.queued or len(topic) > CALLBACKS_PER_TURN:
             if not self._crowds:
                 asyncio.get_running_loop().call_soon(self._notify_some)
             topic.queued += 1
@@ -321,7 +321,7 @@ class Hub:
         if not self._crowds:
             return
         task_id, topic, outcome, crowd = self._crowds[0]
-        for _ in range(min(SLICE, len(crowd))):
+        for _ in range(min(CALLBACKS_PER_TURN, len(crowd))):
             self._give(task_id, topic, crowd.popleft(), outcome)
         if not crowd:
             topic.queued -= 1
@@ -334,7 +334,7 @@ class Hub:
         if waiter is not topic.sole and waiter not in topic:
             return
         try:
-            waiter.receive(task_id, twin(outcome) if isinstance(outcome, Exception) else outcome)
+            waiter.receive(task_id, copy_of_error(outcome) if isinstance(outcome, Exception) else outcome)
         except (Exception, asyncio.CancelledError):
             logger.exception("a waiter for %s raised an exception, and gets no more news", task_id)
             if self._topics.get(task_id) is topic:
@@ -468,7 +468,7 @@ class Hub:
         except BackendConnectionError:
             raise
         except Exception as exc:
-            if concerns_everyone(exc):
+            if affects_whole_batch(exc):
                 raise
             if len(ids) == 1:
                 self._refuse(ids[0], _named(exc))

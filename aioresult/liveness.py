@@ -24,7 +24,7 @@ from uuid import uuid4
 from .exceptions import AioResultError, BackendConnectionError, WorkerLostError
 from .retry import Backoff
 from .run import WORKERS_TOPIC, RunOp, RunState, RunStep
-from .tasks import EMPTY, StandingTask, twin
+from .tasks import EMPTY, StandingTask, copy_of_error
 from .waiter import Outcome, Waiter
 
 __all__ = ["Beats", "LifeStore", "Liveness", "Tell"]
@@ -272,7 +272,7 @@ class Liveness:
 
     def _notify(self, task_id: str, error: Exception) -> None:
         for tell in tuple(self._watched.get(task_id, ())):
-            tell(twin(error))
+            tell(copy_of_error(error))
 
 
 _LOST = (

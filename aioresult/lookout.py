@@ -24,7 +24,7 @@ from .failure import safe_repr
 from .meta import TaskMeta
 from .result import GroupResult
 from .states import PROPAGATE_STATES
-from .tasks import EMPTY, SLICE, StandingTask, fail_all
+from .tasks import CALLBACKS_PER_TURN, EMPTY, StandingTask, fail_all
 from .waiter import Outcome, SingleWaiter, Waiter
 
 __all__ = ["ChordWaiter", "LookoutStore", "Lookouts", "part_failed", "result_id_of"]
@@ -230,7 +230,7 @@ class _Lookout:
         self._missing = set(self._members)
         for number, task_id in enumerate(self._members, 1):
             self._watch(task_id)
-            if number % SLICE == 0:
+            if number % CALLBACKS_PER_TURN == 0:
                 await asyncio.sleep(0)
 
     async def _look_at_parts(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .meta import TaskMeta
 from .states import IGNORED, SUCCESS
-from .tasks import twin
+from .tasks import copy_of_error
 from .tree import ResultBase
 from .waiter import Outcome
 
@@ -89,5 +89,5 @@ class News(ResultBase):
 def value_of(outcome: Outcome | None) -> Any:
     """Return the value or the exception in the meta ``outcome``. Raises ``outcome`` if it is an error of reading."""
     if isinstance(outcome, Exception):
-        raise twin(outcome)
+        raise copy_of_error(outcome)
     return None if outcome is None else outcome.with_new_exception().result

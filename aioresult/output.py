@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from .exceptions import BackendClosedError, OutputFull, OutputSuperseded, UsageError
 from .log import CLOSED, Flush, Place
-from .tasks import EMPTY, fail_all, twin
+from .tasks import EMPTY, copy_of_error, fail_all
 
 __all__ = ["Keep", "Kept", "Output", "OutputStore", "Overflow", "joined"]
 
@@ -182,7 +182,7 @@ class Output:
         You may call this again. Raises the same errors as `flush`.
         """
         if self._broken is not None:
-            raise twin(self._broken)
+            raise copy_of_error(self._broken)
         self._store.check()
         self._closed, self._trouble = True, None
         if self._stalled:
@@ -257,7 +257,7 @@ class Output:
     def _check(self) -> None:
         """Raise an error if nothing can be sent. If the last flush has failed, begin to send it again."""
         if self._broken is not None:
-            raise twin(self._broken)
+            raise copy_of_error(self._broken)
         self._store.check()
         if self._closed:
             raise UsageError(f"the output of task {self.task_id} was closed; send all chunks before you close it")
@@ -274,7 +274,7 @@ class Output:
     async def _until(self, done: Callable[[], bool]) -> None:
         while not done():
             if self._broken is not None:
-                raise twin(self._broken)
+                raise copy_of_error(self._broken)
             turn: asyncio.Future[None] = self._loop.create_future()
             self._waiting.add(turn)
             try:

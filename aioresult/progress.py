@@ -21,7 +21,7 @@ from .handle import ResultStore, is_over, refresh
 from .lineage import Lineage
 from .retry import retry_outages
 from .seconds import Seconds, checked_seconds
-from .tasks import twin
+from .tasks import copy_of_error
 from .waiter import Outcome
 
 __all__ = ["GROUP_TOPIC", "GroupCounts", "GroupProgress", "progress_of"]
@@ -146,7 +146,7 @@ class _Counter:
             self._patience = min(2 * self._patience, _LAST_LOOK)
             return False
         if self._error is not None:
-            raise twin(self._error)
+            raise copy_of_error(self._error)
         self._news.clear()
         self._patience = _FIRST_LOOK
         return True

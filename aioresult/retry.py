@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .exceptions import BackendConnectionError, BackendError, ImproperlyConfigured, UsageError
 from .health import Health
 
-__all__ = ["Backoff", "Persistence", "concerns_everyone", "retry_outages"]
+__all__ = ["Backoff", "Persistence", "affects_whole_batch", "retry_outages"]
 
 Item = TypeVar("Item")
 Out = TypeVar("Out")
@@ -48,7 +48,7 @@ async def retry_outages(operation: Callable[[], Awaitable[Out]]) -> Out:
             await asyncio.sleep(backoff.pause())
 
 
-def concerns_everyone(error: Exception) -> bool:
+def affects_whole_batch(error: Exception) -> bool:
     """True if the error concerns the server or the whole call, so that each item alone would get the same error."""
     if isinstance(error, BackendError):
         return error.of_server
@@ -151,9 +151,9 @@ class Persistence:
                 await asyncio.sleep(backoff.pause())
                 parts = [kept for part in parts if (kept := [index for index in part if wanted(index)])]
             except Exception as exc:
-                if concerns_everyone(exc):
+                if affects_whole_batch(exc):
                     self._health.failed(exc)
-                if len(part) == 1 or concerns_everyone(exc):
+                if len(part) == 1 or affects_whole_batch(exc):
                     settle(part, [exc] * len(part))
                 else:
                     parts += _halves([index for index in part if wanted(index)])

@@ -44,7 +44,7 @@ from .output import Output, OutputStore
 from .record import Record
 from .run import WORKER_TOPIC, RunOp, RunState, RunStep, Verdict
 from .states import FAILURE, RETRY, REVOKED, STARTED, SUCCESS
-from .tasks import EMPTY, spawn, uncancelled
+from .tasks import EMPTY, run_to_completion, spawn
 from .waiter import Outcome, Waiter
 
 __all__ = ["AlreadyDone", "RunStore", "Running", "Runs", "current_task"]
@@ -343,7 +343,7 @@ class Running:
             raise AlreadyDone
         if state.verdict is Verdict.REVOKED or self._stopped:
             refusal: list[TaskRevokedError] = []
-            await uncancelled(partial(self._refused, state, refusal))
+            await run_to_completion(partial(self._refused, state, refusal))
             raise refusal[0]
         self._inside, self._again = True, state.verdict is Verdict.AGAIN
         self._outer = _current.get()
@@ -381,7 +381,7 @@ class Running:
                 timer.cancel()
         self._news = None
         outcome: list[BaseException | None] = []
-        await uncancelled(partial(self._leave, exc, ours, outcome))
+        await run_to_completion(partial(self._leave, exc, ours, outcome))
         if outcome[0] is not None:
             raise outcome[0]
 

@@ -24,7 +24,7 @@ from .reading import END, Decoded, Reading
 from .retry import retry_outages
 from .seconds import Timeout
 from .states import SUCCESS
-from .tasks import twin
+from .tasks import copy_of_error
 from .tree import raise_or_return
 from .waiter import Outcome, Waiter
 
@@ -151,7 +151,7 @@ class _Tail:
                     self._end(follower, outcome)
         elif isinstance(outcome, Exception):
             for follower in self._followers.values():
-                follower.failure = twin(outcome)
+                follower.failure = copy_of_error(outcome)
                 follower.wake()
         elif outcome.result is None:
             self._confirmed = True
@@ -364,7 +364,7 @@ class OutputStream(Following[T], Generic[T]):
         while not self._closed and not len(reading):
             if follower.failure is not None:
                 self._close()
-                raise twin(follower.failure)
+                raise copy_of_error(follower.failure)
             if reading.behind:
                 await self._read_page(patient=deadline is None)
             elif deadline is not None and asyncio.get_running_loop().time() >= deadline:

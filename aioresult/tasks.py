@@ -20,19 +20,19 @@ import anyio
 from .exceptions import AioResultError
 
 __all__ = [
+    "CALLBACKS_PER_TURN",
     "EMPTY",
+    "LONGEST_STEP",
     "RESTART_AFTER",
-    "SLICE",
-    "TURN",
     "SingleFlight",
     "StandingTask",
     "call_from_finalizer",
     "chunked",
+    "copy_of_error",
     "fail",
     "fail_all",
+    "run_to_completion",
     "spawn",
-    "twin",
-    "uncancelled",
 ]
 
 logger: logging.Logger = logging.getLogger("aioresult")
@@ -54,9 +54,9 @@ EMPTY = _Empty()
 #: Seconds after which the library restarts an asyncio task of its own that code outside the library has cancelled.
 RESTART_AFTER = 0.01
 #: After so many seconds of decoding or delivering without an await, the event loop gets a turn.
-TURN = 0.005
+LONGEST_STEP = 0.005
 #: How many callbacks are scheduled before the event loop gets a turn.
-SLICE = 500
+CALLBACKS_PER_TURN = 500
 
 
 def spawn(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
@@ -144,7 +144,7 @@ class SingleFlight(Generic[T]):
                     raise
                 continue  # the attempt was cancelled, and this caller was not: try again
             except AioResultError as exc:
-                error = twin(exc)
+                error = copy_of_error(exc)
             raise error
 
     async def stop(self) -> None:
@@ -160,7 +160,7 @@ def _retrieved(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
-def twin(error: T) -> T:
+def copy_of_error(error: T) -> T:
     """Return a copy of ``error`` for one more caller.
 
     If two callers raised the same instance, each would see the other's frames in the traceback.
@@ -193,7 +193,7 @@ def fail_all(futures: Iterable[asyncio.Future[Any]], error: BaseException) -> No
     """Fail each future that is not done with its own copy of ``error``."""
     for future in futures:
         if not future.done():
-            fail(future, twin(error))
+            fail(future, copy_of_error(error))
 
 
 def call_from_finalizer(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any) -> None:
@@ -212,7 +212,7 @@ def chunked(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
         yield chunk
 
 
-async def uncancelled(cleanup: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def run_to_completion(cleanup: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run ``cleanup()`` to its end, and only then raise a cancellation of the caller.
 
     A late cancellation is better than a half-closed object. The anyio scope keeps out anyio's cancellations, which are

@@ -15,7 +15,7 @@ from .hub import chunked
 from .meta import ResultTuple
 from .remedies import INSTEAD, Missing, not_an_id
 from .seconds import Timeout
-from .tasks import twin
+from .tasks import copy_of_error
 from .waiter import Outcome
 
 __all__ = [
@@ -233,7 +233,7 @@ def same_store(one: ResultStore | None, other: ResultStore | None) -> bool:
 
 def raise_or_return(outcome: Outcome | None) -> Any:
     if isinstance(outcome, Exception):
-        raise twin(outcome)
+        raise copy_of_error(outcome)
     if outcome is None:
         return None
     if outcome.propagates:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from .meta import TaskMeta
 from .states import PENDING
-from .tasks import EMPTY, SLICE, chunked
+from .tasks import CALLBACKS_PER_TURN, EMPTY, chunked
 
 __all__ = ["Unheard"]
 
@@ -76,7 +76,7 @@ class Unheard:
         """Look at every id, a few hundred at a time, and log one warning for all that are empty for long enough."""
         self.due = False
         overdue: list[str] = []
-        for ids in chunked(self._topics, SLICE):
+        for ids in chunked(self._topics, CALLBACKS_PER_TURN):
             overdue += [task_id for task_id in ids if self._is_overdue(task_id)]
             await asyncio.sleep(0)
         overdue = [task_id for task_id in overdue if task_id in self._topics]

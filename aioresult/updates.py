@@ -11,7 +11,7 @@ from .following import Following
 from .liveness import Liveness
 from .meta import TaskMeta
 from .retry import retry_outages
-from .tasks import twin
+from .tasks import copy_of_error
 from .waiter import Outcome, Waiter
 
 __all__ = ["UpdateStore", "Updates"]
@@ -121,7 +121,7 @@ class Updates(Following[TaskMeta]):
                 return None
             if isinstance(news, Exception):
                 self._close()
-                raise twin(news)
+                raise copy_of_error(news)
             if self._last is None or news.ready or _likeness(news) != _likeness(self._last):
                 return news.with_new_exception()
 

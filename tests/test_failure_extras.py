@@ -23,7 +23,7 @@ from aioresult import AioResultError, RemoteError, TaskMeta, TaskRevokedError, T
 from aioresult.restore import load_exception
 from aioresult.serialization import Codec
 from aioresult.states import FAILURE, REVOKED
-from aioresult.tasks import twin
+from aioresult.tasks import copy_of_error
 
 HERE = __name__
 SERIALIZERS = ["json", "msgpack", "pickle"]
@@ -228,7 +228,7 @@ def test_notes_do_not_accumulate() -> None:
 
 def test_a_copy_for_another_caller_has_notes_of_its_own() -> None:
     one = described("E", "shop.payments")
-    other = twin(one)
+    other = copy_of_error(one)
     one.add_note("of this caller")
     assert len(notes_of(other)) == 1
     assert other.stored == one.stored
@@ -319,7 +319,7 @@ def test_a_group_of_a_class_that_cannot_be_used_is_a_group(name: str, module: An
     assert isinstance(read, RemoteError)
     assert (type(read).__name__, str(read), type(read.exceptions[0])) == (name, "m (1 sub-exception)", Plain)
     assert len(notes_of(read)) == 1
-    assert str(twin(read)) == str(read)
+    assert str(copy_of_error(read)) == str(read)
 
 
 def test_celery_sees_of_a_group_what_it_stores_itself() -> None:

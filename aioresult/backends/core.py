@@ -44,7 +44,7 @@ from ..retry import Persistence
 from ..run import WORKER_TOPIC, WORKERS_TOPIC, RunState, RunStep
 from ..serialization import unreadable
 from ..states import EXCEPTION_STATES
-from ..tasks import TURN, spawn, twin, uncancelled
+from ..tasks import LONGEST_STEP, copy_of_error, run_to_completion, spawn
 from ..waiter import Outcome
 from .contract import BackendContract, CoreOptions, Removal
 from .opening import connect_patiently
@@ -153,12 +153,12 @@ class BackendCore(BackendContract):
         self._thread, self._pid = get_ident(), os.getpid()
         try:
             while not await self._opened():
-                await uncancelled(self._close)  # other code cancelled the asyncio task of `_opened`, not this caller
+                await run_to_completion(self._close)  # other code cancelled the attempt, and not this caller
             if self._opening is None:  # `aclose` was called
                 raise self._closed()
             self._start(loop)
         except BaseException:
-            await uncancelled(self._close)
+            await run_to_completion(self._close)
             if self._opening is None:
                 raise self._closed() from None
             raise
@@ -257,7 +257,7 @@ class BackendCore(BackendContract):
         self._changing = self._loop.create_future()
         self._loop = None
         self._was_closed = True
-        await uncancelled(partial(self._shut_down, self._closed()))
+        await run_to_completion(partial(self._shut_down, self._closed()))
 
     async def _shut_down(self, error: Exception) -> None:
         try:
@@ -334,7 +334,7 @@ class BackendCore(BackendContract):
     def _outage(self, error: BackendConnectionError) -> None:
         """Make the queued calls raise ``error``, because the server has been away for ``retry_for`` seconds."""
         for batcher in self._batchers:
-            batcher.fail_queued(twin(error))
+            batcher.fail_queued(copy_of_error(error))
 
     async def _call(self, operation: Callable[[], Awaitable[T]], key: Hashable = None) -> T:
         """Await ``operation()``, and retry it while the server is away. For calls that cannot be batched.
@@ -429,12 +429,12 @@ class BackendCore(BackendContract):
     async def _decode_into(self, found: list[Finding | None], task_ids: Sequence[str], stored: Sequence[Any]) -> None:
         """Decode ``stored`` into ``found``, and give the event loop a turn every few milliseconds."""
         now = asyncio.get_running_loop().time
-        pause_at = now() + TURN
+        pause_at = now() + LONGEST_STEP
         for task_id, value in zip(task_ids, stored, strict=True):
             found.append(None if value is None else self._finding(task_id, value))
             if now() >= pause_at:
                 await asyncio.sleep(0)
-                pause_at = now() + TURN
+                pause_at = now() + LONGEST_STEP
 
     async def _read_topics(self, topics: Sequence[str]) -> Sequence[Finding | None]:
         """Do the same as `_read`, for a list of topics that are not all task ids."""

@@ -22,7 +22,7 @@ from ..exceptions import AioResultError, SerializationError
 from ..log import Flush, Page, PageRequest
 from ..options import checked_option
 from ..run import RunState, RunStep
-from ..tasks import TURN
+from ..tasks import LONGEST_STEP
 from .base import BackendOptions
 from .keyvalue import KeyValueStoreBackend, Op, Write, output_message, sibling
 from .runs import Log, Note, superseded
@@ -282,7 +282,7 @@ class MemoryBackend(KeyValueStoreBackend):
 
     def _deliver_some(self) -> None:
         """Deliver messages for a few milliseconds. Then the event loop has a turn before the rest is delivered."""
-        pause_at = monotonic() + TURN
+        pause_at = monotonic() + LONGEST_STEP
         while self._messages:
             self._deliver(*self._messages[0])
             self._messages.popleft()

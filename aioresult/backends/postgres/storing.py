@@ -8,7 +8,7 @@ from typing import Any
 
 from ...exceptions import BackendConnectionError, BackendError, BackendStoreError
 from ...record import Record
-from ...retry import concerns_everyone
+from ...retry import affects_whole_batch
 from .connections import Connections
 from .statements import PLAIN_COLUMNS, Statements
 
@@ -42,7 +42,7 @@ class Storing:
             except BackendError as exc:
                 # The rounds before are committed and must not be repeated: a record with ``only_new`` would find its
                 # own row, and would not count as stored.
-                if isinstance(exc, BackendConnectionError) or concerns_everyone(exc):
+                if isinstance(exc, BackendConnectionError) or affects_whole_batch(exc):
                     raise
                 if len(indexes) == 1:
                     outcomes[indexes[0]] = exc

@@ -21,7 +21,7 @@ from redis.asyncio.connection import AbstractConnection, SSLConnection
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 from ...sockets import silence
-from ...tasks import TURN, fail, twin
+from ...tasks import LONGEST_STEP, copy_of_error, fail
 
 __all__ = ["WAITERS_FIRST", "Command", "RedisConnection", "code_of", "translate"]
 
@@ -183,7 +183,7 @@ class RedisConnection(asyncio.Protocol):
         If there are more replies, the next turn of the event loop handles them. Nothing more is read until then.
         """
         gets, on_message, time = self._reader.gets, self._on_message, self._loop.time
-        pause_at = time() + TURN
+        pause_at = time() + LONGEST_STEP
         try:
             while not self.closed and (reply := gets()) is not _NOT_ENOUGH:
                 if isinstance(reply, list):
@@ -303,7 +303,7 @@ class RedisConnection(asyncio.Protocol):
         requests, self._requests = self._requests, deque()
         for request in requests:
             if not request.future.done():
-                broken = twin(error)
+                broken = copy_of_error(error)
                 if isinstance(broken, BackendConnectionError):
                     broken.in_flight = True
                 fail(request.future, broken)
