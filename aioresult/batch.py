@@ -348,7 +348,7 @@ class Batcher(Generic[Item, Out]):
                     key=lambda index: calls[index].key,
                 )
             else:
-                everybody = range(len(calls))
+                every_index = range(len(calls))
                 try:
                     outcomes = await self._run(items)
                     if len(outcomes) != len(items):  # otherwise callers without an outcome would wait for ever
@@ -357,9 +357,9 @@ class Batcher(Generic[Item, Out]):
                             f"the backend must return one outcome per item"
                         )
                 except Exception as exc:
-                    settle(everybody, [exc] * len(calls))
+                    settle(every_index, [exc] * len(calls))
                 else:
-                    settle(everybody, outcomes)
+                    settle(every_index, outcomes)
         except asyncio.CancelledError:
             # `close` has cancelled this asyncio task, or a shutdown handler has cancelled every task of the loop. In
             # the second case another asyncio task of this batcher sends these calls.

@@ -81,7 +81,7 @@ class BarePostgres(Subject):
         await stored
 
     async def _store_batches(self, connection: Any) -> None:
-        await asyncio.sleep(0)  # whoever else stores in this turn of the loop comes along
+        await asyncio.sleep(0)  # other stores of this turn of the loop join the batch
         while self._queue:
             batch, self._queue = self._queue[:CHUNK], self._queue[CHUNK:]
             await connection.execute(_STORE_MANY, [task_id for task_id, _, _ in batch], _encode(batch[0][1]))

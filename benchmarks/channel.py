@@ -1,4 +1,4 @@
-"""Lines of JSON between two processes: how a measurement talks to its storer, and to whoever runs it."""
+"""Lines of JSON between two processes: how a measurement talks to its storer, and to the process that started it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Entry:
     name: str
     subject: str
     options: dict[str, Any] = field(default_factory=dict)
-    #: Fields of the spec in which whoever stores for it differs from it.
+    #: Fields of the spec in which its storer differs from it.
     stored_by: dict[str, Any] = field(default_factory=dict)
     #: The interpreter that runs it, if not this one.
     python: str | None = None

@@ -29,7 +29,7 @@ _WARM_UP = 300
 
 
 class Bench:
-    """What a work has at hand: the subject, somebody who stores, and counters of the server."""
+    """What a work has at hand: the subject, a storer, and counters of the server."""
 
     def __init__(self, subject: Subject, spec: dict[str, Any], channel: Channel) -> None:
         self.subject = subject
@@ -49,7 +49,7 @@ class Bench:
         return self._storer
 
     async def counters(self) -> dict[str, int]:
-        """Connections and commands so far, without those of whoever counts."""
+        """Connections and commands so far, without those of this object."""
         answer = await self._channel.ask({"ask": "counters"})
         assert isinstance(answer, dict)
         return answer
@@ -70,7 +70,7 @@ class Bench:
 
 
 async def settle(limit: float = 30.0) -> None:
-    """Return once this process has nothing to do: whoever waits is waiting. Whoever polls never is, hence ``limit``."""
+    """Return once this process has nothing to do. A process that polls is never idle, hence ``limit``."""
     quiet, deadline = 0, perf_counter() + limit
     while quiet < 3 and perf_counter() < deadline:
         before = process_time()
