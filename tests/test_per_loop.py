@@ -211,7 +211,7 @@ def test_a_loop_that_ends_without_a_word_is_forgotten(caplog: pytest.LogCaptureF
     asyncio.run(value(backends))
     assert not backend.is_open
     assert not backends._held
-    del loop
+    del backend, loop
     gc.collect()  # here, where asyncio's complaint is not heard
 
 
