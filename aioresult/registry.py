@@ -172,11 +172,8 @@ def by_url(url: str) -> tuple[type[Backend], str]:
     if not isinstance(url, str):
         raise ImproperlyConfigured(f"the URL of a backend must be a str, not {type(url).__qualname__}")
     if "://" not in url:
-        name, slashes, _ = url.partition("//")
-        if slashes and name.lower() in BACKEND_ALIASES:
-            raise ImproperlyConfigured(f"{show_malformed(url)!r} is not a URL: write {name.lower()}://…")
-        name, colon, _ = url.partition(":")
-        if colon and name.lower() in BACKEND_ALIASES:
+        name = re.split(":|//", url, maxsplit=1)[0]
+        if name != url and name.lower() in BACKEND_ALIASES:
             raise ImproperlyConfigured(f"{show_malformed(url)!r} is not a URL: write {name.lower()}://…")
         return by_name(url), f"{url}://" if url in BACKEND_ALIASES else ""
     scheme, _, rest = url.partition("://")
