@@ -109,6 +109,14 @@ def postgres_url(own_postgres: PostgresServer) -> str:
     return own_postgres.url
 
 
+@pytest.fixture
+async def admin(postgres_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """A plain connection to that database, to see what the library has done, and to get in its way."""
+    connection = await asyncpg.connect(postgres_url)
+    yield connection
+    await connection.close()
+
+
 async def _empty(url: str) -> None:
     connection = await asyncpg.connect(url)
     try:

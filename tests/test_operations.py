@@ -148,43 +148,40 @@ async def test_a_chord_and_a_worker_that_lives_are_waited_for_with_the_default_a
         await cancel(chord, waiting)
 
 
-async def test_the_callback_of_a_celery_chord_may_store_nothing_for_long(caplog: pytest.LogCaptureFixture) -> None:
-    class Patient:
-        expects_nothing = True
+class Silent:
+    """A waiter that must not be told anything."""
 
-        def receive(self, task_id: str, outcome: Outcome) -> None:
-            raise AssertionError
+    def receive(self, task_id: str, outcome: Outcome) -> None:
+        raise AssertionError
 
+
+async def warned_beside(waiter: Silent, caplog: pytest.LogCaptureFixture) -> str:
+    """The first warning while ``waiter`` waits for "own", and a plain waiter for "t"."""
     async with aioresult.connect("memory://") as backend:
         backend._hub.unheard.after = 0.02
-        patient = Patient()
-        backend.watch("callback", patient)
+        backend.watch("own", waiter)
         waiting = wait(backend, "t")
         await until(lambda: bool(warnings(caplog)))
-        assert "task t." in warnings(caplog)[0]
         await cancel(waiting)
-        backend.unwatch("callback", patient)
+        backend.unwatch("own", waiter)
+    return warnings(caplog)[0]
+
+
+async def test_the_callback_of_a_celery_chord_may_store_nothing_for_long(caplog: pytest.LogCaptureFixture) -> None:
+    class Patient(Silent):
+        expects_nothing = True
+
+    assert "task t." in await warned_beside(Patient(), caplog)
 
 
 async def test_a_waiter_that_answers_every_question_with_an_error_harms_no_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Own:
-        def receive(self, task_id: str, outcome: Outcome) -> None:
-            raise AssertionError
-
+    class Own(Silent):
         def __getattr__(self, name: str) -> Any:
             raise KeyError(name)
 
-    async with aioresult.connect("memory://") as backend:
-        backend._hub.unheard.after = 0.02
-        own = Own()
-        backend.watch("own", own)
-        waiting = wait(backend, "t")
-        await until(lambda: bool(warnings(caplog)))
-        assert "tasks own, t." in warnings(caplog)[0]
-        await cancel(waiting)
-        backend.unwatch("own", own)
+    assert "tasks own, t." in await warned_beside(Own(), caplog)
 
 
 async def test_a_deadline_holds_while_it_is_not_known_whether_the_task_exists() -> None:

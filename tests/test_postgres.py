@@ -145,14 +145,6 @@ async def _message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 
 @pytest.fixture
-async def admin(postgres_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    """A plain connection, to see what the library has done, and to get in its way."""
-    connection = await asyncpg.connect(postgres_url)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
 async def backend(postgres_url: str) -> AsyncIterator[PostgresBackend]:
     async with PostgresBackend(postgres_url) as backend:
         yield backend

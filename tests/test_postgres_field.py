@@ -35,14 +35,6 @@ from .postgres_harness import pass_time
 from .test_postgres import settled
 
 
-@pytest.fixture
-async def admin(postgres_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    """A plain connection, to see what the library has done, and to get in its way."""
-    connection = await asyncpg.connect(postgres_url)
-    yield connection
-    await connection.close()
-
-
 @asynccontextmanager
 async def session(url: str, **settings: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     """Another program's connection, with these settings of the server."""

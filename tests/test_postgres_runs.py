@@ -30,13 +30,6 @@ RUNNING = ("celery_taskmeta_output", "celery_taskmeta_log", "celery_taskmeta_run
 
 
 @pytest.fixture
-async def admin(postgres_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    connection = await asyncpg.connect(postgres_url)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
 async def backend(postgres_url: str) -> AsyncIterator[PostgresBackend]:
     async with PostgresBackend(postgres_url) as backend:
         yield backend
