@@ -136,6 +136,10 @@ class Batcher(Generic[Item, Out]):
             self._start()
         return future
 
+    def __contains__(self, key: Hashable) -> bool:
+        """True if calls with this key are queued or in flight."""
+        return key in self._tails
+
     @property
     def queued(self) -> int:
         """The number of calls that are queued or in flight."""

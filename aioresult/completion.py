@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Generic, Self, TypeVar
 
-from .exceptions import AioResultError, UsageError
+from .exceptions import AioResultError, BackendConnectionError, UsageError
 from .handle import Leaf, ResultStore, is_over
 from .hub import chunked
 from .lineage import Ancestor, Lineage
@@ -190,12 +190,16 @@ class Completions(Generic[L]):
         for some in chunked(task_ids, store.fetch_chunk):
             # Ignore an error of this read: the hub reads the ids again, and reports an error that lasts.
             with suppress(Exception):
-                await self._look_up(store, inbox, some)
+                await self._look_up(store, inbox, some, patient=True)
             self._watch(store, inbox, [task_id for task_id in some if task_id in inbox.pending], read_first=False)
 
-    async def _look_up(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
+    async def _look_up(
+        self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str], patient: bool = False
+    ) -> None:
         for some in chunked(task_ids, store.fetch_chunk):
             for task_id, outcome in zip(some, await store.get_outcomes(some), strict=True):
+                if patient and isinstance(outcome, BackendConnectionError):
+                    continue
                 if isinstance(outcome, Exception) or outcome.status != PENDING:
                     inbox.receive(task_id, outcome)
 

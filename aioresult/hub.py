@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Protocol, TypeAlias
 
@@ -36,6 +36,7 @@ from .exceptions import AioResultError, BackendConnectionError, BackendError
 from .health import Health
 from .retry import Backoff, affects_whole_batch
 from .tasks import CALLBACKS_PER_TURN, EMPTY, StandingTask, chunked, copy_of_error
+from .topic import Topic
 from .unheard import Unheard
 from .waiter import Outcome, Waiter
 
@@ -65,59 +66,6 @@ class Source(Protocol):
         """Return the state of each id, in order. ``None``: nothing is stored. An error: the state cannot be read."""
 
 
-class _Topic:
-    """The waiters of one id, and the state that they received. 100,000 topics may exist, most with a single waiter."""
-
-    __slots__ = ("_more", "heard", "known", "looks", "mark", "newcomers", "queued", "sole", "subscribed")
-
-    def __init__(self, waiter: Waiter) -> None:
-        #: The waiter, as long as the topic has had only one.
-        self.sole: Waiter | None = waiter
-        #: All waiters, if the topic has had several: ``{id(waiter): waiter}``, so that removing one is fast.
-        self._more: dict[int, Waiter] | None = None
-        #: True if the hub has asked for a subscription. The hub must end it when the last waiter leaves.
-        self.subscribed = False
-        #: The last state that the waiters received, and its mark.
-        self.known: Outcome | None = None
-        self.mark: Hashable = None
-        #: Waiters that joined after that state was delivered, and have not received it yet.
-        self.newcomers: list[Waiter] | None = None
-        #: The number of messages for this topic. If one arrives during a read, the read may find an older state.
-        self.heard = 0
-        #: The number of news items in delivery. A topic with many waiters delivers to some of them at a time.
-        self.queued = 0
-        #: How many times a check of `Unheard` has found that nothing is stored under the id.
-        self.looks = 0
-
-    def __len__(self) -> int:
-        return len(self._more) if self._more is not None else int(self.sole is not None)
-
-    def __contains__(self, waiter: Waiter) -> bool:
-        return self.sole is waiter if self._more is None else id(waiter) in self._more
-
-    def add(self, waiter: Waiter) -> None:
-        """Add a waiter. A waiter that is present already keeps its place."""
-        if self._more is None:
-            self._more = {} if self.sole is None else {id(self.sole): self.sole}
-            self.sole = None
-        self._more[id(waiter)] = waiter
-
-    def discard(self, waiter: Waiter) -> bool:
-        """Remove a waiter. Returns true if it was present."""
-        if self._more is not None:
-            return self._more.pop(id(waiter), None) is not None
-        found = self.sole is waiter
-        if found:
-            self.sole = None
-        return found
-
-    def waiters(self) -> tuple[Waiter, ...]:
-        """Return a copy of the present waiters, in order of arrival."""
-        if self._more is not None:
-            return tuple(self._more.values())
-        return () if self.sole is None else (self.sole,)
-
-
 class Hub:
     """Connects waiters to ``source``, a backend, with one asyncio task that subscribes and reads for all waiters.
 
@@ -143,7 +91,7 @@ class Hub:
         self._timer: asyncio.TimerHandle | None = None
         self._backoff = backoff or Backoff()
         self._health = health or Health("the store")
-        self._topics: dict[str, _Topic] = {}
+        self._topics: dict[str, Topic] = {}
         # Dicts serve as ordered sets: the ids are served in order of arrival.
         self._to_read_first: dict[str, None] = {}
         self._to_read: dict[str, None] = {}
@@ -155,7 +103,7 @@ class Hub:
         self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_unsubscribe))
         self._closed: Exception | None = None
         #: News for many waiters: ``(id, topic, news, waiters that have not received it)``. See `_notify_some`.
-        self._crowds: deque[tuple[str, _Topic, Outcome, deque[Waiter]]] = deque()
+        self._crowds: deque[tuple[str, Topic, Outcome, deque[Waiter]]] = deque()
 
     def __len__(self) -> int:
         """The number of ids that have waiters."""
@@ -212,7 +160,7 @@ class Hub:
                     asyncio.get_running_loop().call_soon(self._welcome, task_id, topic)
                 topic.newcomers.append(waiter)
         else:
-            topic = self._topics[task_id] = _Topic(waiter)
+            topic = self._topics[task_id] = Topic(waiter)
             if task_id in self._to_unsubscribe:  # the subscription still exists; the new topic takes it over
                 del self._to_unsubscribe[task_id]
                 topic.subscribed = True
@@ -243,7 +191,7 @@ class Hub:
         self._to_read.pop(task_id, None)
         self._to_subscribe.pop(task_id, None)
 
-    def _end_subscription(self, task_id: str, topic: _Topic) -> None:
+    def _end_subscription(self, task_id: str, topic: Topic) -> None:
         if topic.subscribed:
             successor = self._topics.get(task_id)
             if successor is not None:  # a waiter that has just received the final state waits again
@@ -278,18 +226,44 @@ class Hub:
             self._to_read[task_id] = None
             self._wake()
 
-    def lost(self) -> None:
-        """Subscribe to all ids again and read them, because the listener has lost its connection and subscriptions."""
-        for topic in self._topics.values():
-            topic.subscribed = False
-        self._to_subscribe.update(dict.fromkeys(self._topics))
-        self._to_unsubscribe.clear()
-        self._health.listener_lost(len(self._to_subscribe))
+    def lost(self, task_ids: Iterable[str] | None = None, outage: bool = True) -> None:
+        """Subscribe to these ids again and read them, because their subscriptions are lost; by default to all ids.
+
+        With ``outage=False`` the listener is still connected: the server alone has ended these subscriptions.
+        """
+        ids = list(self._topics) if task_ids is None else [task_id for task_id in task_ids if task_id in self._topics]
+        for task_id in ids:
+            self._topics[task_id].subscribed = False
+            self._to_subscribe[task_id] = None
+        for task_id in tuple(self._to_unsubscribe) if task_ids is None else task_ids:
+            self._to_unsubscribe.pop(task_id, None)
+        if outage:
+            self._health.listener_lost(len(self._to_subscribe))
+        self._wake()
+
+    def release(self, task_id: str) -> Topic | None:
+        """Give up an id whose subscription is lost, and return its topic, so that another hub can `adopt` it.
+
+        Returns ``None``, and keeps the id, if news is being delivered: what the other hub delivers could overtake it.
+        """
+        topic = self._topics.get(task_id)
+        if topic is None or topic.queued or topic.newcomers:
+            return None
+        self._detach(task_id)
+        return topic
+
+    def adopt(self, task_id: str, topic: Topic) -> None:
+        """Serve an id from now on that another hub has released: subscribe to it, and read it."""
+        topic.subscribed = False
+        self._topics[task_id] = topic
+        self._to_subscribe[task_id] = None
+        if self.unheard.timer is None:
+            self.unheard.set_timer()
         self._wake()
 
     # -- notifying waiters ------------------------------------------------------------------------------------------
 
-    def _pass_on(self, task_id: str, topic: _Topic, outcome: Outcome, mark: Hashable) -> None:
+    def _pass_on(self, task_id: str, topic: Topic, outcome: Outcome, mark: Hashable) -> None:
         if isinstance(outcome, Exception) or outcome.ready:
             self._finish(task_id, topic, outcome)
         elif mark is None or mark != topic.mark:
@@ -297,13 +271,13 @@ class Hub:
             topic.newcomers = None
             self._notify(task_id, topic, outcome)
 
-    def _finish(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
+    def _finish(self, task_id: str, topic: Topic, outcome: Outcome) -> None:
         """Deliver the last news of a topic, and drop the topic. A waiter that joins later starts a new topic."""
         self._detach(task_id)
         self._notify(task_id, topic, outcome)  # first, so that the waiters run before the hub ends the subscription
         self._end_subscription(task_id, topic)
 
-    def _notify(self, task_id: str, topic: _Topic, outcome: Outcome) -> None:
+    def _notify(self, task_id: str, topic: Topic, outcome: Outcome) -> None:
         if topic.sole is not None and not topic.queued:
             self._give(task_id, topic, topic.sole, outcome)
             return
@@ -329,7 +303,7 @@ class Hub:
         if self._crowds:
             asyncio.get_running_loop().call_soon(self._notify_some)
 
-    def _give(self, task_id: str, topic: _Topic, waiter: Waiter, outcome: Outcome) -> None:
+    def _give(self, task_id: str, topic: Topic, waiter: Waiter, outcome: Outcome) -> None:
         """Notify one waiter, unless it has left. If the waiter raises, drop it; other waiters are not affected."""
         if waiter is not topic.sole and waiter not in topic:
             return
@@ -340,7 +314,7 @@ class Hub:
             if self._topics.get(task_id) is topic:
                 self.unwatch(task_id, waiter)
 
-    def _welcome(self, task_id: str, topic: _Topic) -> None:
+    def _welcome(self, task_id: str, topic: Topic) -> None:
         newcomers, topic.newcomers = topic.newcomers or (), None
         if topic.known is not None and self._topics.get(task_id) is topic:
             for waiter in newcomers:

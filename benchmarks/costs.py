@@ -92,7 +92,7 @@ async def measure(count: int) -> dict[str, dict[str, float]]:
 
 async def _settled(backend: Any, count: int) -> None:
     """So many wait, and whatever there was to read, to subscribe or to undo is done."""
-    hub = backend._hub
+    hub = backend._shards[0].hub
     while len(hub) != count or hub._to_read_first or hub._to_subscribe or hub._to_unsubscribe or hub._to_read:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     await backend.get_task_meta("sent after all of that")

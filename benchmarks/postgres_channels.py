@@ -63,7 +63,7 @@ class Counting(PostgresBackend):
 
     def is_settled(self, count: int) -> bool:
         """Whether so many wait, the server has confirmed their channels, and what is stored of them has been read."""
-        hub = self._hub
+        hub = self._shards[0].hub
         return sum(map(len, self._waiting.values())) == count and not (
             hub._to_read_first or hub._to_subscribe or hub._to_read
         )

@@ -21,7 +21,12 @@ def value_of(number: int) -> dict[str, Any]:
 async def wait(backend: Backend, ids: list[str]) -> None:
     """Says ``ready`` when all are waited for."""
     waiting = [asyncio.ensure_future(backend.result(task_id).get()) for task_id in ids]
-    await until(lambda: len(backend._hub) == len(ids) and all(t.subscribed for t in backend._hub._topics.values()))
+    await until(
+        lambda: (
+            len(backend._shards[0].hub) == len(ids)
+            and all(t.subscribed for t in backend._shards[0].hub._topics.values())
+        )
+    )
     print("ready", flush=True)
     await asyncio.gather(*waiting)
 

@@ -74,7 +74,7 @@ async def opened() -> dict[str, Any]:
     async with _backend:
         is_open = _backend.is_open
         waiting = asyncio.create_task(_backend.wait_for("child"))
-        await until(lambda: all(topic.subscribed for topic in _backend._hub._topics.values()))
+        await until(lambda: all(topic.subscribed for topic in _backend._shards[0].hub._topics.values()))
         stored = await _backend.mark_as_done("child", os.getpid())
         told = (await waiting).result == os.getpid()
         await _backend.forget("child")
@@ -171,7 +171,7 @@ async def main(what: str, url: str) -> None:
         for number in range(20):
             await backend.mark_as_done(f"k{number}", number)
         waiting = asyncio.create_task(backend.wait_for("later"))
-        await until(lambda: len(backend._hub) == 1 and backend._hub._topics["later"].subscribed)
+        await until(lambda: len(backend._shards[0].hub) == 1 and backend._shards[0].hub._topics["later"].subscribed)
         async with readers(backend, wrong):
             before = await connections(url)
             for _ in range(5):

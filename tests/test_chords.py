@@ -180,7 +180,11 @@ async def test_who_waits_finds_what_completed_while_its_connections_were_gone(se
         await worker.create_chord("g", size=1)
         waiting = asyncio.create_task(reader.chord("g").get())
         await until(
-            lambda: bool(reader._hub._topics) and not reader._hub._to_read_first and not reader._hub._to_subscribe
+            lambda: (
+                bool(reader._shards[0].hub._topics)
+                and not reader._shards[0].hub._to_read_first
+                and not reader._shards[0].hub._to_subscribe
+            )
         )
         server.proxy.refuse()
         server.proxy.cut()

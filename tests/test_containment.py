@@ -206,7 +206,7 @@ async def test_the_subscription_of_a_dropped_waiter_ends_with_it(harness: Harnes
     await harness.subscribed(1)
     await worker.store_result("job", 1, "PROGRESS")
     await harness.subscribed(0)
-    assert len(web._hub) == 0
+    assert len(web._shards[0].hub) == 0
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), asyncio.CancelledError()])
@@ -871,7 +871,9 @@ async def test_a_batch_on_which_the_connection_dies_each_time_is_an_error_to_the
     ids = [f"t{index}" for index in range(size)]
     culprits = {ids[place] for place in places if place < size}
     async with poisoned(_ASKED[what][0], culprits, broken, 16, retry_for=1) as (harness, backend):
-        backend._hub._backoff = Backoff(0.001, 0.01)  # waiters have no deadline: only the number of steps counts
+        backend._shards[0].hub._backoff = Backoff(
+            0.001, 0.01
+        )  # waiters have no deadline: only the number of steps counts
         outcomes = await outcomes_of(harness, backend, what, ids, culprits, patient=True)
         assert failed(ids, outcomes) == culprits
 

@@ -57,7 +57,7 @@ async def asked(backend: Backend, *topics: str) -> None:
     """Return once the backend has asked its server for news of all of them."""
 
     def subscribed() -> bool:
-        there = [backend._hub._topics.get(topic) for topic in topics]
+        there = [backend._shards[0].hub._topics.get(topic) for topic in topics]
         return all(topic is not None and topic.subscribed for topic in there)
 
     await until(subscribed)

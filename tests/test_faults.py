@@ -121,7 +121,7 @@ class Load:
 
 async def subscribed(web: Backend, count: int) -> None:
     """Return once so many are, and the hub has nothing left to do."""
-    hub = web._hub
+    hub = web._shards[0].hub
 
     async def all_live() -> bool:
         idle = bool(hub._work._waiters)
@@ -131,7 +131,7 @@ async def subscribed(web: Backend, count: int) -> None:
 
 
 async def _mostly_subscribed(web: Backend) -> bool:
-    hub = web._hub
+    hub = web._shards[0].hub
     return sum(topic.subscribed for topic in hub._topics.values()) > 0.9 * len(hub) and not hub._to_subscribe
 
 
@@ -161,7 +161,7 @@ async def survive(
             for task_id, outcome in outcomes.items():
                 if not (error and isinstance(outcome, error)):
                     assert outcome == load.value(task_id), f"{task_id}: {outcome!r}"
-            assert len(web._hub) == 0
+            assert len(web._shards[0].hub) == 0
             await no_subscription(site, web)
             await no_more_connections(site, connections + site.connections_of_two)
     async with site.backend() as reader:
@@ -413,7 +413,7 @@ async def test_a_node_of_a_cluster_fails_everyone_at_once_by_name() -> None:
                 outcomes = await asyncio.gather(*waiting, *storing, return_exceptions=True)
             assert {type(outcome) for outcome in outcomes} == {BackendRefusedError}
             assert "Redis Cluster" in str(outcomes[0])
-            assert len(backend._hub) == 0
+            assert len(backend._shards[0].hub) == 0
 
 
 async def _bulk(reader: asyncio.StreamReader) -> bytes:
@@ -523,7 +523,7 @@ async def test_a_storm_of_cancellations(site: Site, end: str) -> None:
             load = Load(site, proxy, web, worker, 0, 0)
             outcomes = await crowd(load, end == "stored")
             expected = [load.value(f"t{number // 2}") for number in range(CROWD)]
-            assert len(web._hub) == 0
+            assert len(web._shards[0].hub) == 0
             if end == "stored":
                 assert outcomes == expected
                 await no_subscription(site, web)
@@ -563,7 +563,7 @@ async def test_closing_while_ten_thousand_wait(site: Site, moment: str) -> None:
             site.server.thaw()
         assert {type(outcome) for outcome in outcomes} == {BackendClosedError}
         assert {type(outcome) for outcome in stored} <= {BackendClosedError, bool}
-        assert len(web._hub) == 0
+        assert len(web._shards[0].hub) == 0
     del web, outcomes, stored, waiting, storing
     await no_more_connections(site, connections)
     assert objects() <= instances

@@ -182,7 +182,9 @@ async def test_a_chord_announced_by_anybody_stops_no_dispatcher(
         await redis_client.zadd("aioresult-chords", {payload: 10**12})
         chords = backend.ready_chords()
         dispatching = asyncio.ensure_future(anext(chords))
-        await until(lambda: backend._hub.has_waiters("\x00chords") and not backend._hub._to_subscribe)
+        await until(
+            lambda: backend._shards[0].hub.has_waiters("\x00chords") and not backend._shards[0].hub._to_subscribe
+        )
         await redis_client.publish("aioresult-chords", payload)
         await backend.create_chord("sound", size=0)
         assert (await dispatching).id == "sound"
@@ -313,7 +315,7 @@ async def test_a_password_is_shown_nowhere_whatever_goes_wrong(
             seen.append(shown(caught.value))
         backend = await make(proxy.port).open()
         waiting = asyncio.ensure_future(backend.wait_for("t"))
-        await until(lambda: "t" in backend._hub._topics and backend._hub._topics["t"].subscribed)
+        await until(lambda: "t" in backend._shards[0].hub._topics and backend._shards[0].hub._topics["t"].subscribed)
         proxy.refuse()
         proxy.cut()
         for call in (backend.mark_as_done("t", 1), backend.get_task_meta("t"), backend.restore_group("t")):

@@ -99,7 +99,7 @@ async def check_works(backend: Backend, worker: Backend | None = None, name: str
 
 async def subscribed(backend: Backend, count: int = 0) -> None:
     """Return once so many ids, or more, are waited for, and the subscription of each has been asked for."""
-    hub = backend._hub
+    hub = backend._shards[0].hub
     await until(
         lambda: (
             len(hub) >= count
@@ -262,7 +262,7 @@ async def test_what_is_no_timeout_is_refused_by_name(call: str, timeout: Any) ->
         for _ in range(2):
             with pytest.raises(UsageError, match="timeout must be a number of seconds"):
                 await {**TIMED, "wait": timed_wait}[call](backend, timeout)
-            assert len(backend._hub) == 0
+            assert len(backend._shards[0].hub) == 0
             await store_all(backend)
 
 
@@ -302,7 +302,7 @@ async def test_of_many_results_those_that_are_there_beat_a_tiny_timeout(harness:
 async def test_a_long_timeout_waits(call: str, timeout: Any) -> None:
     async with aioresult.connect("memory://") as backend, asyncio.timeout(30):
         waiting = asyncio.ensure_future(TIMED[call](backend, timeout))
-        await until(lambda: len(backend._hub) > 0)
+        await until(lambda: len(backend._shards[0].hub) > 0)
         await subscribed(backend)
         assert not waiting.done()
         await store_all(backend)

@@ -84,7 +84,7 @@ async def test_a_ping_fails_at_once_while_the_server_is_away_and_finds_it_when_i
     async with redis_site.backend(retry_for=600) as web:
         waiting = wait(web)
         await subscribed(web, 1)
-        web._hub.unheard.after = 0.02
+        web._shards[0].hub.unheard.after = 0.02
         redis_site.stop("orderly")
         try:
             await until(lambda: not web.stats().connected)
@@ -137,14 +137,14 @@ async def test_a_chord_and_a_worker_that_lives_are_waited_for_with_the_default_a
                 await call()
         with pytest.raises(TaskNotFoundError):
             await backend.result("t").get(on_lost="raise", must_exist=True)
-        backend._hub.unheard.after = 0.02
+        backend._shards[0].hub.unheard.after = 0.02
         chord = asyncio.create_task(backend.chord("g").get(inf))
-        await until(lambda: len(backend._hub) == 1)
-        chord_topic = next(iter(backend._hub._topics))
+        await until(lambda: len(backend._shards[0].hub) == 1)
+        chord_topic = next(iter(backend._shards[0].hub._topics))
         waiting = wait(backend, "t", inf)
         await until(lambda: bool(warnings(caplog)))
         assert "task t." in warnings(caplog)[0]
-        assert backend._hub._topics[chord_topic].looks == 0
+        assert backend._shards[0].hub._topics[chord_topic].looks == 0
         await cancel(chord, waiting)
 
 
@@ -158,7 +158,7 @@ class Silent:
 async def warned_beside(waiter: Silent, caplog: pytest.LogCaptureFixture) -> str:
     """The first warning while ``waiter`` waits for "own", and a plain waiter for "t"."""
     async with aioresult.connect("memory://") as backend:
-        backend._hub.unheard.after = 0.02
+        backend._shards[0].hub.unheard.after = 0.02
         backend.watch("own", waiter)
         waiting = wait(backend, "t")
         await until(lambda: bool(warnings(caplog)))

@@ -170,7 +170,7 @@ async def play(steps: Sequence[Step], troubles: Sequence[Trouble], chunk: int) -
             calls.append(task)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
-        await until(lambda: not backend._writes._in_flight and not backend._writes._tails)
+        await until(lambda: not backend._shards[0].writes._in_flight and not backend._shards[0].writes._tails)
         for task_id, states in possible.items():
             assert await stored(backend, task_id) in states
 
@@ -363,11 +363,11 @@ async def test_a_store_that_was_given_up_during_an_outage_is_not_stored_after_it
     async with aioresult.connect(mortal.url) as backend:
         await asyncio.to_thread(mortal.stop)
         given_up = asyncio.create_task(backend.mark_as_started("t"))
-        await until(lambda: backend._persistence.down_since is not None)
+        await until(lambda: backend._shards[0].persistence.down_since is not None)
         given_up.cancel()
         await asyncio.to_thread(mortal.start)
         assert await backend.mark_as_failure("t", ValueError(1))
-        await until(lambda: not backend._writes._tasks)
+        await until(lambda: not backend._shards[0].writes._tasks)
         assert await stored(backend, "t") == (FAILURE, 1)
 
 

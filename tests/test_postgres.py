@@ -185,7 +185,12 @@ def waited_for(backend: PostgresBackend, count: int) -> bool:
 
 async def settled(backend: PostgresBackend, count: int) -> None:
     """Return once so many ids are waited for and everything due has been read: from here on only a push can help."""
-    await until(lambda: waited_for(backend, count) and not (backend._hub._to_subscribe or backend._hub._to_read_first))
+    await until(
+        lambda: (
+            waited_for(backend, count)
+            and not (backend._shards[0].hub._to_subscribe or backend._shards[0].hub._to_read_first)
+        )
+    )
     await backend.get_outcomes(["done when everything before it is"])
 
 
@@ -873,7 +878,7 @@ async def test_ten_thousand_waiters_share_a_connection_and_256_channels_and_ask_
             waiter.cancel()
         await asyncio.gather(*waiters, return_exceptions=True)
         await until(lambda: waited_for(backend, 0))
-        assert len(backend._hub) == 0
+        assert len(backend._shards[0].hub) == 0
 
 
 async def test_only_the_shards_in_which_somebody_waits_are_heard(postgres_url: str, backend: PostgresBackend) -> None:
@@ -1118,7 +1123,7 @@ async def test_a_server_without_a_free_connection_is_tried_again(
             await allow(1)
             assert await storing
             await allow(0)
-            backend._persistence._retry_for = 0.1
+            backend._shards[0].persistence._retry_for = 0.1
             with pytest.raises(BackendConnectionError, match="too many connections"):
                 await backend.mark_as_done("c", 1)
     finally:

@@ -85,7 +85,7 @@ class Hearing:
     def __init__(self, backend: PostgresBackend, topic: str) -> None:
         self.news: list[Any] = []
         self._connected = asyncio.Event()
-        backend._hub.watch(topic, self, read_first=False)
+        backend._shards[0].hub.watch(topic, self, read_first=False)
 
     def receive(self, topic: str, outcome: Any) -> None:
         if self._connected.is_set() and isinstance(outcome, TaskMeta):  # and not the end of the backend
@@ -401,7 +401,7 @@ async def test_a_step_that_cannot_be_taken_harms_no_other(backend: PostgresBacke
     """The batcher halves the batch; taking a step twice changes nothing."""
     steps = [start(backend, "r", f"t{number}") for number in range(9)]
     steps[4] = steps[4]._replace(worker="\x00")
-    outcomes = await asyncio.gather(*map(backend._runs.submit, steps), return_exceptions=True)
+    outcomes = await asyncio.gather(*map(backend._shards[0].runs.submit, steps), return_exceptions=True)
     assert [isinstance(outcome, BaseException) for outcome in outcomes] == [n == 4 for n in range(9)]
     assert (await backend.get_task_meta("t4")).status == PENDING
 

@@ -86,7 +86,7 @@ async def test_ten_thousand_waiters_cost_two_connections_and_nothing_while_they_
     assert await library_connections(redis_client) == 2
     assert threading.active_count() == threads
 
-    await until(lambda: not backend._hub._to_subscribe)  # the read that follows the last subscription
+    await until(lambda: not backend._shards[0].hub._to_subscribe)  # the read that follows the last subscription
     await backend.get_task_meta("done when everything before it is")
     await redis_client.config_resetstat()
     woken = backend.result("one more")
@@ -99,7 +99,7 @@ async def test_ten_thousand_waiters_cost_two_connections_and_nothing_while_they_
         waiter.cancel()
     await asyncio.gather(*waiters, return_exceptions=True)
     await subscribed(redis_client, 0)
-    assert len(backend._hub) == 0
+    assert len(backend._shards[0].hub) == 0
 
 
 #: What the script that stores runs inside the server.
@@ -111,7 +111,7 @@ async def test_handles_cost_no_io(backend: Backend, redis_client: Client) -> Non
     for number in range(100_000):
         backend.result(f"id-{number}")
     assert set(await calls(redis_client)) <= {"config|resetstat", "info", "ping"}
-    assert len(backend._hub) == 0
+    assert len(backend._shards[0].hub) == 0
 
 
 async def test_a_join_of_finished_results_takes_few_round_trips_and_no_subscription(
@@ -582,10 +582,10 @@ async def test_two_stores_of_an_id_keep_their_order_whichever_way_they_take(
 
 async def test_the_short_way_keeps_account_of_outages(backend: RedisBackend, redis_client: Client) -> None:
     def down_since() -> float | None:
-        return backend._persistence.down_since
+        return backend._shards[0].persistence.down_since
 
     await backend.mark_as_done("a", 1)
-    backend._persistence.not_reached(BackendConnectionError("away"))
+    backend._shards[0].persistence.not_reached(BackendConnectionError("away"))
     await backend.mark_as_done("b", 1)
     assert down_since() is None
     before = asyncio.get_running_loop().time()

@@ -596,7 +596,7 @@ async def test_a_flush_to_a_replica_waits_for_a_master() -> None:
             await client.replicaof("127.0.0.1", 1)  # a master that never answers
             first = backend._commands
             assert first is not None
-            appending = asyncio.ensure_future(backend._appends.submit(Flush("t", "p", epoch, 2, b"[2]"), "t"))
+            appending = asyncio.ensure_future(backend._shards[0].appends.submit(Flush("t", "p", epoch, 2, b"[2]"), "t"))
             await until(lambda: first.closed)
             await client.replicaof("NO", "ONE")
             assert await appending == epoch

@@ -61,7 +61,7 @@ BOUND = 60.0
 
 async def connected(backend: Backend) -> None:
     """Return once all that is waited for is subscribed, and the hub has nothing left to do."""
-    hub = backend._hub
+    hub = backend._shards[0].hub
 
     def idle() -> bool:
         topics = hub._topics.values()
@@ -73,7 +73,9 @@ async def connected(backend: Backend) -> None:
 async def settled(*backends: Backend) -> None:
     """Return once nobody is told anything by these: no topic, no subscription, no watched task."""
     for backend in backends:
-        await until(lambda backend=backend: not backend._hub._topics and not backend._hub._to_unsubscribe)
+        await until(
+            lambda backend=backend: not backend._shards[0].hub._topics and not backend._shards[0].hub._to_unsubscribe
+        )
         assert backend._streams._tails == {}
         assert backend.liveness._watched == {}
 

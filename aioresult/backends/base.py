@@ -14,6 +14,8 @@ from typing import Any, TypeVar, Unpack, cast, overload
 from uuid import UUID
 
 from ..chord import (
+    CHORD_TOPIC,
+    READY_TOPIC,
     Chord,
     Chords,
     ChordState,
@@ -144,7 +146,9 @@ class Backend(OperationsSide):
         _, tuples = members
         flat = tuples is not None and not any(nested for _, nested in tuples)
         size = len(tuples) if tuples is not None and flat else None
-        await self._call(partial(self._keep_group, group_id, payload, seconds, size), group_id)
+        await self._call(
+            partial(self._keep_group, group_id, payload, seconds, size), CHORD_TOPIC + group_id, in_order=True
+        )
 
     async def _keep_group(self, group_id: str, payload: bytes, expires: float, size: int | None) -> None:
         await self._store_group(group_id, payload, expires)
@@ -158,7 +162,7 @@ class Backend(OperationsSide):
         """
         self.check()
         group_id = self._valid_id(group_id)
-        payload = await self._call(partial(self._fetch_group, group_id), group_id)
+        payload = await self._call(partial(self._fetch_group, group_id), CHORD_TOPIC + group_id, in_order=True)
         if payload is None:
             return None
         with reading(f"group {group_id}"):
@@ -173,7 +177,7 @@ class Backend(OperationsSide):
         """Remove the saved group. The results of its members stay."""
         self.check()
         group_id = self._valid_id(group_id)
-        await self._call(partial(self._delete_group, group_id), group_id)
+        await self._call(partial(self._delete_group, group_id), CHORD_TOPIC + group_id, in_order=True)
 
     # -- chords -----------------------------------------------------------------------------------------------------
 
@@ -274,26 +278,26 @@ class Backend(OperationsSide):
     async def chord_step(self, step: ChordStep) -> ChordState:
         """Do one atomic step on a chord. Used by `aioresult.chord`."""
         self.check()
-        if self._steps.full:
-            await self._steps.wait_for_room()
-        return await self._steps.submit(step, size=len(step.part) + len(step.body or b""))
+        (state,) = await self.chord_steps([step])
+        if isinstance(state, BaseException):
+            raise state
+        return state
 
     async def chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
         """Do many steps in few round trips. Return a state for each step, or its error. Used by `aioresult.chord`."""
         self.check()
-        if self._steps.full:
-            await self._steps.wait_for_room()
-        return await asyncio.gather(*map(self._steps.submit, steps), return_exceptions=True)
+        states: list[asyncio.Future[ChordState]] = []
+        for step in steps:
+            batcher = self._shard_of(CHORD_TOPIC + step.group_id).steps
+            if batcher.full:
+                await batcher.wait_for_room()
+            states.append(batcher.submit(step, size=len(step.part) + len(step.body or b"")))
+        return await asyncio.gather(*states, return_exceptions=True)
 
     async def active_chords(self) -> Sequence[str]:
         """Return the ids of the chords that may be complete. Used by `aioresult.chord`."""
         self.check()
-        return [group_id for group_id in await self._call(self._active_chords) if self._is_id(group_id)]
-
-    def read_again(self, topic: str) -> None:
-        """Have the hub read ``topic`` again in its next batch. A topic is what a waiter waits for. Used by chords."""
-        if self._loop is not None:
-            self._hub.mark_stale(topic)
+        return [group_id for group_id in await self._call(self._active_chords, READY_TOPIC) if self._is_id(group_id)]
 
     # -- handles: no I/O --------------------------------------------------------------------------------------------
 

@@ -203,23 +203,21 @@ class BackendContract(ABC):
         stored.
         """
 
-    def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
+    def _store_at_once(self, record: Record, done: Callable[[bool | BaseException | None], None]) -> bool:
         """Send ``record`` to the server within this call and return true; or do nothing and return false.
 
         Optional, for stores where starting an asyncio task costs as much as everything else. The backend tries it when
         no other store is in flight. If the method returns true, it must call ``done`` later, exactly one time. The
-        argument is true if the record was stored, false if it was not, and ``None`` after any failure. After ``None``,
-        `_store` gets the record. Before calling ``done``, tell ``self._persistence`` whether the server has replied
-        (`Persistence.reached`, `Persistence.not_reached`). A subclass that overrides `_store` must override this
-        method, too.
+        argument is true if the record was stored, and false if it was not. If the connection has failed, it is that
+        error; after any other failure it is ``None``. In both cases `_store` gets the record. A subclass that overrides
+        `_store` must override this method, too.
         """
         return False
 
-    def _append_at_once(self, flush: Flush, done: Callable[[int | None], None]) -> bool:
+    def _append_at_once(self, flush: Flush, done: Callable[[int | BaseException | None], None]) -> bool:
         """Do the same as `_store_at_once` for a flush, which is some output of a running task.
 
-        Call ``done`` with what `_append` would return for the flush, or with ``None`` after any failure. After
-        ``None``, `_append` gets the flush.
+        Call ``done`` with what `_append` would return for the flush; after a failure, as `_store_at_once` does.
         """
         return False
 

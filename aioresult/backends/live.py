@@ -15,8 +15,8 @@ from ..interruption import Interruption
 from ..liveness import Liveness
 from ..log import Flush, Page, PageRequest
 from ..output import Keep, Output, Overflow
-from ..progress import GroupCounts
-from ..run import RunOp, RunState, RunStep, Verdict
+from ..progress import GROUP_TOPIC, GroupCounts
+from ..run import WORKERS_TOPIC, RunOp, RunState, RunStep, Verdict
 from ..running import AlreadyDone, Running, Runs
 from ..seconds import Seconds, checked_seconds
 from ..states import REVOKED, SUCCESS
@@ -224,11 +224,14 @@ class LiveSide(ReaderSide):
 
     async def group_size(self, group_id: str) -> int | None:
         """Return the number of members of a saved group; ``None`` if the store does not count them. Used by handles."""
-        return await self._call(partial(self._group_size, self._valid_id(group_id)))
+        return await self._about_group(self._group_size, group_id)
 
     async def group_counts(self, group_id: str) -> GroupCounts:
         """Return how many members of a saved group are over. Used by handles."""
-        return await self._call(partial(self._group_counts, self._valid_id(group_id)))
+        return await self._about_group(self._group_counts, group_id)
+
+    async def _about_group(self, operation: Callable[[str], Coroutine[Any, Any, T]], group_id: str) -> T:
+        return await self._call(partial(operation, self._valid_id(group_id)), GROUP_TOPIC + group_id)
 
     # -- for `aioresult.output`, `stream`, `running` and `liveness` -------------------------------------------------
 
@@ -247,17 +250,17 @@ class LiveSide(ReaderSide):
     def append(self, flush: Flush) -> asyncio.Future[int]:
         """Append a flush, some output of a task, to the log of the task. The future's result is the log's epoch."""
         self.check()
-        return self._appends.submit(flush, flush.task_id, len(flush.data))
+        return self._shard_of(flush.task_id).appends.submit(flush, flush.task_id, len(flush.data))
 
     async def page(self, request: PageRequest) -> Page:
         """Read a page of the log, the stored output of a task."""
-        return await self._page_reads.submit(request)
+        return await self._shard_of(request.task_id).page_reads.submit(request)
 
     def submit_run_step(self, step: RunStep) -> asyncio.Future[RunState]:
         """Do a step of a run. The steps of one task are done in the order in which they were submitted."""
         self.check()
         size = 0 if step.record is None else self._payload_size(step.record.payload)
-        return self._runs.submit(step, step.task_id, size)
+        return self._shard_of(step.task_id).runs.submit(step, step.task_id, size)
 
     async def run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
         """Do many steps of runs. If a step fails, its error takes the place of its state."""
@@ -266,9 +269,9 @@ class LiveSide(ReaderSide):
     async def beat(self, worker: str, lease: float, last: float | None = None, persist: bool = False) -> float:
         """Renew the lease of ``worker``. A failed call is retried only with ``persist``: a late beat is of no use."""
         if persist:
-            return await self._call(partial(self._beat, worker, lease, last))
+            return await self._call(partial(self._beat, worker, lease, last), WORKERS_TOPIC)
         return await self._beat(worker, lease, last)
 
     async def alive(self, workers: Sequence[str]) -> Sequence[bool]:
         """Return for each worker whether its lease is still valid."""
-        return await self._call(partial(self._alive, workers))
+        return await self._call(partial(self._alive, workers), WORKERS_TOPIC)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Final
 
-from ..batch import Batcher
 from ..exceptions import BackendConnectionError
 from ..health import BackendStats
 from .live import LiveSide
@@ -32,10 +32,10 @@ class OperationsSide(LiveSide):
         limit = _HEARTBEATS * self.heartbeat
         try:
             async with asyncio.timeout(limit):  # a new connection, or a ping before this one, may take longer
-                return await self._pings.submit(None)
+                return await self._shards[0].pings.submit(None)
         except TimeoutError:
             error = BackendConnectionError(f"{self.as_uri()} has not answered a ping for {limit:g} s")
-            self._health.lost(error)
+            self._shards[0].health.lost(error)
             raise error from None
 
     def stats(self) -> BackendStats:
@@ -46,24 +46,27 @@ class OperationsSide(LiveSide):
         """
         if not self.is_open:
             return _CLOSED
-        health = self._health
-        waiters, ids, subscriptions = self._hub.counts()
-        stores: tuple[Batcher[Any, Any], ...] = (self._writes, self._steps, self._appends, self._runs)
+        shards = self._shards
+        latest = max((shard.health for shard in shards), key=lambda health: health.last_error_at or _NEVER)
+        waiters, ids, subscriptions = map(sum, zip(*(shard.hub.counts() for shard in shards), strict=True))
+        stores = [batcher for shard in shards for batcher in shard.stores]
         return replace(
             _CLOSED,
             is_open=True,
-            connected=health.connected,
+            connected=all(shard.health.connected for shard in shards),
             waiters=waiters,
             waited_ids=ids,
             subscriptions=subscriptions,
             queued_stores=sum(batcher.queued for batcher in stores),
             queued_bytes=sum(batcher.held for batcher in stores),
-            reconnects=health.reconnects,
-            last_error=health.last_error,
-            last_error_at=health.last_error_at,
+            reconnects=sum(shard.health.reconnects for shard in shards),
+            last_error=latest.last_error,
+            last_error_at=latest.last_error_at,
         )
 
 
+#: Before any error.
+_NEVER = datetime.min.replace(tzinfo=UTC)
 #: What `OperationsSide.stats` returns for a backend that is not open.
 _CLOSED = BackendStats(
     is_open=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import cast
 from uuid import UUID
@@ -15,6 +15,7 @@ from ..meta import TaskMeta
 from ..seconds import Timeout, checked_timeout
 from ..waiter import FINAL_READ, Outcome, SingleWaiter, Waiter, timed_out
 from .core import Removal
+from .shard import as_error
 from .worker import WorkerSide
 
 __all__ = ["ReaderSide"]
@@ -36,7 +37,9 @@ class ReaderSide(WorkerSide):
         """
         self.check()
         task_id = self._valid_id(task_id)
-        return cast("TaskMeta | None", await self._fetches.submit(task_id)) or TaskMeta.pending(task_id)
+        return cast("TaskMeta | None", await self._shard_of(task_id).fetches.submit(task_id)) or TaskMeta.pending(
+            task_id
+        )
 
     async def get_many(self, task_ids: Iterable[str | UUID]) -> list[TaskMeta]:
         """Read what is stored under each id, in order. Raises the same errors as `get_task_meta`.
@@ -55,11 +58,15 @@ class ReaderSide(WorkerSide):
         self.check()
         outcomes: list[Outcome] = []
         for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
-            found = await self._calls.submit(partial(self._outcomes, ids))
-            outcomes += [
-                TaskMeta.pending(task_id) if outcome is None else outcome
-                for task_id, outcome in zip(ids, found, strict=True)
-            ]
+            found: dict[str, Outcome | None] = {}
+            by_shard = self._by_shard(ids)
+            reads = [shard.calls.submit(partial(shard.outcomes, some)) for shard, some in by_shard.items()]
+            # If the store has one shard, its error is raised. Otherwise it takes the place of that shard's results.
+            several = await asyncio.gather(*reads, return_exceptions=len(reads) > 1)
+            for some, read in zip(by_shard.values(), several, strict=True):
+                there = [as_error(read)] * len(some) if isinstance(read, BaseException) else read
+                found.update(zip(some, there, strict=True))
+            outcomes += [found[task_id] or TaskMeta.pending(task_id) for task_id in ids]
         return outcomes
 
     def _valid_ids(self, task_ids: Iterable[str | UUID]) -> list[str]:
@@ -70,8 +77,9 @@ class ReaderSide(WorkerSide):
     async def exists(self, task_id: str | UUID) -> bool:
         """True if anything is stored under ``task_id``, even a pending state, or a result that cannot be read."""
         self.check()
+        task_id = self._valid_id(task_id)
         try:
-            return await self._fetches.submit(self._valid_id(task_id)) is not None
+            return await self._shard_of(task_id).fetches.submit(task_id) is not None
         except (SerializationError, BackendGetMetaError):
             return True
 
@@ -99,7 +107,7 @@ class ReaderSide(WorkerSide):
             raise timed_out(f"task {task_id}", seconds)
         # This repeats `wait_for_topic` instead of calling it: with 10,000 waiters, one frame less saves two megabytes.
         waiter = SingleWaiter(f"task {task_id}", seconds)
-        self._hub.watch(task_id, waiter)
+        self._shard_of(task_id).hub.watch(task_id, waiter)
         try:
             return (await waiter.future).with_new_exception()
         except TimeoutError:
@@ -110,7 +118,7 @@ class ReaderSide(WorkerSide):
                 raise
             return found
         finally:
-            self._hub.unwatch(task_id, waiter)
+            self._shard_of(task_id).hub.unwatch(task_id, waiter)
             waiter.stop()
 
     async def wait_for_topic(self, topic: str, waiter: SingleWaiter, patient: bool) -> TaskMeta | None:
@@ -120,7 +128,7 @@ class ReaderSide(WorkerSide):
         ``patient`` it raises `TimeoutError` instead.
         """
         self.check()
-        self._hub.watch(topic, waiter)
+        self._shard_of(topic).hub.watch(topic, waiter)
         try:
             return await waiter.future
         except TimeoutError:
@@ -128,14 +136,14 @@ class ReaderSide(WorkerSide):
                 raise
             return await self._final_read(topic)
         finally:
-            self._hub.unwatch(topic, waiter)
+            self._shard_of(topic).hub.unwatch(topic, waiter)
             waiter.stop()
 
     async def _final_read(self, topic: str) -> TaskMeta | None:
         """Read what is stored now; ``None`` if that takes more than `FINAL_READ` seconds or the server is away."""
         try:
             async with asyncio.timeout(FINAL_READ):
-                return cast("TaskMeta | None", await self._fetches.submit(topic))
+                return cast("TaskMeta | None", await self._shard_of(topic).fetches.submit(topic))
         except (TimeoutError, BackendConnectionError):
             return None
 
@@ -147,17 +155,18 @@ class ReaderSide(WorkerSide):
         yourself.
         """
         self.check()
-        self._hub.watch(self._valid_id(task_id), waiter, read_first)
+        self.watch_topic(self._valid_id(task_id), waiter, read_first)
 
     def unwatch(self, task_id: str | UUID, waiter: Waiter) -> None:
         """End what `watch` began. Does nothing if it has ended already."""
         if self._loop is not None:
-            self._hub.unwatch(str(task_id), waiter)
+            task_id = str(task_id)
+            self._shard_of(task_id).hub.unwatch(task_id, waiter)
 
     def watch_topic(self, topic: str, waiter: Waiter, read_first: bool = True) -> None:
         """Do the same as `watch` for a topic of the hub that is not a task id. Used by chords and running tasks."""
         self.check()
-        self._hub.watch(topic, waiter, read_first)
+        self._shard_of(topic).hub.watch(topic, waiter, read_first)
 
     # -- forgetting -------------------------------------------------------------------------------------------------
 
@@ -168,17 +177,21 @@ class ReaderSide(WorkerSide):
         """
         self.check()
         task_id = self._valid_id(task_id)
-        if self._writes.full:  # so that this removal does not overtake the stores that wait
-            await self._writes.wait_for_room()
-        await self._writes.submit(Removal(task_id), task_id)
+        await self._forget([task_id])
 
     async def forget_many(self, task_ids: Iterable[str | UUID]) -> None:
         """Remove many results in few round trips; see `forget`."""
         self.check()
         for ids in chunked(self._valid_ids(task_ids), self.fetch_chunk):
-            if self._writes.full:
-                await self._writes.wait_for_room()
-            await asyncio.gather(*(self._writes.submit(Removal(task_id), task_id) for task_id in ids))
+            await self._forget(ids)
+
+    async def _forget(self, task_ids: Sequence[str]) -> None:
+        removals: list[asyncio.Future[bool]] = []
+        for shard, ids in self._by_shard(task_ids).items():
+            if shard.writes.full:  # so that these removals do not overtake the stores that wait
+                await shard.writes.wait_for_room()
+            removals += [shard.writes.submit(Removal(task_id), task_id) for task_id in ids]
+        await asyncio.gather(*removals)
 
     async def cleanup(self) -> int:
         """Remove the results that have expired, and return how many. 0 if the server removes them by itself."""

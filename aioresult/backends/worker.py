@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, Unpack
 from uuid import UUID
 
+from ..batch import Batcher
 from ..chain import links_of
 from ..chord import ReadyChord
 from ..exceptions import AioResultError, ChordError, TaskRevokedError, UsageError
@@ -110,17 +111,19 @@ class WorkerSide(BackendCore):
         :raises BackendConnectionError: the server was away for longer than ``retry_for``. The result may have been
             stored. It is safe to repeat the call.
         """
-        if self._must_wait():
-            await self._writes.wait_for_room()
+        if full := self._full(task_id):
+            await full.wait_for_room()
         return await self._submit(self.record(task_id, value, state, traceback, request, expires, meta=meta))
 
-    def _must_wait(self) -> bool:
-        """True if the caller must wait before it stores more, because too much is queued. Raises as `check` does."""
+    def _full(self, task_id: str | UUID) -> Batcher[Any, Any] | None:
+        """Return the queue for this task's changes if it is full; then the caller must wait. Raises as `check` does."""
         self.check()
-        return self._writes.full
+        writes = self._shard_of(str(task_id)).writes
+        return writes if writes.full else None
 
     def _submit(self, record: Record) -> asyncio.Future[bool]:
-        return self._writes.submit(record, record.task_id, self._payload_size(record.payload))
+        writes = self._shard_of(record.task_id).writes
+        return writes.submit(record, record.task_id, self._payload_size(record.payload))
 
     def record(
         self,
@@ -191,8 +194,8 @@ class WorkerSide(BackendCore):
         :returns: whether it was stored. If anything is stored under the id already, for instance because the worker was
             faster, nothing changes.
         """
-        if self._must_wait():
-            await self._writes.wait_for_room()
+        if full := self._full(task_id):
+            await full.wait_for_room()
         return await self._submit(self.record(task_id, None, PENDING, expires=expires, only_new=True))
 
     async def mark_as_started(self, task_id: str | UUID, /, **info: Any) -> bool:
@@ -202,8 +205,8 @@ class WorkerSide(BackendCore):
             and ``hostname``.
         :returns: whether it was stored; see `store_result`.
         """
-        if self._must_wait():
-            await self._writes.wait_for_room()
+        if full := self._full(task_id):
+            await full.wait_for_room()
         return await self._submit(self.record(task_id, info, STARTED))
 
     async def mark_as_done(
@@ -221,8 +224,8 @@ class WorkerSide(BackendCore):
         counts as a part of it. The other parameters, the errors and the returned value are those of `store_result`.
         """
         part = None if request is None else self._part_of(request, task_id)
-        if self._must_wait():
-            await self._writes.wait_for_room()
+        if full := self._full(task_id):
+            await full.wait_for_room()
         if getattr(request, "ignore_result", False):
             kept = False
         else:
@@ -257,8 +260,8 @@ class WorkerSide(BackendCore):
         part = None if request is None else self._part_of(request, task_id)
         links = () if request is None else links_of(getattr(request, "chain", None))
         parts = self._parts_of(part, links)
-        if self._must_wait():
-            await self._writes.wait_for_room()
+        if full := self._full(task_id):
+            await full.wait_for_room()
         if links:
             own = self._submit(self.record(task_id, exc, FAILURE, traceback, request, expires, meta=meta))
             return await self._fail_with_links(own, exc, traceback, expires, parts, links)
@@ -330,8 +333,8 @@ class WorkerSide(BackendCore):
         Without ``traceback``, the traceback of the exception is stored, if it has one. The other parameters, the errors
         and the returned value are those of `store_result`.
         """
-        if self._must_wait():
-            await self._writes.wait_for_room()
+        if full := self._full(task_id):
+            await full.wait_for_room()
         traceback = traceback_of(exc, traceback)
         return await self._submit(self.record(task_id, exc, RETRY, traceback, request, expires, meta=meta))
 
@@ -352,8 +355,8 @@ class WorkerSide(BackendCore):
         """
         part = None if request is None else self._part_of(request, task_id)
         exc = TaskRevokedError(reason)
-        if self._must_wait():
-            await self._writes.wait_for_room()
+        if full := self._full(task_id):
+            await full.wait_for_room()
         kept = await self._submit(self.record(task_id, exc, REVOKED, None, request, expires, meta=meta))
         if part is not None:
             await self._return_part(part, REVOKED, exc)

@@ -207,14 +207,14 @@ async def test_leaving_as_completed_early_ends_the_subscriptions(harness: Harnes
             assert result == web.result("a")
             await harness.subscribed(2)
             break
-    assert len(web._hub) == 0
+    assert len(web._shards[0].hub) == 0
     await harness.subscribed(0)
 
 
 async def test_as_completed_costs_nothing_before_its_first_step(harness: Harness) -> None:
     web = await harness.connect()
     results: AsyncIterator[Any] = web.group(["a"]).as_completed()
-    assert len(web._hub) == 0
+    assert len(web._shards[0].hub) == 0
     del results
 
 

@@ -232,7 +232,7 @@ async def test_a_cancelled_join_leaves_nothing(stores: Stores) -> None:
         join.cancel()
     await asyncio.wait(joins)
     await stores.subscribed(0, 0)
-    assert len(stores.here._hub) == len(stores.there._hub) == 0
+    assert len(stores.here._shards[0].hub) == len(stores.there._shards[0].hub) == 0
 
 
 async def test_a_store_without_members_is_left_alone(harness: Harness) -> None:
@@ -300,7 +300,7 @@ async def test_a_server_that_does_not_answer_holds_no_deadline_up(harness: Harne
     assert gate.reached.is_set()
     gate.open.set()
     await backend.get_many(["t0"])
-    assert len(backend._hub) == 0  # nobody goes on to watch what nobody waits for
+    assert len(backend._shards[0].hub) == 0  # nobody goes on to watch what nobody waits for
     await asyncio.gather(*(backend.mark_as_done(task_id, task_id) for task_id in MANY))
     assert await backend.group(MANY).get(timeout=60) == MANY
 
@@ -493,7 +493,7 @@ async def test_a_parent_of_many_is_watched_once(harness: Harness, copies: bool) 
     assert {type(value) for value in await waiting} == {KeyError}
     assert calls["_fetch"] <= 2 * len(MANY) // 100 + 2  # the look at those below, before they are given up
     await harness.subscribed(0)
-    assert len(backend._hub) == 0
+    assert len(backend._shards[0].hub) == 0
 
 
 async def test_parents_of_what_has_succeeded_are_not_read(harness: Harness) -> None:
@@ -573,7 +573,7 @@ async def test_ends_of_joins_leave_no_watch_of_a_parent(harness: Harness) -> Non
             with pytest.raises(TimeoutError, match=r"task [abc]"):  # never of a parent
                 await shape.get(timeout)
         await harness.subscribed(0)
-        assert len(web._hub) == 0
+        assert len(web._shards[0].hub) == 0
     closed = await harness.connect()
     waiting = asyncio.create_task(shapes(closed)["the group's parent"].get())
     await harness.subscribed(3)

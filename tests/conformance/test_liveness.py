@@ -171,7 +171,7 @@ async def test_a_good_bye_is_heard_at_once(live: Harness) -> None:
 
 
 def _confirmed(web: Backend) -> bool:
-    topic = web._hub._topics.get("\x00workers")
+    topic = web._shards[0].hub._topics.get("\x00workers")
     return topic is not None and topic.known is not None
 
 
@@ -309,7 +309,7 @@ async def test_a_watcher_that_was_told_and_stays_is_nothing_to_those_that_come(l
     await until(lambda: bool(told))
     broken.clear()
     waits = asyncio.create_task(web.result("t").get(on_lost="raise"))
-    await until(lambda: "\x00workers" in web._hub._topics)
+    await until(lambda: "\x00workers" in web._shards[0].hub._topics)
     waits.cancel()
     await asyncio.wait([waits])
     web.liveness.unwatch("t", told.append)

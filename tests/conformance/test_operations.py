@@ -33,12 +33,12 @@ Call = Callable[[Backend, Any], Awaitable[Any]]
 
 async def idle(backend: Backend, count: int) -> None:
     """Return once ``count`` ids are waited for, and the hub has nothing to do and no call in flight."""
-    hub = backend._hub
+    hub = backend._shards[0].hub
     await until(lambda: len(hub) == count and bool(hub._work._waiters) and not hub._work.is_set())
 
 
 def look_soon(backend: Backend) -> None:
-    backend._hub.unheard.after = 0.02
+    backend._shards[0].hub.unheard.after = 0.02
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -69,8 +69,8 @@ async def test_many_waits_are_warned_of_in_one_line(harness: Harness, caplog: py
     waiting = [wait(backend, f"t{number}") for number in range(1200)]
     await idle(backend, 1200)
     look_soon(backend)
-    backend._hub.unheard.close()
-    backend._hub.unheard.set_timer()
+    backend._shards[0].hub.unheard.close()
+    backend._shards[0].hub.unheard.set_timer()
     await until(lambda: bool(warnings(caplog)))
     (warning,) = warnings(caplog)
     assert "tasks t0, t1, t2, t3, t4 and 1,195 more." in warning
@@ -97,7 +97,7 @@ async def test_only_ids_of_which_no_worker_has_stored_anything_are_warned_of(
     await idle(web, 3)
     await worker.store_result("later", {"done": 1}, "PROGRESS")
     await worker.mark_as_started("forgotten")
-    await until(lambda: all(topic.known for topic in web._hub._topics.values()))
+    await until(lambda: all(topic.known for topic in web._shards[0].hub._topics.values()))
     await worker.forget("forgotten")
     waiting.append(wait(web, "nothing"))
     await until(lambda: bool(warnings(caplog)))
@@ -115,14 +115,14 @@ async def test_looking_for_such_waits_asks_the_server_nothing(
     waiting = wait(backend)
     await idle(backend, 1)
     before = calls.copy()
-    backend._hub.unheard.close()
+    backend._shards[0].hub.unheard.close()
     look_soon(backend)
-    backend._hub.unheard.set_timer()
+    backend._shards[0].hub.unheard.set_timer()
     await until(lambda: bool(warnings(caplog)))
     assert calls == before
     await cancel(waiting)
     await idle(backend, 0)
-    await until(lambda: backend._hub.unheard.timer is None)  # without a wait, nothing ticks
+    await until(lambda: backend._shards[0].hub.unheard.timer is None)  # without a wait, nothing ticks
 
 
 async def test_nothing_is_said_of_an_id_that_was_not_read(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,8 +132,8 @@ async def test_nothing_is_said_of_an_id_that_was_not_read(harness: Harness, capl
     look_soon(backend)
     waiting = wait(backend)
     await gate.reached.wait()
-    await until(lambda: backend._hub.unheard.due)
-    assert backend._hub._topics["t"].looks == 0
+    await until(lambda: backend._shards[0].hub.unheard.due)
+    assert backend._shards[0].hub._topics["t"].looks == 0
     gate.open.set()
     await until(lambda: bool(warnings(caplog)))
     await cancel(waiting)
@@ -169,7 +169,7 @@ async def test_joins_across_backends_have_the_default_of_the_first(harness: Harn
     with pytest.raises(TimeoutError, match="default_timeout"):
         await first
     waiting = asyncio.ensure_future(aioresult.gather(second, first))
-    await until(lambda: len(limited._hub) == len(patient._hub) == 1)
+    await until(lambda: len(limited._shards[0].hub) == len(patient._shards[0].hub) == 1)
     await patient.mark_as_done("a", 1)
     await patient.mark_as_done("b", 2)
     assert await waiting == [2, 1]
@@ -178,7 +178,7 @@ async def test_joins_across_backends_have_the_default_of_the_first(harness: Harn
 async def test_an_infinite_timeout_has_no_limit(harness: Harness) -> None:
     backend = await harness.connect(default_timeout=0.01)
     waiting = {name: asyncio.ensure_future(call(backend, inf)) for name, call in WAITS.items()}
-    await until(lambda: len(backend._hub) == 3)  # the task, the other member and the parent
+    await until(lambda: len(backend._shards[0].hub) == 3)  # the task, the other member and the parent
     with pytest.raises(TimeoutError):  # begun later, with the default
         await backend.wait_for("other")
     assert [name for name, wait in waiting.items() if wait.done()] == []
@@ -227,7 +227,7 @@ async def test_a_task_that_must_exist(harness: Harness) -> None:
             with pytest.raises(TaskNotFoundError, match="mark_as_pending") as raised:
                 await call(web, timeout)
             assert isinstance(raised.value, LookupError), name
-    assert len(web._hub) == 0
+    assert len(web._shards[0].hub) == 0
     await worker.mark_as_pending("t")
     for call in EXISTING.values():
         with pytest.raises(TimeoutError, match=r"not ready within timeout=0\.01 seconds"):

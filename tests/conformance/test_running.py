@@ -36,7 +36,7 @@ async def listening(worker: Backend) -> None:
     """The worker hears what is to be stopped."""
     async with worker.running("first"):
         topic = "\x00worker " + worker.liveness.worker
-        await until(lambda: worker._hub._topics[topic].known is not None)
+        await until(lambda: worker._shards[0].hub._topics[topic].known is not None)
 
 
 class Body:

@@ -101,7 +101,7 @@ class Listener:
         self.news: list[Any] = []
         self._connected = asyncio.Event()
         self._backend, self._topic = backend, topic
-        backend._hub.watch(topic, self, read_first=False)
+        backend._shards[0].hub.watch(topic, self, read_first=False)
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
         assert isinstance(outcome, TaskMeta), outcome

@@ -19,7 +19,7 @@ from .test_streams import put, read, reading, waiting
 
 async def nothing_is_left(live: Harness, web: Backend) -> None:
     await live.subscribed(0)
-    await until(lambda: not len(web._hub))
+    await until(lambda: not len(web._shards[0].hub))
     assert not web._streams._tails
 
 

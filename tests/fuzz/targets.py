@@ -13,6 +13,7 @@ from aioresult import AioResultError, BackendConnectionError, TaskMeta
 from aioresult.backends.postgres import PostgresBackend
 from aioresult.backends.redis import RedisBackend
 from aioresult.backends.redis.connection import RedisConnection
+from aioresult.backends.shard import Shard
 from aioresult.serialization import Codec
 from aioresult.states import EXCEPTION_STATES
 
@@ -108,7 +109,7 @@ class _StrictHub:
     def mark_stale(self, task_id: str) -> None:
         assert isinstance(task_id, str)
 
-    def lost(self) -> None:
+    def lost(self, task_ids: object = None) -> None:
         pass
 
 
@@ -118,4 +119,7 @@ def notification(text: str) -> None:
 
 
 _REDIS, _POSTGRES = RedisBackend("redis://"), PostgresBackend("postgresql://")
-_REDIS._hub = _POSTGRES._hub = _StrictHub()  # type: ignore[assignment]
+for _each in (_REDIS, _POSTGRES):
+    _shard = object.__new__(Shard)  # its batches would need an event loop
+    _shard.hub, _shard._backend = _StrictHub(), _each  # type: ignore[assignment]
+    _each._shards = [_shard]

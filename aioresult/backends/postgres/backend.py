@@ -458,7 +458,7 @@ class PostgresBackend(Backend):
         elif kind == "gone":
             self._worker_news(rest)
         elif kind.isdecimal():  # any user of the database can send anything, so ignore everything else
-            self._hub.mark_stale(rest[int(kind[:4]) :])  # ``kind`` is the length of the state before the id
+            self.read_again(rest[int(kind[:4]) :])  # ``kind`` is the length of the state before the id
 
     def _listener_lost(self, reason: BaseException) -> None:
         self._waiting.clear()

@@ -204,7 +204,7 @@ class RedisBackend(RunningTasks):
             outcomes.append(await self._judged(write, reply))
         return outcomes
 
-    def _store_at_once(self, record: Record, done: Callable[[bool | None], None]) -> bool:
+    def _store_at_once(self, record: Record, done: Callable[[bool | BaseException | None], None]) -> bool:
         if not self.codec.plain or record.group_id:
             return False
 
@@ -214,19 +214,18 @@ class RedisBackend(RunningTasks):
         return self._at_once([WAITERS_FIRST, _command(self._put(record))], outcome, done)
 
     def _at_once(
-        self, commands: Sequence[Command], outcome: Callable[[list[Any]], T | None], done: Callable[[T | None], None]
+        self,
+        commands: Sequence[Command],
+        outcome: Callable[[list[Any]], T | None],
+        done: Callable[[T | BaseException | None], None],
     ) -> bool:
         connection = self._commands
         if connection is None or not connection.ready:
             return False
 
         def replied(replies: asyncio.Future[list[Any]]) -> None:
-            found: T | None = None
-            if (error := replies.exception()) is not None:
-                self._persistence.not_reached(error)
-            elif (found := outcome(replies.result())) is not None:
-                self._persistence.reached()
-            done(found)
+            error = replies.exception()
+            done(outcome(replies.result()) if error is None else error)
 
         connection.begin(commands).add_done_callback(replied)
         return True

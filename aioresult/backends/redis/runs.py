@@ -61,7 +61,10 @@ class RunningTasks(KeyValueStoreBackend):
 
     @abstractmethod
     def _at_once(
-        self, commands: Sequence[Command], outcome: Callable[[list[Any]], T | None], done: Callable[[T | None], None]
+        self,
+        commands: Sequence[Command],
+        outcome: Callable[[list[Any]], T | None],
+        done: Callable[[T | BaseException | None], None],
     ) -> bool:
         """Send the commands before this method returns, and return true. Return false if no connection can take them.
 
@@ -71,7 +74,7 @@ class RunningTasks(KeyValueStoreBackend):
 
     # -- the log ----------------------------------------------------------------------------------------------------
 
-    def _append_at_once(self, flush: Flush, done: Callable[[int | None], None]) -> bool:
+    def _append_at_once(self, flush: Flush, done: Callable[[int | BaseException | None], None]) -> bool:
         if not flush.epoch or not (flush.data or flush.state):
             return False
 
