@@ -176,9 +176,9 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     wanted: list[int] = []
     post = RedisConnection._post
 
-    def counted(self: RedisConnection, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
+    def counted(self: RedisConnection, data: bytes, want: int) -> asyncio.Future[list[Any]]:
         wanted.append(want)
-        return post(self, data, want, one_command)
+        return post(self, data, want)
 
     monkeypatch.setattr(RedisConnection, "_post", counted)
     return wanted

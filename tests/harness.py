@@ -15,6 +15,10 @@ import redis.asyncio
 import aioresult
 from aioresult import Backend
 from aioresult.backends.memory import MemoryStore
+from aioresult.backends.redis import RedisBackend
+from aioresult.backends.redis.connection import RedisConnection
+from aioresult.backends.redis.node import Node
+from aioresult.backends.redis.topology import Single
 
 
 class Harness:
@@ -172,6 +176,20 @@ class RedisHarness(KeyValueHarness):
         keys: list[Any] = await self.client.keys()
         lives = {key.decode(): await self.client.pttl(key) for key in keys}
         return {key: None if left == -1 else left / 1000 for key, left in lives.items() if left != -2}
+
+
+def node_of(backend: Backend) -> Node:
+    """The one server of a Redis backend, with its connections."""
+    assert isinstance(backend, RedisBackend)
+    assert isinstance(backend._topology, Single)
+    return backend._topology.node
+
+
+def commands_of(backend: Backend) -> RedisConnection:
+    """The connection on which that server gets commands. It may be closed."""
+    connection = node_of(backend).commands
+    assert connection is not None
+    return connection
 
 
 async def until(condition: Callable[[], Coroutine[Any, Any, bool]] | Callable[[], bool]) -> None:

@@ -25,7 +25,7 @@ from aioresult.record import Record
 from aioresult.states import FAILURE, SUCCESS
 from aioresult.waiter import Outcome
 
-from .harness import Gate, Harness, MemoryHarness, count_calls, intercept, until
+from .harness import Gate, Harness, MemoryHarness, commands_of, count_calls, intercept, until
 from .servers import PostgresServer, RedisServer, TcpProxy
 from .test_hub import ScriptedSource, settle
 
@@ -220,8 +220,7 @@ class SlowLine(TcpProxy):
 def keep_little_on_the_way(backend: Backend) -> None:
     """The system's own buffers would take megabytes at once."""
     if isinstance(backend, RedisBackend):
-        assert backend._commands is not None
-        transports = [backend._commands._transport]
+        transports = [commands_of(backend)._transport]
     else:
         assert isinstance(backend, PostgresBackend)
         made: list[Any] = list(backend._connections._made)
@@ -480,8 +479,7 @@ async def test_no_more_than_a_batch_waits_in_the_buffer_of_a_slow_connection(
     async with TcpProxy(own_redis.port) as proxy:
         async with Line(own_redis, proxy).connected(heartbeat=60) as backend:
             assert isinstance(backend, RedisBackend)
-            assert backend._commands is not None
-            connection, post, unsent = backend._commands, backend._commands._post, [0]
+            connection, post, unsent = commands_of(backend), commands_of(backend)._post, [0]
 
             def noting(*args: Any, **options: Any) -> Any:
                 future = post(*args, **options)

@@ -47,7 +47,7 @@ def made(url: str | None, conf: Mapping[str, Any], **options: Any) -> Backend:
 def connection_of(backend: Backend) -> Any:
     """The connection that redis-py would make."""
     assert isinstance(backend, RedisBackend)
-    return backend._new_link()
+    return backend._connection_class(**backend._connection_options)
 
 
 def arguments_of(backend: Backend) -> tuple[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ from aioresult.chord import ChordOp, ChordStep
 
 from .conformance.test_waiting import Recorder
 from .conftest import BACKENDS
-from .harness import Gate, Harness, intercept, until
+from .harness import Gate, Harness, commands_of, intercept, until
 from .postgres_harness import PostgresHarness
 
 P = ParamSpec("P")
@@ -638,7 +638,7 @@ def test_a_backend_that_reconnected_under_load_works_in_another_event_loop(url: 
             await subscribed(backend)
             await asyncio.to_thread(disconnect_everyone, url)
             if isinstance(backend, RedisBackend):
-                await until(lambda: backend._commands is None or backend._commands.closed)
+                await until(lambda: commands_of(backend).closed)
             found, group, stored, _ = await asyncio.gather(
                 backend.exists("a"), backend.restore_group("g"), backend.mark_as_started("b"), backend.forget("none")
             )

@@ -31,7 +31,7 @@ from aioresult.backends.keyvalue import Op, Write
 from aioresult.backends.redis import RedisBackend
 from aioresult.backends.redis.connection import RedisConnection, take_over
 
-from .harness import until
+from .harness import commands_of, until
 from .servers import RedisServer, TcpProxy, redis_server
 
 Client = redis.asyncio.Redis
@@ -401,7 +401,7 @@ async def test_silence_is_questioned_one_heartbeat_after_the_last_word(redis_url
     """And not at the beat after that: three heartbeats are all that a dead peer gets."""
     async with RedisBackend(redis_url, heartbeat=60) as backend:
         await backend.exists("a")
-        connection = backend._commands
+        connection = commands_of(backend)
         assert connection is not None
         connection._beat()
         assert connection._timer is not None
@@ -429,7 +429,7 @@ async def test_the_command_connection_is_checked_too(proxy: TcpProxy, redis_url:
     async with through(proxy) as backend:
         proxy.stall()
         reading = asyncio.ensure_future(backend.get_task_meta("a"))
-        await until(lambda: backend._commands is None or backend._commands.closed)
+        await until(lambda: commands_of(backend).closed)
         proxy.resume()
         assert (await reading).status == "PENDING"
 
@@ -439,11 +439,11 @@ async def test_a_slow_subscription_beside_fast_commands_misses_nothing(
 ) -> None:
     """The result is stored between the first look and a confirmation that comes late."""
     async with aioresult.connect(redis_url) as worker, through(proxy, heartbeat=5) as web:
-        fast = web._commands
+        fast = commands_of(web)
         proxy.delay = 0.1
         waiters = [asyncio.ensure_future(web.result(f"id-{number}").get()) for number in range(50)]
         await subscribed(redis_client, 50)  # the server's side of it; the confirmation is still on its way
-        assert web._commands is fast
+        assert commands_of(web) is fast
         await asyncio.gather(*(worker.mark_as_done(f"id-{number}", number) for number in range(50)))
         assert await asyncio.gather(*waiters) == list(range(50))
 
@@ -591,8 +591,7 @@ async def test_the_short_way_keeps_account_of_outages(backend: RedisBackend, red
     before = asyncio.get_running_loop().time()
     storing = asyncio.ensure_future(backend.mark_as_done("c", 1))
     await asyncio.sleep(0)
-    assert backend._commands is not None
-    backend._commands.connection_lost(None)
+    commands_of(backend).connection_lost(None)
     await asyncio.sleep(0)
     assert (down_since() or 0) >= before
     assert await storing
@@ -679,7 +678,7 @@ async def test_a_replica_is_left_for_the_next_connection(redis_client: Client) -
     with redis_server() as server:
         async with aioresult.connect(server.url) as backend, Client.from_url(server.url) as client:
             await client.replicaof("127.0.0.1", 1)  # a master that never answers
-            first = backend._commands  # type: ignore[attr-defined]
+            first = commands_of(backend)
             storing = asyncio.ensure_future(backend.mark_as_done("a", 1))
             await until(lambda: first.closed)
             await client.replicaof("NO", "ONE")

@@ -33,7 +33,7 @@ from aioresult.run import RunOp, RunState, RunStep, Verdict
 from aioresult.states import FAILURE, REVOKED, STARTED, SUCCESS
 
 from .conformance.test_running_store import NO_GAP
-from .harness import until
+from .harness import commands_of, until
 from .servers import RedisServer, redis_server
 
 Client = redis.asyncio.Redis
@@ -552,14 +552,13 @@ async def test_why_a_transaction_was_discarded(
 ) -> None:
     """The server can refuse EXEC itself, for what has happened since the commands were queued."""
     error = hiredis.ReplyError(f"EXECABORT Transaction discarded because of: {reason}")
-    connection = backend._commands
-    assert connection is not None
+    connection = commands_of(backend)
     if kind is None:
-        assert str(await backend._why_aborted([], [], error)) == reason
+        assert str(backend._why_aborted([], [], error)) == reason
         assert not connection.closed
     else:
         with pytest.raises(kind):
-            await backend._why_aborted([], [], error)
+            backend._why_aborted([], [], error)
         assert connection.closed  # the name may lead to another master by now
 
 
@@ -594,7 +593,7 @@ async def test_a_flush_to_a_replica_waits_for_a_master() -> None:
             assert isinstance(backend, RedisBackend)
             epoch = await flush(backend, opening())
             await client.replicaof("127.0.0.1", 1)  # a master that never answers
-            first = backend._commands
+            first = commands_of(backend)
             assert first is not None
             appending = asyncio.ensure_future(backend._shards[0].appends.submit(Flush("t", "p", epoch, 2, b"[2]"), "t"))
             await until(lambda: first.closed)

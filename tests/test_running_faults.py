@@ -40,7 +40,7 @@ from aioresult.log import TAIL
 from aioresult.run import RunOp, RunState, RunStep
 
 from .fault_proxy import FaultProxy, cut_anywhere, die_after, late_subscriptions, trickle
-from .harness import until
+from .harness import node_of, until
 from .running_child import LEASE, READERS, complaint, lines, reader_of
 from .sites import (
     RedisSite,
@@ -926,7 +926,7 @@ async def test_messages_of_strangers_only_cause_a_look(redis_site: RedisSite) ->
             await connected(worker)
             assert isinstance(web, RedisBackend)
             assert isinstance(worker, RedisBackend)
-            listeners = web._listener, worker._listener
+            listeners = node_of(web).listener, node_of(worker).listener
             for number in range(50):
                 await task.output.send(number)
                 epoch = waiting.stream.cursor.split("-")[0].encode()
@@ -941,7 +941,8 @@ async def test_messages_of_strangers_only_cause_a_look(redis_site: RedisSite) ->
             await task.output.flush()
             await until(lambda: len(waiting.read) == len(waiting.read_on) == 50)
             await connected(web)
-            assert (web._listener, worker._listener) == listeners, "it was an error that ended a connection"
+            now = node_of(web).listener, node_of(worker).listener
+            assert now == listeners, "it was an error that ended a connection"
             assert not task.revoked
             assert not any(each.done() for each in (*waiting.impatient, *waiting.others))
             task.value = "done"

@@ -18,7 +18,6 @@ from redis.asyncio.connection import AbstractConnection
 
 from ...chord import ChordOp, ChordState, ChordStep
 from ...exceptions import (
-    BackendConnectionError,
     BackendError,
     BackendGetMetaError,
     BackendRefusedError,
@@ -28,13 +27,14 @@ from ...exceptions import (
 from ...options import checked_flag, checked_option
 from ...progress import GroupCounts
 from ...record import Record
-from ...tasks import SingleFlight
 from ..base import BackendOptions
 from ..keyvalue import Op, Write, sibling
-from .connection import WAITERS_FIRST, Command, RedisConnection, code_of, translate
+from .connection import WAITERS_FIRST, Command, code_of, translate
 from .groups import count_keys, extend_command, milliseconds
+from .node import Node, NodeEvents
 from .runs import NOT_TOLD, RunningTasks
-from .scripts import CHORD, FORGET, PUT, REGISTER, SCRIPTS
+from .scripts import PLAIN, Scripts
+from .topology import Single, Topology
 from .url import connection_options, leads_elsewhere, resolved_url
 
 __all__ = ["RedisBackend"]
@@ -61,6 +61,8 @@ class RedisBackend(RunningTasks):
       of its header's tasks, are kept in the order in which they arrive. Celery's workers need the same setting.
     """
 
+    _scripts: Scripts = PLAIN
+
     # Use small batches, and many in flight at once. The connection is pipelined: a batch need not wait for the batch
     # before it. The callers in the first batch continue while the server works on the others.
     store_chunk = 50
@@ -85,9 +87,7 @@ class RedisBackend(RunningTasks):
             url = resolved_url(self._connection_class, self._connection_options)
         super().__init__(url, global_keyprefix=global_keyprefix, **options)
         self._chord_ordered = checked_flag("chord_ordered", chord_ordered)
-        self._commands: RedisConnection | None = None
-        self._listener: RedisConnection | None = None
-        self._connected: SingleFlight[RedisConnection] = SingleFlight(self._connect)
+        self._topology: Topology = self._new_topology()
 
     @property
     def store_id(self) -> Hashable:
@@ -98,89 +98,41 @@ class RedisBackend(RunningTasks):
         place = resolved_url(self._connection_class, self._connection_options)
         return type(self), place, self._task_prefix
 
+    def _new_topology(self) -> Topology:
+        """Return what knows the servers. It is made anew each time the backend is opened."""
+
+        async def link() -> AbstractConnection:
+            return self._connection_class(**self._connection_options)
+
+        # A single server does not end subscriptions by itself, and no other server knows whether it is away.
+        events = NodeEvents(self._published, _ignore, self._lost_by_node, _ignore)
+        return Single(Node(self.as_uri(), link, self.heartbeat, self._scripts, events))
+
     async def _open(self) -> None:
-        self._connected = SingleFlight(self._connect)
-        await self._connected()
+        self._topology = self._new_topology()
+        await self._topology.open()
 
     async def _close(self) -> None:
-        await self._connected.stop()
-        for connection in (self._commands, self._listener):
-            if connection is not None:
-                await connection.close()
-        self._commands = self._listener = None
+        await self._topology.close()
 
     def _abandon(self, forked: bool) -> None:
-        for connection in (self._commands, self._listener):
-            if connection is not None:
-                connection.abandon()
-        self._commands = self._listener = None
+        self._topology.abandon()
 
-    async def _connect(self) -> RedisConnection:
-        """Return the connection for commands, or a new one if it is lost. Concurrent callers share one attempt."""
-        if self._commands is None or self._commands.closed:
-            if self._commands is not None:
-                await self._commands.close()
-            self._commands = None
-            connection = RedisConnection(self.as_uri(), self.heartbeat)
-            await connection.connect(self._new_link())
-            try:
-                await self._load_scripts(connection)
-            except BaseException:
-                await connection.close()
-                raise
-            self._commands = connection
-        return self._commands
+    def _lost_by_node(self, node: Node, reason: BackendError, channels: Sequence[bytes]) -> None:
+        self._listener_lost(reason)
 
-    def _new_link(self) -> AbstractConnection:
-        return self._connection_class(**self._connection_options)
-
-    async def _load_scripts(self, connection: RedisConnection) -> None:
-        for reply in await connection.request([("SCRIPT", "LOAD", script) for script in SCRIPTS.values()]):
-            if isinstance(reply, hiredis.ReplyError):
-                raise translate(reply, self.as_uri())
+    # -- commands ---------------------------------------------------------------------------------------------------
 
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
-        """Send the commands, and return the reply to each.
-
-        Raises if any reply says that the server is not ready. Then the caller must repeat all of the commands.
-        """
-        connection = self._commands
-        if connection is None or connection.closed:
-            connection = await self._connected()
-        replies = await connection.request(commands)
-        if refused := [index for index, reply in enumerate(replies) if isinstance(reply, hiredis.ReplyError)]:
-            await self._retry_refused(connection, commands, replies, refused)
-        return replies
+        return await self._topology.execute(commands)
 
     async def _ping(self) -> None:
         (reply,) = await self._execute([("PING",)])
         if isinstance(reply, hiredis.ReplyError):
             raise translate(reply, self.as_uri())
 
-    async def _retry_refused(
-        self, connection: RedisConnection, commands: Sequence[Command], replies: list[Any], refused: Sequence[int]
-    ) -> None:
-        """Load missing scripts and repeat their commands, and put the new replies in place of the errors.
-
-        Raises if the server is not ready.
-        """
-        missing = [index for index in refused if code_of(replies[index]) == "NOSCRIPT"]
-        if missing:  # after SCRIPT FLUSH, or after a restart of the server behind a proxy that kept the connection
-            await self._load_scripts(connection)
-            again = await connection.request([commands[index] for index in missing])
-            for index, reply in zip(missing, again, strict=True):
-                replies[index] = reply
-        for reply in [replies[index] for index in refused]:
-            if isinstance(reply, hiredis.ReplyError):
-                await self._raise_if_not_ready(reply, connection)
-
-    async def _raise_if_not_ready(self, reply: hiredis.ReplyError, connection: RedisConnection | None = None) -> None:
-        error = translate(reply, self.as_uri())
-        if isinstance(error, BackendConnectionError):
-            connection = connection or self._commands
-            if code_of(reply) == "READONLY" and connection is not None:
-                await connection.close()  # after a failover the host name may lead to the new master: reconnect
-            raise error
+    def _raise_if_not_ready(self, reply: hiredis.ReplyError) -> None:
+        self._topology.raise_if_not_ready(reply)
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | BaseException | None]:
         # Do not use MGET: it needs all keys in one slot, and would block the server while it copies all the values.
@@ -191,7 +143,7 @@ class RedisBackend(RunningTasks):
         ]
 
     async def _write(self, writes: Sequence[Write]) -> list[bool | BaseException]:
-        _, *replies = await self._execute([WAITERS_FIRST, *map(_command, writes)])
+        _, *replies = await self._execute([WAITERS_FIRST, *map(self._command, writes)])
         outcomes: list[bool | BaseException] = []
         judged: set[str] = set()
         for write, reply in zip(writes, replies, strict=True):
@@ -211,16 +163,18 @@ class RedisBackend(RunningTasks):
         def outcome(replies: list[Any]) -> bool | None:
             return replies[1] == 1 if isinstance(replies[1], int) else None
 
-        return self._at_once([WAITERS_FIRST, _command(self._put(record))], outcome, done)
+        put = self._put(record)
+        return self._at_once(put.key, [WAITERS_FIRST, self._command(put)], outcome, done)
 
     def _at_once(
         self,
+        key: str,
         commands: Sequence[Command],
         outcome: Callable[[list[Any]], T | None],
         done: Callable[[T | BaseException | None], None],
     ) -> bool:
-        connection = self._commands
-        if connection is None or not connection.ready:
+        connection = self._topology.connection_for(key)
+        if connection is None:
             return False
 
         def replied(replies: asyncio.Future[list[Any]]) -> None:
@@ -229,6 +183,26 @@ class RedisBackend(RunningTasks):
 
         connection.begin(commands).add_done_callback(replied)
         return True
+
+    def _command(self, write: Write, digest: str = "") -> Command:
+        ttl = milliseconds(write.expires)
+        match write.op:
+            case Op.PUT_UNLESS_SUCCESS:
+                more = ("", digest) if digest else ()
+                return "EVALSHA", self._scripts.put, 1, write.key, write.value, ttl, *more
+            case Op.PUT_UNLESS_FINAL:
+                return "EVALSHA", self._scripts.put, 1, write.key, write.value, ttl, "unfinished", digest
+            case Op.PUT_IF_ABSENT:
+                return "EVALSHA", self._scripts.put, 1, write.key, write.value, ttl, "absent"
+            case Op.PUT:
+                return ("SET", write.key, write.value, "PX", ttl) if ttl else ("SET", write.key, write.value)
+            case Op.EXTEND:
+                return extend_command(self._scripts, write.key, write.expires, write.member, write.failed)
+            case Op.DELETE:
+                return (*self._forget_command(write.key), write.value) if write.value else ("UNLINK", write.key)
+
+    def _forget_command(self, key: str) -> Command:
+        return "EVALSHA", self._scripts.forget, 1, key, sibling(key, ".run"), sibling(key, ".out")
 
     async def _judged(self, write: Write, reply: Any) -> bool | BaseException:
         """Return the outcome of ``write``. ``reply`` may be an error, or a value that only the codec can read."""
@@ -245,7 +219,7 @@ class RedisBackend(RunningTasks):
     async def _replace(self, write: Write, current: bytes) -> Any:
         """Replace ``current``, a value that the script could not read. The server first compares its digest."""
         digest = hashlib.sha1(current).hexdigest()  # noqa: S324 - Redis has only SHA-1; it is not used for security
-        (reply,) = await self._execute([_command(write, digest)])
+        (reply,) = await self._execute([self._command(write, digest)])
         return reply
 
     def _refusal(self, reply: hiredis.ReplyError, kind: type[BackendError], what: str) -> BackendError:
@@ -261,7 +235,7 @@ class RedisBackend(RunningTasks):
         return kind(f"cannot {what}: {error}")
 
     async def _versions(self, task_ids: Sequence[str]) -> list[bytes | BaseException | None]:
-        replies = await self._execute([_forget(self._task_key(task_id)) for task_id in task_ids])
+        replies = await self._execute([self._forget_command(self._task_key(task_id)) for task_id in task_ids])
         return [
             self._refusal(reply, BackendStoreError, f"forget {task_id}")
             if isinstance(reply, hiredis.ReplyError)
@@ -312,10 +286,10 @@ class RedisBackend(RunningTasks):
                 entry = (step.group_id, milliseconds(step.expires), only_known)
                 if entry not in noted:
                     noted.add(entry)
-                    commands.append(("EVALSHA", REGISTER, 1, self._ready_channel, *entry))
+                    commands.append(("EVALSHA", self._scripts.register, 1, self._ready_channel, *entry))
             commands.append(self._chord_command(step))
         replies = await self._execute(commands)
-        taken = [reply for command, reply in zip(commands, replies, strict=True) if command[:2] == ("EVALSHA", CHORD)]
+        taken = [reply for command, reply in zip(commands, replies, strict=True) if command[1] == self._scripts.chord]
         outcomes = [await self._chord_outcome(step, reply) for step, reply in zip(steps, taken, strict=True)]
         over: set[str] = set()
         for step, outcome in zip(steps, outcomes, strict=True):
@@ -336,7 +310,17 @@ class RedisBackend(RunningTasks):
         times = (milliseconds(step.lease), milliseconds(step.expires), milliseconds(step.group_expires))
         terms = (step.token, *times, size, step.body or b"", step.body_id, step.run)
         part = (step.task_id, index, step.part, int(step.failed), int(self._chord_ordered))
-        return ("EVALSHA", CHORD, len(keys), *keys, step.op.value, step.group_id, self._ready_channel, *terms, *part)
+        return (
+            "EVALSHA",
+            self._scripts.chord,
+            len(keys),
+            *keys,
+            step.op.value,
+            step.group_id,
+            self._ready_channel,
+            *terms,
+            *part,
+        )
 
     async def _chord_outcome(self, step: ChordStep, reply: Any) -> ChordState | BaseException:
         if isinstance(reply, hiredis.ReplyError):
@@ -382,61 +366,15 @@ class RedisBackend(RunningTasks):
     # -- subscriptions ----------------------------------------------------------------------------------------------
 
     async def _listen(self, channels: Sequence[str]) -> Mapping[str, Exception] | None:
-        if self._listener is None or self._listener.closed:
-            if self._listener is not None:
-                await self._listener.close()
-            self._listener = None
-            connection = RedisConnection(self.as_uri(), self.heartbeat, self._published, self._listener_lost)
-            await connection.connect(self._new_link())
-            self._listener = connection
-        return await self._confirm(self._listener, "SUBSCRIBE", channels)
+        return await self._topology.subscribe(channels)
 
     async def _unlisten(self, channels: Sequence[str]) -> None:
-        if self._listener is not None and not self._listener.closed:
-            await self._confirm(self._listener, "UNSUBSCRIBE", channels)
-
-    async def _confirm(
-        self, listener: RedisConnection, command: str, channels: Sequence[str]
-    ) -> Mapping[str, Exception] | None:
-        """Do ``command`` for all channels. Returns the error of each channel that the server refuses, if any."""
-        error = _refused(await listener.request_many((command, *channels), len(channels)), self.as_uri())
-        if error is None:
-            return None
-        if isinstance(error, BackendConnectionError):
-            raise error
-        if len(channels) == 1:
-            return {channels[0]: error}
-        # The server refuses the whole command if it refuses one channel. So ask for each channel separately.
-        replies = await asyncio.gather(*(listener.request_many((command, channel), 1) for channel in channels))
-        errors = {channel: _refused(reply, self.as_uri()) for channel, reply in zip(channels, replies, strict=True)}
-        return {channel: refusal for channel, refusal in errors.items() if refusal is not None}
+        await self._topology.unsubscribe(channels)
 
 
 #: The writes to which the script may reply with the stored value, because only the codec can read that value.
 _JUDGED = (Op.PUT_UNLESS_SUCCESS, Op.PUT_UNLESS_FINAL)
 
 
-def _refused(replies: Sequence[Any], where: str) -> BackendError | None:
-    return translate(replies[-1], where) if isinstance(replies[-1], hiredis.ReplyError) else None
-
-
-def _command(write: Write, digest: str = "") -> Command:
-    ttl = milliseconds(write.expires)
-    match write.op:
-        case Op.PUT_UNLESS_SUCCESS:
-            more = ("", digest) if digest else ()
-            return "EVALSHA", PUT, 1, write.key, write.value, ttl, *more
-        case Op.PUT_UNLESS_FINAL:
-            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "unfinished", digest
-        case Op.PUT_IF_ABSENT:
-            return "EVALSHA", PUT, 1, write.key, write.value, ttl, "absent"
-        case Op.PUT:
-            return ("SET", write.key, write.value, "PX", ttl) if ttl else ("SET", write.key, write.value)
-        case Op.EXTEND:
-            return extend_command(write.key, write.expires, write.member, write.failed)
-        case Op.DELETE:
-            return (*_forget(write.key), write.value) if write.value else ("UNLINK", write.key)
-
-
-def _forget(key: str) -> Command:
-    return "EVALSHA", FORGET, 1, key, sibling(key, ".run"), sibling(key, ".out")
+def _ignore(_: object) -> None:
+    pass

@@ -6,6 +6,7 @@
 --         caller the last time, "" to remove no worker. If that time is more than half a lease ago, the script removes
 --         no worker either: perhaps the server was away, and no worker could renew its lease
 -- Returns the server's clock, in milliseconds.
+local TELL = 'PUBLISH' -- in a Redis Cluster 'SPUBLISH', see scripts.py
 local leases, worker, lease, last = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -22,7 +23,7 @@ if last and now - last <= lease / 2 then
     end
 end
 for _, other in ipairs(gone) do
-    local told = redis.pcall('PUBLISH', leases, other)
+    local told = redis.pcall(TELL, leases, other)
     if type(told) == 'table' then return redis.error_reply('AIORESULT ' .. told.err) end
     redis.call('ZREM', leases, other)
 end

@@ -14,6 +14,7 @@
 -- and for when a chord is complete.
 -- The script first reads and decides everything, then publishes, then writes: if the user may not publish, nothing
 -- changes.
+local TELL = 'PUBLISH' -- in a Redis Cluster 'SPUBLISH', see scripts.py
 local gkey, jkey, skey, tkey, dkey, ckey, akey, rkey = unpack(KEYS)
 local op, gid, channel, token, lease, ttl, group_ttl, size, body, body_id, run, tid, index, part, failed, ordered =
     unpack(ARGV)
@@ -74,7 +75,8 @@ elseif complete and mine and (not claim or claim == token) and (op == 'release' 
     claimed = finished
 end
 if news then
-    local told = redis.pcall('PUBLISH', gkey, '')
+    local told = redis.pcall(TELL, gkey, '')
+    -- The channel of the completed chords may be in another slot of a Redis Cluster, so its message goes to all nodes.
     if type(told) ~= 'table' and complete and not finished then told = redis.pcall('PUBLISH', channel, gid) end
     if type(told) == 'table' then return redis.error_reply('AIORESULT ' .. told.err) end
 end

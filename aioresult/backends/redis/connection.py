@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
-from hiredis import PushNotification, Reader, ReplyError, pack_command
+from hiredis import PushNotification, Reader, pack_command
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection, SSLConnection
 
@@ -23,7 +23,7 @@ from ...exceptions import BackendConnectionError, BackendError, BackendRefusedEr
 from ...sockets import silence
 from ...tasks import LONGEST_STEP, copy_of_error, fail
 
-__all__ = ["WAITERS_FIRST", "Command", "RedisConnection", "code_of", "translate"]
+__all__ = ["WAITERS_FIRST", "Command", "RedisConnection", "Request", "code_of", "is_transient", "pack", "translate"]
 
 Command: TypeAlias = tuple[str | bytes | int, ...]
 
@@ -33,8 +33,8 @@ Command: TypeAlias = tuple[str | bytes | int, ...]
 WAITERS_FIRST: Final[Command] = ("PING",)
 
 _NOT_ENOUGH: Final = object()
-#: A cast, because the annotation in hiredis allows only tuples of one element.
-_pack = cast("Callable[[Command], bytes]", pack_command)
+#: Return the bytes of a command. A cast, because the annotation in hiredis allows only tuples of one element.
+pack = cast("Callable[[Command], bytes]", pack_command)
 
 #: Replies that mean "not now": the server is starting or busy, has lost its master role, or has lost a script that was
 #: loaded a moment ago.
@@ -60,6 +60,11 @@ def code_of(error: BaseException) -> str:
     return "NOPERM" if code == "ERR" and any(sign in text for sign in _NO_RIGHT_IN_SCRIPT) else code
 
 
+def is_transient(error: BaseException) -> bool:
+    """True for an error reply that means "not now"."""
+    return code_of(error) in _TRANSIENT
+
+
 def translate(error: BaseException, where: str) -> BackendError:
     """Turn an error reply, or an error of redis-py, into an error of this library. This happens nowhere else."""
     text = str(error)
@@ -68,7 +73,7 @@ def translate(error: BaseException, where: str) -> BackendError:
         remedy = _OF_A_LONE_USER if "://**@" in where and "username-password" in text else ""
         return BackendRefusedError(f"{where} refuses: {text}{remedy}")
     if code in ("MOVED", "ASK", "CROSSSLOT"):
-        return BackendRefusedError(f"{where} is a node of a Redis Cluster, which is not supported yet")
+        return BackendRefusedError(f"{where} is a node of a Redis Cluster: write redis+cluster:// instead of redis://")
     if code in _TRANSIENT or isinstance(error, redis_errors.BusyLoadingError):
         return BackendConnectionError(f"{where} is not ready: {text}")
     if isinstance(error.__context__, ssl.SSLCertVerificationError):
@@ -89,15 +94,14 @@ def _tls_hint(link: AbstractConnection, error: BaseException) -> str:
     return ""
 
 
-class _Request:
+class Request:
     """Commands in flight: how many replies they need, and the replies that have arrived."""
 
-    __slots__ = ("future", "one_command", "replies", "want")
+    __slots__ = ("future", "replies", "want")
 
-    def __init__(self, future: asyncio.Future[list[Any]], want: int, one_command: bool) -> None:
+    def __init__(self, future: asyncio.Future[list[Any]], want: int) -> None:
         self.future = future
         self.want = want
-        self.one_command = one_command
         self.replies: list[Any] = []
 
 
@@ -105,26 +109,26 @@ class RedisConnection(asyncio.Protocol):
     """A connection to Redis. Commands go out in order, and their replies come back in order.
 
     ``where`` names the server in errors. ``heartbeat`` is in seconds: after that much silence the connection pings the
-    server, and a server that leaves anything unanswered for twice as long counts as dead. ``on_message`` is called with
-    the channel and the value of each published message. ``on_lost`` is called one time, with the reason, when the
-    connection is lost, but not after `close`.
+    server, and a server that leaves anything unanswered for twice as long counts as dead. ``on_lost`` is called one
+    time, with the reason, when the connection is lost, but not after `close`. ``on_doubt`` is called when the server
+    has left something unanswered for half a heartbeat.
     """
 
     def __init__(
         self,
         where: str,
         heartbeat: float,
-        on_message: Callable[[bytes, bytes], None] | None = None,
         on_lost: Callable[[BackendError], None] | None = None,
+        on_doubt: Callable[[], None] | None = None,
     ) -> None:
         #: True before the connection is made, and after it was lost or closed.
         self.closed: bool = True
         self._where = where
         self._heartbeat = heartbeat
-        self._on_message = on_message
         self._on_lost = on_lost
+        self._on_doubt = on_doubt
         self._reader = Reader(notEnoughData=_NOT_ENOUGH)
-        self._requests: deque[_Request] = deque()
+        self._requests: deque[Request] = deque()
         self._loop = asyncio.get_running_loop()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -173,7 +177,7 @@ class RedisConnection(asyncio.Protocol):
         try:
             self._reader.feed(data)
         except Exception as exc:
-            self._fail(self._nonsense(exc))
+            self.drop(self._nonsense(exc))
         if not self._behind:
             self._look_through()
 
@@ -182,29 +186,12 @@ class RedisConnection(asyncio.Protocol):
 
         If there are more replies, the next turn of the event loop handles them. Nothing more is read until then.
         """
-        gets, on_message, time = self._reader.gets, self._on_message, self._loop.time
+        gets, handle, time = self._reader.gets, self._handle, self._loop.time
         pause_at = time() + LONGEST_STEP
         try:
             while not self.closed and (reply := gets()) is not _NOT_ENOUGH:
-                if isinstance(reply, list):
-                    if on_message is not None and reply[0] == b"message":
-                        on_message(reply[1], reply[2])
-                        if time() >= pause_at:
-                            break
-                        continue
-                    if on_message is None and isinstance(reply, PushNotification):
-                        continue
-                if not self._requests:
-                    raise ValueError("a reply without a request")
-                request = self._requests[0]
-                request.replies.append(reply)
-                refused = request.one_command and isinstance(reply, ReplyError)
-                if refused or len(request.replies) == request.want:
-                    self._requests.popleft()
-                    if not request.future.done():
-                        request.future.set_result(request.replies)
-                    if time() >= pause_at:
-                        break
+                if handle(reply) and time() >= pause_at:
+                    break
             else:
                 if self._behind and not self.closed:
                     self._transport.resume_reading()
@@ -215,13 +202,28 @@ class RedisConnection(asyncio.Protocol):
                 self._transport.pause_reading()
             self._loop.call_soon(self._look_through)
         except Exception as exc:  # a reply in a form that Redis never sends may raise anything in the code above
-            self._fail(self._nonsense(exc))
+            self.drop(self._nonsense(exc))
+
+    def _handle(self, reply: Any) -> bool:
+        """Handle one reply. Returns true if that may have made work for the event loop."""
+        if isinstance(reply, PushNotification):
+            return False
+        if not self._requests:
+            raise ValueError("a reply without a request")
+        request = self._requests[0]
+        request.replies.append(reply)
+        if len(request.replies) < request.want:
+            return False
+        self._requests.popleft()
+        if not request.future.done():
+            request.future.set_result(request.replies)
+        return True
 
     def _nonsense(self, exc: Exception) -> BackendConnectionError:
         return BackendConnectionError(f"{self._where} does not speak Redis' protocol: {exc}")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(BackendConnectionError(f"the connection to {self._where} was lost: {exc or 'closed by the server'}"))
+        self.drop(BackendConnectionError(f"the connection to {self._where} was lost: {exc or 'closed by the server'}"))
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -240,11 +242,6 @@ class RedisConnection(asyncio.Protocol):
         await self._writing()
         return await self.begin(commands)
 
-    async def request_many(self, command: Command, replies: int) -> list[Any]:
-        """Send one command that gets several replies (SUBSCRIBE), or one error. Otherwise do the same as `request`."""
-        await self._writing()
-        return await self._post(_pack(command), replies, one_command=True)
-
     async def _writing(self) -> None:
         """Wait until the transport takes more data. Commands are not even packed before that, to save memory."""
         while not self._writable.is_set():  # a loop, because another caller may have filled the buffer again
@@ -259,14 +256,14 @@ class RedisConnection(asyncio.Protocol):
 
     def begin(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """Send the commands before this returns; otherwise do as `request`. The future must not be cancelled."""
-        return self._post(b"".join(map(_pack, commands)), len(commands))
+        return self._post(b"".join(map(pack, commands)), len(commands))
 
-    def _post(self, data: bytes, want: int, one_command: bool = False) -> asyncio.Future[list[Any]]:
+    def _post(self, data: bytes, want: int) -> asyncio.Future[list[Any]]:
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         self._transport.write(data)
         if not self._requests:
             self._asked_at = self._loop.time()
-        self._requests.append(_Request(future, want, one_command))
+        self._requests.append(Request(future, want))
         return future
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -276,6 +273,7 @@ class RedisConnection(asyncio.Protocol):
 
         A dead server is noticed within three heartbeats: one of silence, and two without an answer to the ping. So each
         call schedules the next call for the moment when one of the two is due. Calls at fixed intervals would be late.
+        With ``on_doubt`` it also reports a server that has not answered for half a heartbeat.
         """
         now, unsent = self._loop.time(), self._transport.get_write_buffer_size()
         if unsent < self._unsent:
@@ -283,17 +281,30 @@ class RedisConnection(asyncio.Protocol):
         self._unsent = unsent
         due = self._heard_at + self._heartbeat
         if not self._requests and now >= due:
-            self._asked_at = now
-            self._requests.append(_Request(self._loop.create_future(), 1, False))
-            self._transport.write(_pack(("PING",)))
+            self._ping()
         if self._requests:
-            due = max(self._heard_at, self._asked_at) + 2 * self._heartbeat
+            since = max(self._heard_at, self._asked_at)
+            due = since + 2 * self._heartbeat
             if now >= due:
-                self._fail(BackendConnectionError(f"{self._where} has not answered for {2 * self._heartbeat:g} s"))
+                self.drop(BackendConnectionError(f"{self._where} has not answered for {2 * self._heartbeat:g} s"))
                 return
+            if self._on_doubt is not None and now < since + self._heartbeat / 2:
+                due = since + self._heartbeat / 2
+            elif self._on_doubt is not None:
+                self._on_doubt()
         self._timer = self._loop.call_at(min(due, now + self._heartbeat), self._beat)
 
-    def _fail(self, error: BackendError) -> None:
+    def _ping(self) -> None:
+        self._post(pack(("PING",)), 1)
+
+    @property
+    def doubtful(self) -> bool:
+        """True if the server has left something unanswered for half a heartbeat."""
+        since = max(self._heard_at, self._asked_at)
+        return not self.closed and bool(self._requests) and self._loop.time() >= since + self._heartbeat / 2
+
+    def drop(self, error: BackendError) -> None:
+        """Close the socket at once, as a connection that was lost because of ``error``."""
         if self.closed:
             return
         self.closed = True
@@ -326,7 +337,7 @@ class RedisConnection(asyncio.Protocol):
         self._on_lost = None
         self._stop_timer()
         if not self.closed:
-            self._fail(BackendConnectionError(f"the connection to {self._where} was closed"))
+            self.drop(BackendConnectionError(f"the connection to {self._where} was closed"))
         await self._link.disconnect(nowait=True)
 
 

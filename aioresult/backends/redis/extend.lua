@@ -5,6 +5,7 @@
 --         .bad, with a bit for each member that has succeeded or failed; .n, the size, also the channel of the counts
 -- Returns whether the group is stored. The further keys are absent if members are not counted. They are not among the
 -- KEYS because a user may have rights to results and groups alone: then members are not counted either.
+local TELL = 'PUBLISH' -- in a Redis Cluster 'SPUBLISH', see scripts.py
 local ttl = tonumber(ARGV[1])
 local ok, bad, total = ARGV[4], ARGV[5], ARGV[6]
 local function extend(key)
@@ -39,6 +40,6 @@ if size and index >= 0 and index < size then
     for _, bits in ipairs({ok, bad}) do
         if left > 0 then redis.call('PEXPIRE', bits, left) else redis.call('PERSIST', bits) end
     end
-    if changed then redis.call('PUBLISH', total, '') end
+    if changed then redis.call(TELL, total, '') end
 end
 return there and 1 or 0

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ..keyvalue import sibling
 from .connection import Command
-from .scripts import EXTEND
+from .scripts import Scripts
 
 __all__ = ["count_keys", "extend_command", "milliseconds"]
 
@@ -16,10 +16,12 @@ def count_keys(group: str) -> tuple[str, str, str]:
     return sibling(group, ".ok"), sibling(group, ".bad"), sibling(group, ".n")
 
 
-def extend_command(group: str, expires: float, index: int | None = None, failed: bool = False) -> Command:
+def extend_command(
+    scripts: Scripts, group: str, expires: float, index: int | None = None, failed: bool = False
+) -> Command:
     """Return the command that keeps a group for at least ``expires`` seconds, and counts a member that is over."""
     member = ("", 0) if index is None else (index, int(failed))
-    return ("EVALSHA", EXTEND, 1, group, milliseconds(expires), *member, *count_keys(group))
+    return ("EVALSHA", scripts.extend, 1, group, milliseconds(expires), *member, *count_keys(group))
 
 
 @lru_cache(maxsize=64)  # the argument is nearly always the same

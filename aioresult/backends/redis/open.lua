@@ -6,6 +6,7 @@
 --         milliseconds to live, 0 for ever, "" to leave the expiry unchanged; run that the writer belongs to, "" for
 --         none
 -- Returns the epoch, or 0 if another run has the output, if the writer's run has ended, or if a run has succeeded.
+local TELL = 'PUBLISH' -- in a Redis Cluster 'SPUBLISH', see scripts.py
 local key, note, out = unpack(KEYS)
 local writer, last, data, state, carried, ttl, run = unpack(ARGV)
 if run ~= '' and redis.call('EXISTS', note) == 1 then
@@ -37,7 +38,7 @@ if data == '' and state == '' then
     return epoch
 end
 epoch = string.format('%.0f', epoch)
-local told = redis.pcall('PUBLISH', out, epoch .. '-' .. last .. ' ' .. (carried == '1' and data or ''))
+local told = redis.pcall(TELL, out, epoch .. '-' .. last .. ' ' .. (carried == '1' and data or ''))
 if type(told) == 'table' then return redis.error_reply('AIORESULT ' .. told.err) end
 local fields = {'o', writer}
 if data ~= '' then fields[3], fields[4] = 'd', data end

@@ -6,12 +6,13 @@
 --         for a value that is not final, otherwise for any but a success; digest of a stored value that may be replaced
 -- A stored value that is equal to the new one counts as stored: the caller repeats the store because its reply was
 -- lost. If the user has no right to publish, nothing is stored: a store never happens without its message.
+local TELL = 'PUBLISH' -- in a Redis Cluster 'SPUBLISH', see scripts.py
 local key, value, ttl, guard, digest = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local new
 if ttl == '0' then new = redis.pcall('SET', key, value, 'NX')
 else new = redis.pcall('SET', key, value, 'PX', ttl, 'NX') end
 if new and not new.err then
-    local told = redis.pcall('PUBLISH', key, value)
+    local told = redis.pcall(TELL, key, value)
     if type(told) == 'table' then
         redis.call('DEL', key)
         return redis.error_reply('AIORESULT ' .. told.err)
@@ -32,7 +33,7 @@ if head ~= '' then
     end
 end
 if new then return new end
-local told = redis.pcall('PUBLISH', key, value)
+local told = redis.pcall(TELL, key, value)
 if type(told) == 'table' then return redis.error_reply('AIORESULT ' .. told.err) end
 if ttl == '0' then redis.call('SET', key, value) else redis.call('SET', key, value, 'PX', ttl) end
 return 1

@@ -13,6 +13,7 @@
 -- script cannot read the state of the stored value (see put.lua), it returns that value; the caller decodes it and
 -- tries again. The script first reads and decides everything, then publishes, then writes: if the user may not publish,
 -- nothing changes.
+local TELL = 'PUBLISH' -- in a Redis Cluster 'SPUBLISH', see scripts.py
 local key, note, out = unpack(KEYS)
 local op, run, worker, lives, record, ttl, custom, group, state, reason, skip_done, epoch, last, gone, prefix, digest,
     known = unpack(ARGV)
@@ -128,13 +129,14 @@ if changed or store or marks then
     local room = redis.pcall('SETRANGE', key, 0, '')
     if type(room) == 'table' then return room end
 end
--- Publish the state last: only the state has a meaning without the other messages.
+-- Publish the state last: only the state has a meaning without the other messages. The channel of the worker may be in
+-- another slot of a Redis Cluster, so its message goes to all nodes.
 local messages = {}
-if marks then table.insert(messages, {out, epoch .. '-' .. last .. ' '}) end
-if tell then table.insert(messages, {prefix .. tell, ours}) end
-if store then table.insert(messages, {key, store}) end
+if marks then table.insert(messages, {TELL, out, epoch .. '-' .. last .. ' '}) end
+if tell then table.insert(messages, {'PUBLISH', prefix .. tell, ours}) end
+if store then table.insert(messages, {TELL, key, store}) end
 for _, message in ipairs(messages) do
-    local told = redis.pcall('PUBLISH', message[1], message[2])
+    local told = redis.pcall(unpack(message))
     if type(told) == 'table' then return redis.error_reply('AIORESULT ' .. told.err) end
 end
 

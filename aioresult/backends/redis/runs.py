@@ -16,6 +16,7 @@ import hiredis
 
 from ...exceptions import BackendError, BackendGetMetaError, BackendStoreError, DecodeError, SerializationError
 from ...log import START, Entry, Flush, Page, PageRequest, Place
+from ...record import Record
 from ...run import RunOp, RunState, RunStep, Verdict
 from ...serialization import FINAL_HEADS
 from ...states import READY_STATES
@@ -23,7 +24,7 @@ from ..keyvalue import KeyValueStoreBackend, output_message, sibling
 from ..runs import superseded
 from .connection import WAITERS_FIRST, Command, code_of
 from .groups import extend_command, milliseconds
-from .scripts import BEAT, OPEN, RUN
+from .scripts import Scripts
 
 __all__ = ["NOT_TOLD", "RunningTasks", "flush_commands", "last_of", "top_of"]
 
@@ -44,6 +45,8 @@ _BEGIN: Command = ("MULTI",)
 class RunningTasks(KeyValueStoreBackend):
     """The part of `RedisBackend` that keeps running tasks."""
 
+    _scripts: Scripts
+
     @abstractmethod
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
         """Send the commands, and return the reply to each.
@@ -52,7 +55,7 @@ class RunningTasks(KeyValueStoreBackend):
         """
 
     @abstractmethod
-    async def _raise_if_not_ready(self, reply: hiredis.ReplyError) -> None:
+    def _raise_if_not_ready(self, reply: hiredis.ReplyError) -> None:
         """Raise if ``reply``, which was inside another reply, says that the server is not ready."""
 
     @abstractmethod
@@ -62,14 +65,17 @@ class RunningTasks(KeyValueStoreBackend):
     @abstractmethod
     def _at_once(
         self,
+        key: str,
         commands: Sequence[Command],
         outcome: Callable[[list[Any]], T | None],
         done: Callable[[T | BaseException | None], None],
     ) -> bool:
-        """Send the commands before this method returns, and return true. Return false if no connection can take them.
+        """Send the commands, which are about ``key``, before this method returns, and return true.
 
-        If it returns true, it calls ``done`` later with the outcome of the replies, or with ``None`` if there was any
-        trouble. If it returns false, nothing was sent.
+        Return false if no connection can take them.
+
+        If it returns true, it calls ``done`` later with the outcome of the replies, or with the
+        error of the connection. If it returns false, nothing was sent.
         """
 
     # -- the log ----------------------------------------------------------------------------------------------------
@@ -83,11 +89,11 @@ class RunningTasks(KeyValueStoreBackend):
             taken = isinstance(executed, list) and not isinstance(executed[0], hiredis.ReplyError)
             return flush.epoch if taken else None
 
-        commands = [WAITERS_FIRST, *flush_commands(self._task_key(flush.task_id), flush)]
-        return self._at_once(commands, outcome, done)
+        key = self._task_key(flush.task_id)
+        return self._at_once(key, [WAITERS_FIRST, *flush_commands(self._scripts, key, flush)], outcome, done)
 
     async def _append(self, flushes: Sequence[Flush]) -> list[int | BaseException]:
-        parts = [flush_commands(self._task_key(flush.task_id), flush) for flush in flushes]
+        parts = [flush_commands(self._scripts, self._task_key(flush.task_id), flush) for flush in flushes]
         replies = iter((await self._execute([WAITERS_FIRST, *(command for part in parts for command in part)]))[1:])
         outcomes: list[int | BaseException] = []
         doubtful: list[int] = []
@@ -99,7 +105,7 @@ class RunningTasks(KeyValueStoreBackend):
                 else:
                     reply = flush.epoch
             elif part[0] == _BEGIN:
-                reply = await self._why_aborted(part, queued, reply)
+                reply = self._why_aborted(part, queued, reply)
             outcomes.append(self._appended(flush, reply))
         if doubtful:
             # Redis refused the entry as a repetition, or because of a newer epoch. The end of the log tells which.
@@ -111,16 +117,16 @@ class RunningTasks(KeyValueStoreBackend):
                     outcomes[index] = self._appended(flush, end)
         return outcomes
 
-    async def _why_aborted(
+    def _why_aborted(
         self, part: Sequence[Command], queued: Sequence[Any], reply: hiredis.ReplyError
     ) -> hiredis.ReplyError:
         """Return the error because of which the server did not execute a transaction."""
         for command, earlier in zip(part, queued, strict=False):
             if isinstance(earlier, hiredis.ReplyError):
-                told = command[0] != "PUBLISH" or code_of(earlier) != "NOPERM"
+                told = command[0] != self._scripts.tell or code_of(earlier) != "NOPERM"
                 return earlier if told else hiredis.ReplyError(f"{NOT_TOLD} {earlier}")
         reason = hiredis.ReplyError(str(reply).partition("because of: ")[2] or str(reply))
-        await self._raise_if_not_ready(reason)
+        self._raise_if_not_ready(reason)
         return reason
 
     def _appended(self, flush: Flush, reply: Any) -> int | BaseException:
@@ -222,13 +228,19 @@ class RunningTasks(KeyValueStoreBackend):
     async def _distinct_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
         # A group lives at least as long as its members.
         groups = [
-            extend_command(self._group_key(record.group_id), record.expires, record.group_index, record.failed)
+            extend_command(
+                self._scripts, self._group_key(record.group_id), record.expires, record.group_index, record.failed
+            )
             for step in steps
             if (record := step.record) is not None and record.group_id
         ]
         commands = [self._step_command(step) for step in steps]
         _, *replies = await self._execute([WAITERS_FIRST, *commands, *groups])
         return [await self._stepped(step, reply) for step, reply in zip(steps, replies, strict=False)]
+
+    def _extend(self, record: Record) -> Command:
+        group = self._group_key(record.group_id or "")
+        return extend_command(self._scripts, group, record.expires, record.group_index, record.failed)
 
     def _step_command(self, step: RunStep, digest: str = "", status: str = "") -> Command:
         key, record = self._task_key(step.task_id), step.record
@@ -240,7 +252,7 @@ class RunningTasks(KeyValueStoreBackend):
         keys = (key, sibling(key, ".run"), sibling(key, ".out"))
         terms = (step.state, step.reason, int(step.skip_done), epoch, last, step.gone, self._worker_prefix)
         who = (step.op.value, step.run, step.worker, lives)
-        return ("EVALSHA", RUN, len(keys), *keys, *who, *stored, *terms, digest, status)
+        return ("EVALSHA", self._scripts.run, len(keys), *keys, *who, *stored, *terms, digest, status)
 
     async def _stepped(self, step: RunStep, reply: Any) -> RunState | BaseException:
         try:
@@ -255,7 +267,7 @@ class RunningTasks(KeyValueStoreBackend):
             return self._refusal(reply, BackendStoreError, f"store the run of task {step.task_id}")
         verdict, run, worker, reason, group, expires = reply
         if group and step.op is not RunOp.REVOKE:  # the step stored the REVOKED of an earlier request to stop
-            await self._execute([extend_command(self._group_key(_text(group)), int(expires) / 1000)])
+            await self._execute([extend_command(self._scripts, self._group_key(_text(group)), int(expires) / 1000)])
         return RunState(Verdict(_text(verdict)), _text(run), _text(worker), None if reason is None else _text(reason))
 
     # -- workers ----------------------------------------------------------------------------------------------------
@@ -263,7 +275,7 @@ class RunningTasks(KeyValueStoreBackend):
     async def _beat(self, worker: str, lease: float, last: float | None = None) -> float:
         before = "" if last is None else round(last * 1000)
         (reply,) = await self._execute(
-            [("EVALSHA", BEAT, 1, self._workers_channel, worker, milliseconds(lease), before)]
+            [("EVALSHA", self._scripts.beat, 1, self._workers_channel, worker, milliseconds(lease), before)]
         )
         if isinstance(reply, hiredis.ReplyError):
             raise self._refusal(reply, BackendStoreError, f"store that worker {worker or '(none)'} is alive")
@@ -279,7 +291,7 @@ class RunningTasks(KeyValueStoreBackend):
         return [lease is not None and float(lease) > now for lease in leases]
 
 
-def flush_commands(key: str, flush: Flush) -> list[Command]:
+def flush_commands(scripts: Scripts, key: str, flush: Flush) -> list[Command]:
     """Return the commands that write a flush to the log of the result ``key``. The last reply tells the outcome.
 
     A flush that opens the output is a script, and any other is a transaction. A flush without data only reads the end
@@ -290,14 +302,14 @@ def flush_commands(key: str, flush: Flush) -> list[Command]:
     if not flush.epoch:
         carried = output_message(0, flush.last, flush.data)[-1:] != b" "
         terms = (flush.last, flush.data, flush.state, int(carried), "" if ttl is None else ttl, flush.run)
-        return [("EVALSHA", OPEN, 3, key, sibling(key, ".run"), out, flush.writer, *terms)]
+        return [("EVALSHA", scripts.open, 3, key, sibling(key, ".run"), out, flush.writer, *terms)]
     keep: list[Command] = [] if ttl is None else [("PEXPIRE", out, ttl) if ttl else ("PERSIST", out)]
     if not (flush.data or flush.state):
         return [*keep, last_of(out)]
     trim = ("MINID", "~", f"{flush.epoch}-{flush.keep_from}") if flush.keep_from else ()
     fields = (*(("d", flush.data) if flush.data else ()), *(("e", flush.state) if flush.state else ()))
     append: Command = ("XADD", out, *trim, f"{flush.epoch}-{flush.last}", *fields)
-    tell: Command = ("PUBLISH", out, output_message(flush.epoch, flush.last, flush.data))
+    tell: Command = (scripts.tell, out, output_message(flush.epoch, flush.last, flush.data))
     return [_BEGIN, append, tell, *keep, ("EXEC",)]
 
 

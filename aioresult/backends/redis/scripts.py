@@ -9,11 +9,43 @@ import hashlib
 from importlib.resources import files
 from typing import Final
 
-__all__ = ["BEAT", "CHORD", "EXTEND", "FORGET", "OPEN", "PUT", "REGISTER", "RUN", "SCRIPTS"]
+__all__ = ["PLAIN", "SHARDED", "Scripts"]
 
-_NAMES = ("put", "extend", "chord", "register", "forget", "open", "run", "beat")
-_TEXTS = [files(__package__).joinpath(f"{name}.lua").read_text("utf-8") for name in _NAMES]
+#: The line at the top of a script that publishes. It names the command that publishes on the channels of the script's
+#: own keys.
+_TELL: Final = "local TELL = 'PUBLISH'"
 
-#: Digest → script.
-SCRIPTS: Final = {hashlib.sha1(text.encode()).hexdigest(): text for text in _TEXTS}  # noqa: S324 - EVALSHA needs SHA-1
-PUT, EXTEND, CHORD, REGISTER, FORGET, OPEN, RUN, BEAT = SCRIPTS
+
+class Scripts:
+    """The scripts, and their digests. In their texts, ``tell`` is the command that publishes.
+
+    A Redis Cluster sends each message of PUBLISH to all nodes. It keeps a message of SPUBLISH on the node, and on the
+    replicas of the node, to which the slot of the channel belongs. A channel has the slot of the key with its name.
+    """
+
+    def __init__(self, tell: str) -> None:
+        #: The command that publishes on the channel of a key in the same slot.
+        self.tell: str = tell
+        #: Digest → text.
+        self.texts: dict[str, str] = {}
+        self.put: str = self._add("put")
+        self.extend: str = self._add("extend")
+        self.chord: str = self._add("chord")
+        self.register: str = self._add("register")
+        self.forget: str = self._add("forget")
+        self.open: str = self._add("open")
+        self.run: str = self._add("run")
+        self.beat: str = self._add("beat")
+
+    def _add(self, name: str) -> str:
+        text = files(__package__).joinpath(f"{name}.lua").read_text("utf-8")
+        text = text.replace(_TELL, f"local TELL = '{self.tell}'")
+        digest = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - EVALSHA needs SHA-1
+        self.texts[digest] = text
+        return digest
+
+
+#: For a single server, also behind sentinels. Celery's readers wait on the same channels, with SUBSCRIBE.
+PLAIN: Final = Scripts("PUBLISH")
+#: For a Redis Cluster.
+SHARDED: Final = Scripts("SPUBLISH")

@@ -8,7 +8,7 @@ from ...log import Flush, Place
 from ..keyvalue import sibling
 from ..runs import superseded
 from .runs import flush_commands, last_of, top_of
-from .scripts import OPEN, SCRIPTS
+from .scripts import PLAIN
 
 __all__ = ["flush_now"]
 
@@ -19,10 +19,10 @@ def flush_now(client: Any, key: str, flush: Flush) -> int:
     ``client`` is a `redis.Redis`. Raises `OutputSuperseded` if another producer has taken over the output, and the
     errors of the client.
     """
-    commands = flush_commands(key, flush)
+    commands = flush_commands(PLAIN, key, flush)
     if not flush.epoch:
         (_, _, *terms), *_ = commands  # EVALSHA and the digest
-        epoch = int(client.execute_command("EVAL", SCRIPTS[OPEN], *terms))
+        epoch = int(client.execute_command("EVAL", PLAIN.texts[PLAIN.open], *terms))
         if not epoch:
             raise superseded(flush.task_id)
         return epoch
