@@ -91,6 +91,7 @@ ORDER = [
     "backends.redis.groups",
     "backends.redis.runs",
     "backends.redis.url",
+    "backends.redis.places",
     "backends.redis.backend",
     "backends.redis.sync",
     "backends.redis",

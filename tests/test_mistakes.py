@@ -50,7 +50,11 @@ from aioresult.options import option_names
         ),
         (
             "rediss://host?ssl_ca_cert=x&nope=1",
-            "unknown parameter 'nope' in the URL; unknown parameter 'ssl_ca_cert' in",
+            "'nope' in the URL; unknown parameter 'ssl_ca_cert' in the URL; did you mean 'ssl_ca_certs'?",
+        ),
+        (
+            "rediss://host?ssl_ca_certs=x&nope=1",
+            "is not a URL for the Redis backend: unknown parameter 'nope' in the URL",
         ),
         ("postgresql://host?statement_timeuot=3", "in the URL; did you mean 'statement_timeout'?"),
         ("amqp://localhost", "Celery has a backend of that name; aioresult has none"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import aioresult
 from aioresult import ImproperlyConfigured
+from aioresult.backends.redis.places import cluster_place, sentinel_place
 from aioresult.urls import hide_password
 
 URLS = [
@@ -52,6 +53,29 @@ URLS = [
         "rediss://host?ssl_password=**&token=**&client_secret=**&pwd=**&auth=**",
     ),
     ("redis://bob:PW@host?password=PW", "redis://bob:**@host?password=**"),
+    ("redis+cluster://bob:PW@h1:1,[::1],h2/0", "redis+cluster://bob:**@h1:1,[::1],h2/0"),
+    ("redis+cluster://PW@h1,h2", "redis+cluster://**@h1,h2"),
+    ("redis+cluster://bob:P,W@h1,h2", "redis+cluster://bob:**@h1,h2"),
+    ("redis+cluster://PW@h1:1,PW@h2", "redis+cluster://**@h2"),
+    ("redis+cluster://PW@h1:1/0;redis+cluster://PW@h2", "redis+cluster://**@h2"),
+    (
+        "redis+sentinel://bob:PW@h1,h2/m/0?sentinel_username=ann&sentinel_password=PW",
+        "redis+sentinel://bob:**@h1,h2/m/0?sentinel_username=ann&sentinel_password=**",
+    ),
+    (
+        "sentinel://:PW@h1:1/3;SENTINEL://bob:PW@[::1]:2/3;sentinel://PW@h2",
+        "sentinel://:**@h1:1/3;SENTINEL://bob:**@[::1]:2/3;sentinel://**@h2",
+    ),
+    (
+        "shop.backends:Own+sentinel://h1?password=PW;sentinel+ssl://h2",
+        "shop.backends:Own+sentinel://h1?password=**;sentinel+ssl://h2",
+    ),
+    # what may be a password with a semicolon in it
+    ("sentinel://bob:P;W@h1;sentinel://bob:P;W@h2", "sentinel://bob:**@h2"),
+    ("sentinel://bob:P;sentinel://W@h", "sentinel://bob:**@h"),
+    ("sentinel://bob:9/P;sentinel://W@h", "sentinel://bob:**@h"),
+    ("sentinel://bob:9?P;sentinel://W@@h", "sentinel://bob:**@h"),
+    ("redis://bob:9;x://W@h", "redis://bob:**@h"),
 ]
 
 
@@ -80,11 +104,11 @@ def secrets(draw: st.DrawFn, between: str, around: bool = True) -> str:
 
 
 PLACES = st.one_of(
-    st.builds("{}:{}@127.0.0.1:1/0".format, st.sampled_from(["", "bob"]), secrets("@/:#?&=%[] ")),
-    st.builds("{}@127.0.0.1:1/0".format, secrets("@/#?&=%[] ")),  # the colon is missing
-    st.builds("{}:{}".format, st.sampled_from(["", "h"]), secrets("/:#?&=%[] ", around=False)),  # the @ is
-    st.builds("127.0.0.1:1/0?{}={}".format, st.sampled_from(["password", "passwd_token"]), secrets("@/:?=%[] ")),
-    st.builds("127.0.0.1:1/0?password={}&ssl_password={}".format, secrets("@/:#?=%"), secrets("@/:#?=%")),
+    st.builds("{}:{}@127.0.0.1:1/0".format, st.sampled_from(["", "bob"]), secrets("@/:#?&=%[] ;,")),
+    st.builds("{}@127.0.0.1:1/0".format, secrets("@/#?&=%[] ;,")),  # the colon is missing
+    st.builds("{}:{}".format, st.sampled_from(["", "h"]), secrets("/:#?&=%[] ;,", around=False)),  # the @ is
+    st.builds("127.0.0.1:1/0?{}={}".format, st.sampled_from(["password", "passwd_token"]), secrets("@/:?=%[] ;,")),
+    st.builds("127.0.0.1:1/0?password={}&ssl_password={}".format, secrets("@/:#?=%;,"), secrets("@/:#?=%;,")),
 )
 
 
@@ -105,6 +129,19 @@ async def shown_of(url: str) -> str:
 def test_no_mistake_in_a_url_shows_a_password(scheme: str, rest: str) -> None:
     assume(scheme or "@" in rest)  # "h:secret" may be a class
     shown = asyncio.run(shown_of(scheme + rest))
+    assert not re.search("[QXZ]{4}", shown), shown
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(["redis+cluster", "rediss+cluster", "sentinel", "redis+sentinel"]), PLACES, st.booleans())
+def test_no_mistake_in_a_url_with_several_hosts_shows_a_password(scheme: str, rest: str, twice: bool) -> None:
+    url = f"{scheme}://{rest};{scheme}://{rest}" if twice else f"{scheme}://{rest}"
+    shown = ""
+    for make in (cluster_place, lambda url, given: sentinel_place(url, given, "m", None)):
+        try:
+            shown += f"{make(url, {}).url} {hide_password(url)}"
+        except ImproperlyConfigured as exc:
+            shown += "".join(traceback.format_exception(exc))
     assert not re.search("[QXZ]{4}", shown), shown
 
 

@@ -5,10 +5,12 @@ Celery reads the same URLs in ``celery/backends/redis.py`` (5.7): ``RedisBackend
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import re
 import ssl
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -23,11 +25,24 @@ from redis.asyncio.connection import (
 from redis.exceptions import RedisError
 
 from ...exceptions import ImproperlyConfigured
-from ...options import did_you_mean, option_names, unknown_in_url
+from ...options import did_you_mean, unknown_in_url
 from ...urls import ENCODE, authority_fault, show_malformed
 from ..worker import BackendOptions
 
-__all__ = ["connection_options", "leads_elsewhere", "resolved_url", "url_options"]
+__all__ = [
+    "MalformedUrl",
+    "argument_names",
+    "checked_connection",
+    "connection_options",
+    "cut_password",
+    "halves",
+    "is_false",
+    "leads_elsewhere",
+    "refused_url",
+    "resolved_url",
+    "shown_reason",
+    "url_options",
+]
 
 #: Arguments that only redis-py's blocking TLS connection has. They are ignored if they are switched off.
 _OCSP: Final = ("ssl_validate_ocsp", "ssl_validate_ocsp_stapled", "ssl_ocsp_context", "ssl_ocsp_expected_cert")
@@ -38,38 +53,53 @@ _FALSE: Final = frozenset({"", "0", "f", "false", "n", "no"})
 _PLACE: Final = frozenset({"host", "port", "path", "db"})
 
 
-class _MalformedUrl(ValueError):
+class MalformedUrl(ValueError):
     """The URL is malformed. The message quotes no part of it."""
 
 
-def connection_options(url: str, given: Mapping[str, Any]) -> tuple[type[AbstractConnection], dict[str, Any]]:
+def connection_options(
+    url: str, given: Mapping[str, Any], written: str = ""
+) -> tuple[type[AbstractConnection], dict[str, Any]]:
     """Return the class and the arguments of redis-py's connection for ``url``. ``given`` takes precedence.
+
+    ``written`` is the URL that the user wrote, if ``url`` is made from it. The error shows it instead of ``url``.
 
     :raises ImproperlyConfigured: redis-py does not take an argument; the message names it.
     """
     try:
-        options = {**url_options(url), **given}
-        connection_class: type[AbstractConnection] = options.pop("connection_class", Connection)
-        if provider := options.get("credential_provider"):
-            options["credential_provider"] = _provider(provider)
-            if options.get("username") or options.get("password"):
-                raise ValueError("a credential provider replaces the user name and the password; pass only one of them")
-        _checked_tls(options)
-        if issubclass(connection_class, SSLConnection) and options.get("ssl_cert_reqs", "required") != "none":
-            options.setdefault("ssl_check_hostname", True)  # before version 6, redis-py accepts any host's certificate
-        for name in ("protocol", "db"):
-            if name in options:
-                options[name] = int(options[name])
-        connection_class(**options)
+        return checked_connection({**url_options(url), **given})
     except ImproperlyConfigured:
         raise
     except (TypeError, ValueError, RedisError) as exc:
-        reason = _reason(exc, url, given)
-        raise ImproperlyConfigured(
-            f"{show_malformed(url)} is not a URL for the Redis backend"
-            f"{', with the connect_options given' if given else ''}: {reason}"
-        ) from None
+        raise refused_url(written or url, _reason(exc, url, given), given) from None
+
+
+def checked_connection(options: dict[str, Any]) -> tuple[type[AbstractConnection], dict[str, Any]]:
+    """Return the class in ``options`` and the arguments for it, in the form that redis-py's asyncio connection takes.
+
+    :raises TypeError, ValueError, RedisError: redis-py does not take an argument.
+    """
+    connection_class: type[AbstractConnection] = options.pop("connection_class", Connection)
+    if provider := options.get("credential_provider"):
+        options["credential_provider"] = _provider(provider)
+        if options.get("username") or options.get("password"):
+            raise ValueError("a credential provider replaces the user name and the password; pass only one of them")
+    _checked_tls(options)
+    if issubclass(connection_class, SSLConnection) and options.get("ssl_cert_reqs", "required") != "none":
+        options.setdefault("ssl_check_hostname", True)  # before version 6, redis-py accepts any host's certificate
+    for name in ("protocol", "db"):
+        if name in options:
+            options[name] = int(options[name])
+    connection_class(**options)
     return connection_class, options
+
+
+def refused_url(url: str, reason: str, given: Mapping[str, Any] = MappingProxyType({})) -> ImproperlyConfigured:
+    """Return the error for ``url``. It shows the URL without its password."""
+    return ImproperlyConfigured(
+        f"{show_malformed(url)} is not a URL for the Redis backend"
+        f"{', with the connect_options given' if given else ''}: {reason}"
+    )
 
 
 def url_options(url: str) -> dict[str, Any]:
@@ -77,12 +107,12 @@ def url_options(url: str) -> dict[str, Any]:
 
     :raises ValueError: the URL is malformed. The message quotes nothing that may be a password.
     """
-    if fault := ENCODE if _cut_password(url) else authority_fault(url):
-        raise _MalformedUrl(fault)
+    if fault := ENCODE if cut_password(url) else authority_fault(url):
+        raise MalformedUrl(fault)
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise _MalformedUrl(f"it cannot be read; {ENCODE}") from None
+        raise MalformedUrl(f"it cannot be read; {ENCODE}") from None
     query = dict(parse_qsl(parts.query))
     scheme = parts.scheme.rpartition("+")[2]
     scheme = _SCHEMES.get(scheme, scheme)
@@ -93,7 +123,7 @@ def url_options(url: str) -> dict[str, Any]:
     options: dict[str, Any] = dict(parse_url(parts._replace(scheme=scheme, query=urlencode(query)).geturl()))
     if scheme in ("redis", "rediss") and "db" not in query and (database := unquote(parts.path).strip("/")):
         if not database.isdecimal():  # redis-py would ignore such a path
-            raise _MalformedUrl(f"the database must be a number, as in redis://localhost:6379/0; {ENCODE}")
+            raise MalformedUrl(f"the database must be a number, as in redis://localhost:6379/0; {ENCODE}")
         options["db"] = int(database)
     if "credential_provider" in options:
         options.pop("username", None)
@@ -101,19 +131,19 @@ def url_options(url: str) -> dict[str, Any]:
     return options
 
 
-def _cut_password(url: str) -> bool:
+def cut_password(url: str) -> bool:
     """True if an unescaped character has cut the user name or the password in two.
 
     An ``@`` is allowed in the value of an option, and in the path of a unix socket.
     """
-    authority, beyond = _halves(url)
+    authority, beyond = halves(url)
     path, _, more = beyond.partition("?")
     query, _, fragment = more.partition("#")
     names = [each.partition("=")[0] for each in query.split("&")]
     return "@" in fragment or (authority != "" and "@" in path) or any("@" in name for name in names)
 
 
-def _halves(url: str) -> tuple[str, str]:
+def halves(url: str) -> tuple[str, str]:
     """Return the part of the URL before the path, which has the user name and the password; and the rest."""
     rest = url.partition("://")[2]
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -122,20 +152,36 @@ def _halves(url: str) -> tuple[str, str]:
 
 def _reason(exc: Exception, url: str, given: Mapping[str, Any]) -> str:
     """Say what is wrong, in a text that quotes no part of a password."""
-    if isinstance(exc, _MalformedUrl):
+    if isinstance(exc, MalformedUrl):
         return str(exc)
-    if "@" in _halves(url)[1]:
+    if "@" in halves(url)[1]:
         return ENCODE
     if "unexpected keyword argument" in str(exc):
         options = {**url_options(url), **given}
-        known = option_names(options.pop("connection_class", Connection))
+        known = argument_names(options.pop("connection_class", Connection))
         return "; ".join(
             f"unknown parameter {name!r} in connect_options{did_you_mean(name, known)}"
             if name in given
             else unknown_in_url(name, known, BackendOptions.__annotations__)
             for name in sorted(options.keys() - known)
         )
+    return shown_reason(exc)
+
+
+def shown_reason(exc: Exception) -> str:
+    """Return the message of redis-py's error, or the name of the error if the message may quote a password."""
     return str(exc) if "password" not in str(exc) or "provider" in str(exc) else type(exc).__name__
+
+
+def argument_names(connection_class: type) -> set[str]:
+    """Return the names of the arguments of redis-py's connection. Those of TLS may be positional, too."""
+    return {
+        name
+        for each in connection_class.__mro__
+        if "__init__" in vars(each) and each is not object
+        for name, one in list(inspect.signature(vars(each)["__init__"]).parameters.items())[1:]
+        if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)
+    }
 
 
 def resolved_url(connection_class: type[AbstractConnection], options: Mapping[str, Any]) -> str:
@@ -146,6 +192,11 @@ def resolved_url(connection_class: type[AbstractConnection], options: Mapping[st
     scheme = "rediss" if issubclass(connection_class, SSLConnection) else "redis"
     host = options.get("host", "localhost")
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{options.get('port', 6379)}/{database}"
+
+
+def is_false(value: object) -> bool:
+    """True if ``value`` switches an argument off. It may be the text of a URL or of the environment."""
+    return value.lower() in _FALSE if isinstance(value, str) else not value
 
 
 def leads_elsewhere(given: Mapping[str, Any]) -> bool:
@@ -178,5 +229,5 @@ def _checked_tls(options: dict[str, Any]) -> None:
         options["ssl_cert_reqs"] = str(requirement).lower().removeprefix("cert_")
     for name in _OCSP:
         value = options.pop(name, None)
-        if value.lower() not in _FALSE if isinstance(value, str) else value:
+        if not is_false(value):
             raise ValueError(f"{name} needs redis-py's blocking connection; remove it: asyncio connections lack OCSP")
