@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack, cast
 from .backends.base import Backend, BackendOptions
 from .exceptions import ImproperlyConfigured
 from .options import UnknownOption, did_you_mean, option_names, unknown_options
+from .seconds import Seconds
 from .urls import show_malformed
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ BACKEND_ALIASES: Final = {
     "valkeys": "aioresult.backends.redis:RedisBackend",
     "unix": "aioresult.backends.redis:RedisBackend",
     "socket": "aioresult.backends.redis:RedisBackend",
+    "redis+cluster": "aioresult.backends.redis:ClusterBackend",
+    "rediss+cluster": "aioresult.backends.redis:ClusterBackend",
+    "valkey+cluster": "aioresult.backends.redis:ClusterBackend",
+    "valkeys+cluster": "aioresult.backends.redis:ClusterBackend",
+    "sentinel": "aioresult.backends.redis:SentinelBackend",
+    "redis+sentinel": "aioresult.backends.redis:SentinelBackend",
+    "rediss+sentinel": "aioresult.backends.redis:SentinelBackend",
+    "valkey+sentinel": "aioresult.backends.redis:SentinelBackend",
+    "valkeys+sentinel": "aioresult.backends.redis:SentinelBackend",
     "postgresql": "aioresult.backends.postgres:PostgresBackend",
     "postgres": "aioresult.backends.postgres:PostgresBackend",
 }
@@ -41,7 +51,6 @@ _CELERY_ONLY: Final = frozenset(
     [
         "rpc",
         "amqp",
-        "sentinel",
         "mongodb",
         "elasticsearch",
         "cache",
@@ -78,10 +87,13 @@ _CELERY_ONLY: Final = frozenset(
 #: The name of a backend that this library lacks → what to do instead.
 _INSTEAD: Final = {
     "django-db": "if that database is PostgreSQL, pass its own URL with table='django_celery_results_taskresult'",
-    "sentinel": "pass the URL of the master, or of a proxy that follows it",
-    "cluster": "pass the URL of a Redis that is not part of a cluster",  # Celery has no backend for that either
 }
-_NOT_HERE: Final = _CELERY_ONLY | _INSTEAD.keys()
+#: A word in a scheme that is unknown → what to write.
+_WRITE: Final = {
+    "cluster": "write redis+cluster://host1:6379,host2:6379, or rediss+cluster:// for TLS",
+    "sentinel": "write redis+sentinel://host1:26379,host2:26379/name-of-the-master/0, or rediss+sentinel:// for TLS",
+}
+_NOT_HERE: Final = _CELERY_ONLY | _WRITE.keys()
 
 #: Matches a URL without its scheme: a host, perhaps with a port and a path.
 _HOST: Final = re.compile(r"(?:localhost|\d[\d.]*|\[[0-9a-fA-F:.]+\]|[\w.-]+(?=:\d))(?::\d+)?(?:/\w*)?")
@@ -97,6 +109,20 @@ class _KeyValueOptions(TypedDict, total=False):
 
 class _RedisOptions(TypedDict, total=False):
     chord_ordered: bool
+
+
+class _RemapOptions(TypedDict, total=False):
+    address_remap: Mapping[Any, Any] | Callable[[tuple[str, int]], tuple[str, int]] | None
+
+
+class _ClusterOptions(TypedDict, total=False):
+    topology_refresh: Seconds
+
+
+class _SentinelOptions(TypedDict, total=False):
+    master_name: str | None
+    sentinel_kwargs: Mapping[str, Any] | None
+    min_other_sentinels: int
 
 
 class _ServerOptions(TypedDict, total=False):
@@ -116,7 +142,16 @@ class _PostgresOptions(TypedDict, total=False):
 
 
 class ConnectOptions(
-    BackendOptions, _MemoryOptions, _KeyValueOptions, _RedisOptions, _ServerOptions, _PostgresOptions, total=False
+    BackendOptions,
+    _MemoryOptions,
+    _KeyValueOptions,
+    _RedisOptions,
+    _RemapOptions,
+    _ClusterOptions,
+    _SentinelOptions,
+    _ServerOptions,
+    _PostgresOptions,
+    total=False,
 ):
     """The options of `connect`: those of every backend, and those of any backend of this library.
 
@@ -127,9 +162,12 @@ class ConnectOptions(
 #: A class with options → the schemes whose backends take them.
 _SCHEMES: Final[Mapping[type, str]] = {
     _MemoryOptions: "memory://",
-    _KeyValueOptions: "redis:// and memory://",
-    _RedisOptions: "redis://",
-    _ServerOptions: "redis:// and postgresql://",
+    _KeyValueOptions: "redis://, redis+cluster://, sentinel:// and memory://",
+    _RedisOptions: "redis://, redis+cluster:// and sentinel://",
+    _RemapOptions: "redis+cluster:// and sentinel://",
+    _ClusterOptions: "redis+cluster://",
+    _SentinelOptions: "sentinel://",
+    _ServerOptions: "redis://, redis+cluster://, sentinel:// and postgresql://",
     _PostgresOptions: "postgresql://",
 }
 
@@ -165,7 +203,8 @@ def by_name(name: str) -> type[Backend]:
 def by_url(url: str) -> tuple[type[Backend], str]:
     """Return the backend class for ``url``, and the URL to pass to that class.
 
-    Apart from ``scheme://…`` this function knows Celery's ``cache+memory://``, ``redis+socket://…``, ``database+…`` and
+    Apart from ``scheme://…`` this function knows ``redis+cluster://…`` and ``redis+sentinel://…``, and Celery's
+    ``sentinel://…;sentinel://…``, ``cache+memory://``, ``redis+socket://…``, ``database+…`` and
     ``db+postgresql+driver://…``. For any class write ``package.module:Class+scheme://…``. A text without ``://`` is a
     name for `by_name`. The case of a scheme does not matter.
     """
@@ -177,17 +216,20 @@ def by_url(url: str) -> tuple[type[Backend], str]:
             raise ImproperlyConfigured(f"{show_malformed(url)!r} is not a URL: write {name.lower()}://…")
         return by_name(url), f"{url}://" if url in BACKEND_ALIASES else ""
     scheme, _, rest = url.partition("://")
-    prefix, _, last = scheme.rpartition("+")
-    if ":" in prefix or "." in prefix:
-        return by_name(prefix), f"{last}://{rest}"
+    path, plus, beyond = scheme.partition("+")
+    if plus and (":" in path or "." in path):
+        return by_name(path), f"{beyond}://{rest}"
     if scheme != scheme.lower() and scheme.partition("+")[0] not in _announced():
         scheme = scheme.lower()
     words = scheme.split("+")
     if len(words) > 1 and words[0] in ("cache", "db", "database"):  # Celery's name for the family of backends
         words = words[1:]
-    if words[0] in BACKEND_ALIASES and not _NOT_HERE.isdisjoint(words):  # as in redis+sentinel://
+    scheme = "+".join(words)
+    if scheme in BACKEND_ALIASES:
+        return by_name(scheme), f"{scheme}://{rest}"
+    if words[0] in BACKEND_ALIASES and not _NOT_HERE.isdisjoint(words[1:]):  # as in redis+mongodb://
         raise ImproperlyConfigured(_unknown(scheme, sorted({*BACKEND_ALIASES, *_announced()})))
-    return by_name(words[0]), f"{'+'.join(words)}://{rest}"
+    return by_name(words[0]), f"{scheme}://{rest}"
 
 
 def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
@@ -214,7 +256,8 @@ def connect(url: str, **options: Unpack[ConnectOptions]) -> Backend:
         if isinstance(exc, UnknownOption):
             unknown = named
     scheme, separator, _ = backend_url.partition("://")
-    here = f"{scheme.partition('+')[0]}://" if separator else backend_class.__name__
+    alias = scheme if scheme in BACKEND_ALIASES else scheme.partition("+")[0]
+    here = f"{alias}://" if separator else backend_class.__name__
     raise ImproperlyConfigured(unknown_options(backend_class, unknown, _owners(unknown, here)))
 
 
@@ -239,10 +282,12 @@ def _unknown(name: str, known: list[str]) -> str:
         scheme = "postgresql" if ":5432" in name else "redis"
         return f"{show_malformed(name)!r} is not a URL: write {scheme}://{show_malformed(name)}"
     message, listed = f"unknown result backend {show_malformed(name)!r}", ", ".join(known)
-    if found := _NOT_HERE.intersection(name.split("+")):
+    words = set(name.split("+"))
+    if found := words & _WRITE.keys():
+        return f"{message}: {_WRITE[min(found)]}"
+    if found := words & _CELERY_ONLY:
         instead = "".join(f"; {_INSTEAD[word]}" for word in sorted(found & _INSTEAD.keys()))
-        whose = "Celery has a backend of that name; " if found & _CELERY_ONLY else ""
-        return f"{message}; known here are {listed}. {whose}aioresult has none{instead}"
+        return f"{message}; known here are {listed}. Celery has a backend of that name; aioresult has none{instead}"
     if meant := did_you_mean(name, known):
         return f"{message}{meant} Known here are {listed}"
     return (

@@ -22,13 +22,19 @@ from aioresult import Backend, ImproperlyConfigured, exceptions
 from aioresult.backends import memory, postgres, redis
 from aioresult.backends.memory import MemoryBackend
 from aioresult.backends.postgres import PostgresBackend
-from aioresult.backends.redis import RedisBackend
+from aioresult.backends.redis import ClusterBackend, RedisBackend, SentinelBackend
 from aioresult.registry import BACKEND_ALIASES
 
 _ROOT = Path(__file__).parent.parent
 _DOCS = _ROOT / "docs"
 _REFERENCE = _DOCS / "reference"
-_BACKENDS: dict[str, type[Backend]] = {"memory": MemoryBackend, "Redis": RedisBackend, "PostgreSQL": PostgresBackend}
+_BACKENDS: dict[str, type[Backend]] = {
+    "memory": MemoryBackend,
+    "Redis": RedisBackend,
+    "Redis Cluster": ClusterBackend,
+    "Sentinel": SentinelBackend,
+    "PostgreSQL": PostgresBackend,
+}
 #: asyncio's own, which have no docstring to show.
 _CONSTANTS = {"ALL_COMPLETED", "FIRST_COMPLETED", "FIRST_EXCEPTION"}
 
@@ -206,5 +212,5 @@ def test_each_refused_url_is_refused(url: str) -> None:
 
 
 def test_every_scheme_is_shown() -> None:
-    schemes = {re.split(r"[+:]", code(row[0]))[0] for row in rows(_TAKEN)}
+    schemes = {code(row[0]).partition("://")[0] for row in rows(_TAKEN)}
     assert schemes >= BACKEND_ALIASES.keys()

@@ -57,6 +57,12 @@ from aioresult.options import option_names
             "is not a URL for the Redis backend: unknown parameter 'nope' in the URL",
         ),
         ("postgresql://host?statement_timeuot=3", "in the URL; did you mean 'statement_timeout'?"),
+        ("redis+foo://h", "is not a URL for the Redis backend: "),
+        ("redis+cluster:h", "'redis+cluster:**' is not a URL: write redis+cluster://…"),
+        ("redis+cluster://h1,h2/1", "a cluster has one database, number 0"),
+        ("sentinel://h1:26379;sentinel://h2:26379", "it lacks the name of the master"),
+        ("redis+sentinel://h1,h2", "it lacks the name of the master"),
+        ("redis+sentinel+ssl://h1", "write redis+sentinel://host1:26379,host2:26379/name-of-the-master/0"),
         ("amqp://localhost", "Celery has a backend of that name; aioresult has none"),
     ],
 )
@@ -92,6 +98,7 @@ WRONG: dict[str, tuple[Any, str]] = {
             "lease",
             "default_timeout",
             "wait_for_server",
+            "topology_refresh",
         ],
         ("a day", "must be a number of seconds from 0 to 10,000,000,000, or a timedelta, not 'a day'"),
     ),
@@ -109,17 +116,27 @@ WRONG: dict[str, tuple[Any, str]] = {
     "compression": (3, "unknown compression 3; known are bz2"),
     "json_default": ("str", "must be a function of one argument, as for json.dumps, not 'str'"),
     "types": (3, "must be a list of StoredType, not 3"),
+    "address_remap": (
+        3,
+        "must be a mapping such as {'10.0.0.1:6379': 'redis.example:7000'}, a function of (host, port)",
+    ),
+    "master_name": (3, "must be a str or None, not int"),
+    "sentinel_kwargs": ("password=secret", "must be a mapping or None, not str"),
+    "min_other_sentinels": ("two", "must be a whole number from 0, not 'two'"),
     "store": ("memory", "must be a MemoryStore or None, not str"),
     "pool": ("postgresql://:secret@h", "must be an asyncpg.Pool or None, not str"),
     "connect_options": ("redis://:secret@h", "must be a mapping or None, not str"),
 }
 
 
+URLS = ("memory://", "redis://h", "redis+cluster://h", "sentinel://h?master_name=m", "postgresql://h")
+
+
 @pytest.mark.parametrize("option", sorted(ConnectOptions.__annotations__))
 def test_an_option_of_a_wrong_type_is_named_with_the_type_that_is_right(option: str) -> None:
     value, told = WRONG[option]
     options: dict[str, Any] = {option: value}
-    takers = [url for url in ("memory://", "redis://h", "postgresql://h") if option in option_names(by_url(url)[0])]
+    takers = [url for url in URLS if option in option_names(by_url(url)[0])]
     assert takers
     for url in takers:
         with pytest.raises(ImproperlyConfigured, match=re.escape(told)) as caught:

@@ -18,7 +18,7 @@ import aioresult
 from aioresult import Backend, ConnectOptions, ImproperlyConfigured, by_name, by_url
 from aioresult.backends.memory import MemoryBackend
 from aioresult.backends.postgres import PostgresBackend
-from aioresult.backends.redis import RedisBackend
+from aioresult.backends.redis import ClusterBackend, RedisBackend, SentinelBackend
 from aioresult.options import option_names
 from aioresult.registry import _SCHEMES, BACKEND_ALIASES
 
@@ -53,6 +53,19 @@ def test_every_alias_leads_to_a_backend(name: str) -> None:
         (f"{MEMORY_PATH}:MemoryBackend", MemoryBackend, ""),
         (f"{MEMORY_PATH}.MemoryBackend+own://a+b://c", MemoryBackend, "own://a+b://c"),
         (f"{MEMORY_PATH}:MemoryBackend+own://host:1/x", MemoryBackend, "own://host:1/x"),
+        (f"{MEMORY_PATH}:MemoryBackend+redis+cluster://a,b", MemoryBackend, "redis+cluster://a,b"),
+        (f"{MEMORY_PATH}.MemoryBackend+sentinel://a;sentinel://b", MemoryBackend, "sentinel://a;sentinel://b"),
+        ("redis+cluster", ClusterBackend, "redis+cluster://"),
+        *(
+            (f"{scheme}+cluster://bob:pw@a:1,[::1]/0", ClusterBackend, f"{scheme}+cluster://bob:pw@a:1,[::1]/0")
+            for scheme in ("redis", "rediss", "valkey", "valkeys")
+        ),
+        *(
+            (f"{scheme}+sentinel://a,b/m/0", SentinelBackend, f"{scheme}+sentinel://a,b/m/0")
+            for scheme in ("redis", "rediss", "valkey", "valkeys")
+        ),
+        ("sentinel://a/3;sentinel://b:1/3", SentinelBackend, "sentinel://a/3;sentinel://b:1/3"),
+        ("sentinel+ssl://a", SentinelBackend, "sentinel+ssl://a"),  # which refuses it
     ],
 )
 def test_every_form_of_url_that_celery_knows(url: str, found: type[Backend], passed: str) -> None:
@@ -99,7 +112,7 @@ def test_an_error_about_a_url_does_not_show_the_password(url: str) -> None:
 
 # -- options --------------------------------------------------------------------------------------------------------
 
-BUILT_IN: list[type[Backend]] = [MemoryBackend, RedisBackend, PostgresBackend]
+BUILT_IN: list[type[Backend]] = [MemoryBackend, RedisBackend, ClusterBackend, SentinelBackend, PostgresBackend]
 
 
 def test_connect_takes_the_options_of_every_backend_with_their_types() -> None:
@@ -117,7 +130,7 @@ def test_connect_takes_the_options_of_every_backend_with_their_types() -> None:
 def test_of_every_option_it_is_known_whose_it_is() -> None:
     for kind, schemes in _SCHEMES.items():
         owners = {cls for cls in BUILT_IN if kind.__annotations__.keys() <= option_names(cls)}
-        assert owners == {by_url(scheme)[0] for scheme in schemes.split(" and ")}
+        assert owners == {by_url(scheme)[0] for scheme in re.split(", | and ", schemes)}
         for cls in owners ^ set(BUILT_IN):
             assert option_names(cls).isdisjoint(kind.__annotations__)
 
@@ -164,11 +177,19 @@ def test_a_class_refuses_an_unknown_option_with_a_type_error_like_any_other() ->
 @pytest.mark.parametrize(
     ("url", "option", "told"),
     [
+        ("redis://h", "master_name", "the option 'master_name' belongs to sentinel://, not to redis://. RedisBackend"),
+        (
+            "Redis+Cluster://h",
+            "sentinel_kwargs",
+            "belongs to sentinel://, not to redis+cluster://. ClusterBackend takes",
+        ),
+        ("sentinel://h?master_name=m", "topology_refresh", "belongs to redis+cluster://, not to sentinel://."),
+        ("memory://", "address_remap", "belongs to redis+cluster:// and sentinel://, not to memory://."),
         ("redis://h", "table", "the option 'table' belongs to postgresql://, not to redis://. RedisBackend takes: "),
         ("VALKEY+socket:///run/s", "store", "the option 'store' belongs to memory://, not to valkey://."),
-        ("postgresql://h", "global_keyprefix", "belongs to redis:// and memory://, not to postgresql://."),
-        ("memory", "connect_options", "belongs to redis:// and postgresql://, not to memory://."),
-        (f"{MEMORY_PATH}:MemoryBackend", "chord_ordered", "belongs to redis://, not to MemoryBackend."),
+        ("postgresql://h", "global_keyprefix", "redis+cluster://, sentinel:// and memory://, not to postgresql://."),
+        ("memory", "connect_options", "sentinel:// and postgresql://, not to memory://."),
+        (f"{MEMORY_PATH}:MemoryBackend", "chord_ordered", "and sentinel://, not to MemoryBackend."),
     ],
 )
 def test_an_option_of_another_backend_is_named_as_such(url: str, option: str, told: str) -> None:
@@ -187,6 +208,8 @@ def test_an_option_of_another_backend_is_named_as_such(url: str, option: str, to
         ("Cache+Memory://", MemoryBackend, "memory://"),
         ("DB+PostgreSQL+psycopg://h/DB", PostgresBackend, "postgresql+psycopg://h/DB"),
         ("Redis+Socket:///run/S", RedisBackend, "redis+socket:///run/S"),
+        ("Redis+CLUSTER://H", ClusterBackend, "redis+cluster://H"),
+        ("SENTINEL://A;SENTINEL://B", SentinelBackend, "sentinel://A;SENTINEL://B"),
         (f"{MEMORY_PATH}:MemoryBackend+OWN://h", MemoryBackend, "OWN://h"),
     ],
 )
@@ -214,12 +237,36 @@ def test_another_database_is_another_place_whatever_is_hidden_of_the_url() -> No
 
 @pytest.mark.parametrize(
     ("url", "meant"),
-    [("redsi://h", "redis"), ("reddis://h", "redis"), ("posgresql+psycopg://h", "postgresql"), ("valky://h", "valkey")],
+    [
+        ("redis-cluster://h", "redis+cluster"),
+        ("redissentinel://h", "redis+sentinel"),
+        ("sentinal://h", "sentinel"),
+        ("redsi://h", "redis"),
+        ("reddis://h", "redis"),
+        ("posgresql+psycopg://h", "postgresql"),
+        ("valky://h", "valkey"),
+    ],
 )
 def test_a_misspelt_scheme_is_told_which_is_meant(url: str, meant: str) -> None:
-    with pytest.raises(ImproperlyConfigured, match=f"did you mean '{meant}'.? Known here are memory, ") as caught:
+    with pytest.raises(
+        ImproperlyConfigured, match=f"did you mean '{re.escape(meant)}'.? Known here are memory, "
+    ) as caught:
         by_url(url)
     assert "entry point" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["cluster://h", "redis+cluster+tls://h", "socket+cluster://h", "CLUSTER://h"])
+def test_an_odd_scheme_for_a_cluster_is_told_the_right_one(url: str) -> None:
+    with pytest.raises(
+        ImproperlyConfigured, match=r": write redis\+cluster://host1:6379,host2:6379, or rediss\+cluster"
+    ):
+        by_url(url)
+
+
+@pytest.mark.parametrize("url", ["redis+sentinel+ssl://h", "unix+sentinel:///run/s", "cached+sentinel://h"])
+def test_an_odd_scheme_for_sentinels_is_told_the_right_one(url: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=r": write redis\+sentinel://host1:26379,host2:26379/name-of-the-m"):
+        by_name(url.partition("://")[0]) if url.startswith("cached") else by_url(url)
 
 
 # -- backends of other distributions --------------------------------------------------------------------------------

@@ -74,6 +74,10 @@ async def connecting() -> None:
         cleanup_interval=3600,
         on_chord_ready=None,
     )
+    connect("redis+cluster://a,b", address_remap={"10.0.0.1:6379": "a:7000"}, topology_refresh=timedelta(minutes=1))
+    connect("redis+cluster://a", address_remap=lambda address: (address[0], address[1] + 1))
+    connect("sentinel://a", master_name="m", sentinel_kwargs={"ssl": True}, min_other_sentinels=1, address_remap=None)
+    connect("sentinel://a", address_remap="b:1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     connect("redis://", expire=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     connect("redis://", expires="a day")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     connect("redis://", store="memory")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
