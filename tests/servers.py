@@ -43,6 +43,9 @@ def free_port() -> int:
 class RedisServer:
     """A ``redis-server`` on a port and a unix socket. ``args`` are further words of its command line."""
 
+    #: What it writes, in any case, once it takes connections.
+    _ready = "ready to accept"
+
     def __init__(self, *args: str) -> None:
         self._args = args
         self.folder = Path(tempfile.mkdtemp(prefix="aioresult-redis-"))
@@ -61,11 +64,14 @@ class RedisServer:
 
     def start(self, *further: str) -> None:
         """``further`` words of the command line count for this time only."""
-        command = [_redis_binary(), "--port", str(self.port), "--bind", _HOST, "--unixsocket", str(self.socket)]
-        command += ["--dir", str(self.folder), "--save", "", "--daemonize", "no", *self._args, *further]
+        command = [*self._command(), *further]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self._process = process
-        _read_until_ready(process).close()
+        _read_until_ready(process, self._ready).close()
+
+    def _command(self) -> list[str]:
+        command = [_redis_binary(), "--port", str(self.port), "--bind", _HOST, "--unixsocket", str(self.socket)]
+        return [*command, "--dir", str(self.folder), "--save", "", "--daemonize", "no", *self._args]
 
     def stop(self, kill: bool = False) -> None:
         if self._process is not None:
@@ -184,13 +190,13 @@ class PostgresServer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _read_until_ready(process: subprocess.Popen[str]) -> IO[str]:
+def _read_until_ready(process: subprocess.Popen[str], ready: str = "ready to accept") -> IO[str]:
     """Its log, read to its own word that it is ready: nothing is polled."""
     assert process.stdout is not None
     said = []
     for line in process.stdout:
         said.append(line)
-        if "ready to accept" in line.lower():
+        if ready in line.lower():
             return process.stdout
     process.stdout.close()
     raise RuntimeError("the server did not start:\n" + "".join(said))
