@@ -8,19 +8,22 @@ The servers of the wheels are built without TLS: a test that needs it puts a `se
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from .servers import RedisServer, free_port
+from .servers import RedisServer, _redis_binary, free_port
 
 _HOST = "127.0.0.1"
 SLOTS = 16384
@@ -146,7 +149,7 @@ class _Setup:
             node.remove()
 
     def wait_ok(self) -> None:
-        """Return when all servers that are up agree and work. Those that a test has taken down are left out."""
+        """Return when all servers that are up agree and work. Servers that a test has taken down are ignored."""
         _wait(self._fault)
 
 
@@ -209,7 +212,8 @@ class RedisCluster(_Setup):
 
     ``args`` are further words of each node's command line; ``words`` gives further ones for a node.
 
-    ``node_timeout`` is in milliseconds. A failover after a kill takes twice to three times that.
+    ``node_timeout`` is in milliseconds. A failover after a kill takes twice to three times that. With a long one, a
+    busy machine does not have a master replaced, but news that nothing forces takes half of it to reach all nodes.
     """
 
     def __init__(
@@ -222,17 +226,19 @@ class RedisCluster(_Setup):
         words: Callable[[ClusterNode], Iterable[str]] = lambda node: (),
     ) -> None:
         self._args = args
-        self._masters = masters
+        #: How many masters there are at the start.
+        self.count = masters
         self._node_timeout = node_timeout
         self._password = password
         self._words = words
-        #: The members. The first are the masters of the start.
+        #: The members.
         self.nodes: list[ClusterNode] = []
-        #: What `remove_node` took out. Each still runs and says that it is alone.
+        #: What `remove_node` took out. Each still runs.
         self.removed: list[ClusterNode] = []
         for _ in range(masters + replicas):
             self._new_node()
-        self._original = tuple(self.nodes)
+        #: The members at the start, the masters first.
+        self.originals = tuple(self.nodes)
 
     def _new_node(self) -> ClusterNode:
         node = ClusterNode(password=self._password)
@@ -253,7 +259,9 @@ class RedisCluster(_Setup):
         for node in self.nodes:
             node.start()
             node.id = node.ask("CLUSTER", "MYID")
-        masters, replicas = self.nodes[: self._masters], self.nodes[self._masters :]
+            # Nodes tell each other at least twice in that time, and until then do not agree.
+            node.ask("CONFIG", "SET", "cluster-node-timeout", min(self._node_timeout, 1000))
+        masters, replicas = self.nodes[: self.count], self.nodes[self.count :]
         for epoch, node in enumerate(self.nodes, 1):
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", epoch)
         for number, node in enumerate(masters):
@@ -265,6 +273,8 @@ class RedisCluster(_Setup):
             # It is refused as long as the replica does not know the master.
             _wait(partial(_refusal, node, "CLUSTER", "REPLICATE", masters[number % len(masters)].id))
         self.wait_ok()
+        for node in self.nodes:
+            node.ask("CONFIG", "SET", "cluster-node-timeout", self._node_timeout)
 
     def _meet(self, node: ClusterNode) -> None:
         self.nodes[0].ask("CLUSTER", "MEET", *node.address, node.bus_port)
@@ -273,16 +283,16 @@ class RedisCluster(_Setup):
 
     @property
     def url(self) -> str:
-        user = "" if self._password is None else f":{self._password}@"
-        hosts = ",".join(f"{host}:{port}" for host, port in (node.address for node in self._original))
+        user = "" if self._password is None else f":{quote(self._password)}@"
+        hosts = ",".join(f"{host}:{port}" for host, port in (node.address for node in self.originals))
         return f"redis+cluster://{user}{hosts}"
 
     def up(self) -> list[ClusterNode]:
-        """The members that are."""
+        """The members that are up."""
         return [node for node in self.nodes if node.up]
 
     def _view(self) -> dict[str, _Line]:
-        """What the node says that was the last to take over slots."""
+        """What the node with the highest epoch says, which was the last to take over slots."""
         views = [node.lines() for node in self.up()]
         last = max(views, key=lambda lines: max(line.epoch for line in lines if "myself" in line.flags))
         return {line.id: line for line in last}
@@ -363,30 +373,30 @@ class RedisCluster(_Setup):
     def restore(self) -> None:
         """Undo what a test did to the nodes: all are up, the slots have masters, the masters their replicas.
 
-        After a graceful failover or a finished migration nothing is to be done, and the masters may be other nodes
-        than before. Otherwise every node starts again on its port, without data, which takes 2 seconds. Settings
-        that a test changed with CONFIG SET or ACL SETUSER remain if nothing else was to be done.
+        After a graceful failover or a finished migration there is nothing to undo: the masters may be other nodes than
+        before. Otherwise every node starts again on its port, without data, which takes 2 seconds. Settings
+        that a test changed with CONFIG SET or ACL SETUSER remain if there was nothing else to undo.
         """
-        if self._intact():
+        originals = set(self.originals)
+        for node in {*self.nodes, *self.removed} - originals:
+            node.remove()
+        intact = self._intact()
+        self.nodes, self.removed = list(self.originals), []
+        if intact:
             self.wait_ok()
             return
-        for node in self._all():
-            if node in self._original:
-                node.forget()
-            else:
-                node.remove()
-        self.nodes = list(self._original)
-        self.removed = []
+        for node in self.nodes:
+            node.forget()
         self._build()
 
     def _intact(self) -> bool:
-        if tuple(self.up()) != self._original or self.removed:
+        if tuple(self.nodes) != self.originals or not all(node.up for node in self.nodes):
             return False
         lines = {node.id: node.line() for node in self.nodes}
         owners = {id: sum(line.master == id for line in lines.values()) for id in lines if lines[id].slots}
-        replicas = len(self.nodes) - self._masters
+        replicas = len(self.nodes) - self.count
         return (
-            len(owners) == self._masters
+            len(owners) == self.count
             and sum(len(line.numbers) for line in lines.values()) == SLOTS
             and not any(line.moving for line in lines.values())
             and sum(owners.values()) == replicas
@@ -403,7 +413,7 @@ class RedisCluster(_Setup):
         self.wait_ok()
 
     def failover(self, node: ClusterNode) -> ClusterNode:
-        """Have a replica take a master's place in agreement with it. It is returned, once all know."""
+        """Have a replica take a master's place in agreement with it. Returns the replica once all nodes know."""
         replica = self.replica_of(node)
         # It is refused as long as the two are not in step, and may fail by itself if nodes vote too late.
         _wait(lambda: _refusal(replica, "CLUSTER", "FAILOVER"))
@@ -419,11 +429,11 @@ class RedisCluster(_Setup):
         return replica
 
     def wait_replaced(self, node: ClusterNode) -> None:
-        """Return once all that are up know of other owners of what a killed or frozen master owned, and all work."""
+        """Return once all nodes that are up know the new owner of a killed or frozen master's slots, and work."""
         _wait(lambda: f"{node} is not replaced" if node in self.masters() else self._fault())
 
     def add_node(self) -> ClusterNode:
-        """A new master without slots, once all know it and it serves, which takes 2 seconds."""
+        """Start a master without slots. Returns it once all nodes know it and it serves, after 2 seconds."""
         node = self._new_node()
         node.start()
         node.id = node.ask("CLUSTER", "MYID")
@@ -432,7 +442,7 @@ class RedisCluster(_Setup):
         return node
 
     def remove_node(self, node: ClusterNode) -> None:
-        """Have all forget a master that has neither slots nor replicas. It goes on and says that it is alone."""
+        """Have all nodes forget a master that has neither slots nor replicas. It still runs, as a cluster of its own."""
         assert not self.slots_of(node), "its slots have to be moved away first"
         self.nodes.remove(node)
         self.removed.append(node)
@@ -447,7 +457,7 @@ class RedisCluster(_Setup):
     def migrate(
         self, slot: int, to: ClusterNode, hold: threading.Event | Callable[[], bool] | None = None
     ) -> ClusterNode:
-        """Move a slot to another master. The former owner is returned.
+        """Move a slot to another master. Returns the former owner.
 
         With ``hold`` the slot has all its keys at the target and still belongs to the source until the event is set,
         or the function returns true.
@@ -461,7 +471,7 @@ class RedisCluster(_Setup):
         return source
 
     def migrate_all(self, slots: Iterable[int], to: ClusterNode) -> None:
-        """Move slots to another master, one after another, as fast as it goes."""
+        """Move slots to another master, in turn, at about 4 ms each."""
         view = self._view()
         owners = {slot: self._member(line.id) for line in view.values() for slot in line.numbers}
         with self._asking_all() as asks:
@@ -470,7 +480,7 @@ class RedisCluster(_Setup):
                 self._end(asks, slot, owners[slot], to)
 
     def begin_migration(self, slot: int, to: ClusterNode) -> ClusterNode:
-        """From now on the source sends clients with keys that it does not have to the target. It is returned."""
+        """From now on the source answers ASK for keys that it does not have. Returns the source."""
         source = self.master_of(slot)
         with self._asking_all() as asks:
             self._begin(asks, slot, source, to)
@@ -482,13 +492,13 @@ class RedisCluster(_Setup):
             return self._move(ask, slot, to)
 
     def end_migration(self, slot: int, to: ClusterNode) -> None:
-        """Move the keys that are left, and give the slot to the target. All masters know, replicas soon."""
+        """Move the keys that are left, and give the slot to the target. All masters know at once, replicas soon."""
         source = self.master_of(slot)
         with self._asking_all() as asks:
             self._end(asks, slot, source, to)
 
     def cancel_migration(self, slot: int, to: ClusterNode) -> None:
-        """The slot remains where it was, and what was moved already comes back."""
+        """Move the keys back that the target has already. The slot remains at its owner."""
         source = self.master_of(slot)
         # A source that still sent clients away would send the keys away, too.
         source.ask("CLUSTER", "SETSLOT", slot, "STABLE")
@@ -520,6 +530,204 @@ class RedisCluster(_Setup):
             ask("MIGRATE", *to.address, "", 0, 5000, "REPLACE", *password, "KEYS", *keys)
             moved += len(keys)
         return moved
+
+
+# -- Sentinel --------------------------------------------------------------------------------------------------------
+
+
+class SentinelNode(Node):
+    """A sentinel of a `SentinelSetup`."""
+
+    _ready = "sentinel id is"
+
+    def __init__(self, password: str | None = None) -> None:
+        super().__init__(password=password)
+        self.id = secrets.token_hex(20)
+        self.conf = self.folder / "sentinel.conf"
+
+    def _command(self) -> list[str]:
+        return [_redis_binary(), str(self.conf), "--sentinel"]
+
+    def start(self, *further: str) -> None:
+        super().start(*further)
+        # A tenth of the usual pauses: it notices, votes, and demotes what comes back, within a second or two.
+        periods = {"INFO": 200, "PING": 100, "ASK": 100, "PUBLISH": 200}
+        words = [word for name, period in periods.items() for word in (f"{name}-PERIOD", period)]
+        self.ask("SENTINEL", "DEBUG", *words, "ELECTION-TIMEOUT", 500)
+
+    def told(self, kind: str, *words: str) -> list[dict[str, str]]:
+        """What it knows of all MASTERS, or of the REPLICAS or SENTINELS of a master."""
+        return [dict(zip(told[::2], told[1::2], strict=True)) for told in self.ask("SENTINEL", kind, *words)]
+
+
+class SentinelSetup(_Setup):
+    """A master with ``replicas``, watched by ``sentinels``: ready after about a second.
+
+    ``args`` are further words of the command line of master and replicas, and ``lines`` further ones of the sentinels'
+    file. ``down_after`` is in milliseconds. A failover after a kill takes one to two seconds more.
+    """
+
+    master_name = "mymaster"
+
+    def __init__(
+        self,
+        *args: str,
+        replicas: int = 1,
+        sentinels: int = 3,
+        down_after: int = 500,
+        password: str | None = None,
+        sentinel_password: str | None = None,
+        lines: Iterable[str] = (),
+    ) -> None:
+        self._down_after = down_after
+        self._password = password
+        self._sentinel_password = sentinel_password
+        self._lines = tuple(lines)
+        words = ["--appendonly", "no", "--repl-diskless-sync-delay", "0", *args]
+        if password is not None:
+            words += ["--requirepass", password, "--masterauth", password]
+        #: Master and replicas. The first is the master of the start.
+        self.nodes = [Node(*words, password=password) for _ in range(1 + replicas)]
+        self.sentinels = [SentinelNode(sentinel_password) for _ in range(sentinels)]
+
+    def _all(self) -> Sequence[Node]:
+        return (*self.nodes, *self.sentinels)
+
+    def _build(self) -> None:
+        master, *replicas = self.nodes
+        master.start()
+        for replica in replicas:
+            replica.start("--replicaof", *map(str, master.address))
+        # Sentinels that had to find each other and the replicas would take up to ten seconds.
+        for sentinel in self.sentinels:
+            sentinel.conf.write_text("\n".join(self._written(sentinel)))
+            sentinel.start()
+        self.wait_ok()
+
+    def _written(self, sentinel: SentinelNode) -> Iterator[str]:
+        name = self.master_name
+        master, *replicas = self.nodes
+        yield f"port {sentinel.port}"
+        yield f"bind {_HOST}"
+        yield f"unixsocket {sentinel.socket}"
+        yield f"dir {sentinel.folder}"
+        yield f"sentinel myid {sentinel.id}"
+        if self._sentinel_password is not None:
+            yield f'requirepass "{self._sentinel_password}"'
+            yield f'sentinel sentinel-pass "{self._sentinel_password}"'
+        yield f"sentinel monitor {name} {_HOST} {master.port} {len(self.sentinels) // 2 + 1}"
+        yield f"sentinel down-after-milliseconds {name} {self._down_after}"
+        yield f"sentinel failover-timeout {name} 1000"  # a split vote is repeated after twice that
+        if self._password is not None:
+            yield f'sentinel auth-pass {name} "{self._password}"'
+        for replica in replicas:
+            yield f"sentinel known-replica {name} {_HOST} {replica.port}"
+        for other in self.sentinels:
+            if other is not sentinel:
+                yield f"sentinel known-sentinel {name} {_HOST} {other.port} {other.id}"
+        yield from self._lines
+        yield ""
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """As Celery writes it: what stands before the first host is for the master."""
+        user = "" if self._password is None else f":{quote(self._password)}@"
+        first, *others = (f"{host}:{port}" for host, port in (sentinel.address for sentinel in self.sentinels))
+        return ";".join([f"sentinel://{user}{first}", *(f"sentinel://{other}" for other in others)])
+
+    @property
+    def service_url(self) -> str:
+        """As other libraries write it."""
+        user = "" if self._password is None else f":{quote(self._password)}@"
+        hosts = ",".join(f"{host}:{port}" for host, port in (sentinel.address for sentinel in self.sentinels))
+        query = "" if self._sentinel_password is None else f"?sentinel_password={quote(self._sentinel_password)}"
+        return f"redis+sentinel://{user}{hosts}/{self.master_name}/0{query}"
+
+    def up(self) -> list[Node]:
+        """The master and the replicas that are up."""
+        return [node for node in self.nodes if node.up]
+
+    def master(self) -> Node:
+        """The node that most sentinels name as the master."""
+        named = Counter(self._named(sentinel) for sentinel in self.sentinels if sentinel.up)
+        return next(node for node in self.nodes if node.port == named.most_common(1)[0][0])
+
+    def _named(self, sentinel: SentinelNode) -> int:
+        return int(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.master_name)[1])
+
+    def replicas(self) -> list[Node]:
+        master = self.master()
+        return [node for node in self.nodes if node is not master]
+
+    # -- as a whole --------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Delete all keys."""
+        self.master().ask("FLUSHALL")
+
+    def _fault(self) -> str:
+        sentinels = [sentinel for sentinel in self.sentinels if sentinel.up]
+        up = self.up()
+        named = set()
+        for sentinel in sentinels:
+            (told,) = sentinel.told("MASTERS")
+            named.add(int(told["port"]))
+            if told["flags"] != "master":
+                return f"{sentinel} says of the master: {told['flags']}"
+            for kind in ("REPLICAS", "SENTINELS"):
+                present = [each for each in sentinel.told(kind, self.master_name) if self._present(int(each["port"]))]
+                ends = {each["port"]: each["flags"] for each in present}
+                wrong = {port: flags for port, flags in ends.items() if flags not in {"slave", "sentinel"}}
+                if wrong or len(present) != len(up if kind == "REPLICAS" else sentinels) - 1:
+                    return f"{sentinel} says of its {kind.lower()}: {ends}"
+        if len(named) != 1:
+            return f"the sentinels do not agree on the master: {named}"
+        roles = {node.port: node.ask("ROLE")[0] for node in up}
+        if [port for port, role in roles.items() if role == "master"] != [*named]:
+            return f"the sentinels name {named}, and the roles are {roles}"
+        return "".join(f"{node} is not in step with the master" for node in up if not node.linked())
+
+    def _present(self, port: int) -> bool:
+        return any(node.port == port and node.up for node in self._all())
+
+    def restore(self) -> None:
+        """Undo what a test did to the nodes: all are up and work together.
+
+        After a graceful failover there is nothing to undo: the master may be another node than before. Otherwise every server starts again on its port, without data.
+        """
+        if all(node.up for node in self._all()) and not self._disagree():
+            self.wait_ok()
+            return
+        for node in self._all():
+            node.forget()
+        self._build()
+
+    def _disagree(self) -> bool:
+        named = {self._named(sentinel) for sentinel in self.sentinels}
+        return named != {node.port for node in self.nodes if node.ask("ROLE")[0] == "master"}
+
+    def failover(self) -> Node:
+        """Have the sentinels promote a replica. Returns it once all sentinels name it and it has the role."""
+        old = self.master()
+        sentinel = next(sentinel for sentinel in self.sentinels if sentinel.up)
+        # It is refused as long as the sentinel has not heard from the replica, or another failover is under way.
+        _wait(partial(_refusal, sentinel, "SENTINEL", "FAILOVER", self.master_name))
+        return self.wait_replaced(old)
+
+    def wait_replaced(self, old: Node) -> Node:
+        """Return the new master once all sentinels that are up name the same node, not ``old``, and it has the role."""
+
+        def missing() -> str:
+            named = {self._named(sentinel) for sentinel in self.sentinels if sentinel.up}
+            if len(named) != 1 or old.port in named:
+                return f"the sentinels name {named}"
+            master = self.master()
+            return "" if master.up and master.ask("ROLE")[0] == "master" else f"{master} is no master"
+
+        _wait(missing)
+        return self.master()
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------
@@ -556,3 +764,13 @@ def redis_cluster(*args: str, **options: Any) -> Iterator[RedisCluster]:
         yield cluster.start()
     finally:
         cluster.remove()
+
+
+@contextlib.contextmanager
+def sentinel_setup(*args: str, **options: Any) -> Iterator[SentinelSetup]:
+    """For the time of the block. The arguments are those of `SentinelSetup`."""
+    setup = SentinelSetup(*args, **options)
+    try:
+        yield setup.start()
+    finally:
+        setup.remove()

@@ -17,11 +17,13 @@ import redis.asyncio
 from aioresult.backends.redis.connection import RedisConnection
 from aioresult.retry import Backoff
 
-from .harness import Harness, MemoryHarness, RedisHarness
+from .cluster_servers import RedisCluster, SentinelSetup, redis_cluster, sentinel_setup
+from .harness import ClusterHarness, Harness, MemoryHarness, RedisHarness, SentinelHarness
 from .postgres_harness import PostgresHarness
 from .servers import PostgresServer, RedisServer, postgres_server, redis_server
 from .sites import PostgresSite, RedisSite, Site
 
+#: Where the conformance suite runs, of "memory", "redis", "postgres", "cluster" and "sentinel".
 BACKENDS = ["memory", "redis", "postgres"]
 
 #: Processes that share the whole suite. More than a small machine has cores, because most tests mostly wait.
@@ -96,6 +98,37 @@ async def redis_client(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
 
 
 @pytest.fixture(scope="session")
+def own_cluster() -> Iterator[RedisCluster]:
+    """A cluster of 3 masters and 3 replicas that all tests share, whose slots and masters remain as they are.
+
+    Its timeout is that of servers in earnest: a busy machine must not have a master replaced.
+    """
+    with redis_cluster(node_timeout=15_000) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_url(own_cluster: RedisCluster) -> str:
+    """The URL of a cluster without keys."""
+    own_cluster.flush()
+    return own_cluster.url
+
+
+@pytest.fixture(scope="session")
+def own_sentinel() -> Iterator[SentinelSetup]:
+    """A master, a replica and 3 sentinels under the same terms as `own_cluster`."""
+    with sentinel_setup(down_after=30_000) as setup:
+        yield setup
+
+
+@pytest.fixture
+def sentinel_url(own_sentinel: SentinelSetup) -> str:
+    """The URL, as Celery writes it, of sentinels whose master has no keys."""
+    own_sentinel.flush()
+    return own_sentinel.url
+
+
+@pytest.fixture(scope="session")
 def own_postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL of the tests' own, under the same terms as `own_redis`."""
     with postgres_server() as server:
@@ -152,6 +185,12 @@ def new_harness(request: pytest.FixtureRequest) -> Harness:
         return PostgresHarness(request.getfixturevalue("postgres_url"))
     if request.param == "redis":
         return RedisHarness(request.getfixturevalue("redis_url"))
+    if request.param == "cluster":
+        request.getfixturevalue("cluster_url")
+        return ClusterHarness(request.getfixturevalue("own_cluster"))
+    if request.param == "sentinel":
+        request.getfixturevalue("sentinel_url")
+        return SentinelHarness(request.getfixturevalue("own_sentinel"))
     return MemoryHarness()
 
 

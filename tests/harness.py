@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 import redis.asyncio
+from redis.crc import key_slot
 
 import aioresult
 from aioresult import Backend
@@ -19,6 +20,8 @@ from aioresult.backends.redis import RedisBackend
 from aioresult.backends.redis.connection import RedisConnection
 from aioresult.backends.redis.node import Node
 from aioresult.backends.redis.topology import Single
+
+from .cluster_servers import RedisCluster, SentinelSetup
 
 
 class Harness:
@@ -173,9 +176,90 @@ class RedisHarness(KeyValueHarness):
         return None if left == -1 else left / 1000
 
     async def holdings(self) -> dict[str, float | None]:
-        keys: list[Any] = await self.client.keys()
-        lives = {key.decode(): await self.client.pttl(key) for key in keys}
-        return {key: None if left == -1 else left / 1000 for key, left in lives.items() if left != -2}
+        return await _holdings(self.client)
+
+
+class ClusterHarness(KeyValueHarness):
+    name = "cluster"
+
+    def __init__(self, cluster: RedisCluster) -> None:
+        super().__init__()
+        self.url = cluster.url
+        # Plain clients: redis-py's own for clusters takes longer to start than many a test to run.
+        self._clients: dict[int, Any] = {
+            node.port: redis.asyncio.Redis(host=node.address[0], port=node.port, password=node.password)
+            for node in cluster.originals
+        }
+        self._owners: list[tuple[range, Any]] = []
+
+    def make(self, **options: Any) -> Backend:
+        return aioresult.connect(self.url, **options)
+
+    async def close(self) -> None:
+        await super().close()
+        for client in self._clients.values():
+            await client.aclose()
+
+    async def _masters(self) -> list[tuple[range, Any]]:
+        """Ranges of slots, and the clients of their owners when the test first asked."""
+        if not self._owners:
+            told = await next(iter(self._clients.values())).execute_command("CLUSTER", "SLOTS")
+            self._owners = [(range(first, last + 1), self._clients[at[1]]) for first, last, at, *_ in told]
+        return self._owners
+
+    async def _owner(self, key: str) -> Any:
+        slot = key_slot(key.encode())
+        return next(client for slots, client in await self._masters() if slot in slots)
+
+    async def subscriptions(self) -> int:
+        clients = {client for _, client in await self._masters()}
+        asked = [client.execute_command("PUBSUB", kind) for client in clients for kind in ("SHARDCHANNELS", "CHANNELS")]
+        answers: list[list[bytes]] = await asyncio.gather(*asked)
+        return len(set().union(*answers))
+
+    async def _put(self, key: str, data: bytes, publish: bool) -> None:
+        owner = await self._owner(key)
+        await owner.set(key, data, ex=60)
+        if publish:
+            await owner.execute_command("SPUBLISH", key, data)
+
+    async def _left(self, key: str) -> float | None:
+        left = await (await self._owner(key)).pttl(key)
+        assert left != -2, f"{key} is gone"
+        return None if left == -1 else left / 1000
+
+    async def holdings(self) -> dict[str, float | None]:
+        held: dict[str, float | None] = {}
+        for client in {client for _, client in await self._masters()}:
+            held |= await _holdings(client)
+        return held
+
+
+class SentinelHarness(RedisHarness):
+    """Asks the master of the start, and has the backend ask the sentinels."""
+
+    name = "sentinel"
+
+    def __init__(self, setup: SentinelSetup) -> None:
+        master = setup.master()
+        super().__init__(f"redis://{master.address[0]}:{master.port}/0")
+        self.client.connection_pool.connection_kwargs["password"] = master.password
+        self.url = setup.url
+        self._master_name = setup.master_name
+
+    def make(self, **options: Any) -> Backend:
+        return aioresult.connect(self.url, **{"master_name": self._master_name, **options})
+
+    async def subscriptions(self) -> int:
+        sentinels_own = b"__sentinel__:hello"
+        return sum(channel != sentinels_own for channel in await self.client.pubsub_channels())
+
+
+async def _holdings(client: redis.asyncio.Redis) -> dict[str, float | None]:
+    """All keys, and how many seconds each will live."""
+    keys: list[Any] = await client.keys()
+    lives = {key.decode(): await client.pttl(key) for key in keys}
+    return {key: None if left == -1 else left / 1000 for key, left in lives.items() if left != -2}
 
 
 def node_of(backend: Backend) -> Node:
