@@ -442,7 +442,7 @@ class RedisCluster(_Setup):
         return node
 
     def remove_node(self, node: ClusterNode) -> None:
-        """Have all nodes forget a master that has neither slots nor replicas. It still runs, as a cluster of its own."""
+        """Have all nodes forget a master that has neither slots nor replicas. It runs on, by itself."""
         assert not self.slots_of(node), "its slots have to be moved away first"
         self.nodes.remove(node)
         self.removed.append(node)
@@ -471,7 +471,7 @@ class RedisCluster(_Setup):
         return source
 
     def migrate_all(self, slots: Iterable[int], to: ClusterNode) -> None:
-        """Move slots to another master, in turn, at about 4 ms each."""
+        """Move slots to another master, in turn, at some milliseconds each."""
         view = self._view()
         owners = {slot: self._member(line.id) for line in view.values() for slot in line.numbers}
         with self._asking_all() as asks:
@@ -695,7 +695,8 @@ class SentinelSetup(_Setup):
     def restore(self) -> None:
         """Undo what a test did to the nodes: all are up and work together.
 
-        After a graceful failover there is nothing to undo: the master may be another node than before. Otherwise every server starts again on its port, without data.
+        After a graceful failover there is nothing to undo: the master may be another node than before. Otherwise
+        every server starts again on its port, without data.
         """
         if all(node.up for node in self._all()) and not self._disagree():
             self.wait_ok()
