@@ -24,7 +24,7 @@ from .servers import PostgresServer, RedisServer, postgres_server, redis_server
 from .sites import PostgresSite, RedisSite, Site
 
 #: Where the conformance suite runs, of "memory", "redis", "postgres", "cluster" and "sentinel".
-BACKENDS = ["memory", "redis", "postgres"]
+BACKENDS = ["memory", "redis", "postgres", "cluster", "sentinel"]
 
 #: Processes that share the whole suite. More than a small machine has cores, because most tests mostly wait.
 _PROCESSES = 4

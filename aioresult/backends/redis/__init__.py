@@ -1,5 +1,7 @@
-"""The Redis backend: `backend` has the class, `connection` has one connection, and `scripts` has the Lua scripts."""
+"""The Redis backends: for one server (`backend`), for a cluster (`clustered`), and with sentinels (`sentinel`)."""
 
 from .backend import RedisBackend
+from .clustered import ClusterBackend
+from .sentinel import SentinelBackend
 
-__all__ = ["RedisBackend"]
+__all__ = ["ClusterBackend", "RedisBackend", "SentinelBackend"]

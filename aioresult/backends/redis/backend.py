@@ -82,10 +82,7 @@ class RedisBackend(RunningTasks):
         **options: Unpack[BackendOptions],
     ) -> None:
         given = checked_option("connect_options", connect_options, (Mapping, NoneType), "a mapping or None") or {}
-        self._connection_class, self._connection_options = connection_options(url, given)
-        if leads_elsewhere(given):
-            url = resolved_url(self._connection_class, self._connection_options)
-        super().__init__(url, global_keyprefix=global_keyprefix, **options)
+        super().__init__(self._read_url(url, given), global_keyprefix=global_keyprefix, **options)
         self._chord_ordered = checked_flag("chord_ordered", chord_ordered)
         self._topology: Topology = self._new_topology()
 
@@ -97,6 +94,11 @@ class RedisBackend(RunningTasks):
         """
         place = resolved_url(self._connection_class, self._connection_options)
         return type(self), place, self._task_prefix
+
+    def _read_url(self, url: str, given: Mapping[str, Any]) -> str:
+        """Read ``url`` and ``connect_options``. Returns the URL by which the backend is known in errors."""
+        self._connection_class, self._connection_options = connection_options(url, given)
+        return resolved_url(self._connection_class, self._connection_options) if leads_elsewhere(given) else url
 
     def _new_topology(self) -> Topology:
         """Return what knows the servers. It is made anew each time the backend is opened."""
@@ -276,21 +278,18 @@ class RedisBackend(RunningTasks):
     # -- chords -----------------------------------------------------------------------------------------------------
 
     async def _chord_steps(self, steps: Sequence[ChordStep]) -> list[ChordState | BaseException]:
-        commands: list[Command] = []
-        noted: set[tuple[str, int, str]] = set()
+        # The set of chords that may be complete is another key, perhaps on another node, so it cannot be part of the
+        # atomic step. Its entry is added before the step and removed after it: a spare entry does no harm.
+        entries: dict[Command, None] = {}
         for step in steps:
-            # The set of chords that may be complete is another key, perhaps on another node, so it cannot be part of
-            # the atomic step. Its entry is added before the step and removed after it: a spare entry does no harm.
             if step.op in (ChordOp.CREATE, ChordOp.SIZE, ChordOp.PART, ChordOp.CLAIM, ChordOp.RENEW):
                 only_known = "XX" if step.op in (ChordOp.CLAIM, ChordOp.RENEW) else ""
-                entry = (step.group_id, milliseconds(step.expires), only_known)
-                if entry not in noted:
-                    noted.add(entry)
-                    commands.append(("EVALSHA", self._scripts.register, 1, self._ready_channel, *entry))
-            commands.append(self._chord_command(step))
-        replies = await self._execute(commands)
-        taken = [reply for command, reply in zip(commands, replies, strict=True) if command[1] == self._scripts.chord]
-        outcomes = [await self._chord_outcome(step, reply) for step, reply in zip(steps, taken, strict=True)]
+                entries[(step.group_id, milliseconds(step.expires), only_known)] = None
+        register: list[Command] = [
+            ("EVALSHA", self._scripts.register, 1, self._ready_channel, *entry) for entry in entries
+        ]
+        replies = await self._execute_in_turn(register, [self._chord_command(step) for step in steps])
+        outcomes = [await self._chord_outcome(step, reply) for step, reply in zip(steps, replies, strict=True)]
         over: set[str] = set()
         for step, outcome in zip(steps, outcomes, strict=True):
             if isinstance(outcome, ChordState) and step.op not in (ChordOp.READ, ChordOp.PARTS):
@@ -302,9 +301,17 @@ class RedisBackend(RunningTasks):
             await self._execute([("ZREM", self._ready_channel, *over)])
         return outcomes
 
+    async def _execute_in_turn(self, first: Sequence[Command], then: Sequence[Command]) -> list[Any]:
+        """Execute ``first`` before ``then``. Returns the replies to ``then``."""
+        return (await self._execute([*first, *then]))[len(first) :]
+
+    def _chord_key(self, group_key: str, suffix: str) -> str:
+        """Return the name of a further key of a chord: Celery's name."""
+        return group_key + suffix
+
     def _chord_command(self, step: ChordStep) -> Command:
         key = self._group_key(step.group_id)
-        keys = [key, *(f"{key}.{suffix}" for suffix in "jstdcar")]
+        keys = [key, *(self._chord_key(key, f".{letter}") for letter in "jstdcar")]
         size = "" if step.size is None else step.size
         index = "+inf" if step.index is None else step.index
         times = (milliseconds(step.lease), milliseconds(step.expires), milliseconds(step.group_expires))
@@ -328,7 +335,8 @@ class RedisBackend(RunningTasks):
         count, size, claimed, done, body, failure, left, is_list, where, ours, body_id = reply
         parts: tuple[bytes, ...] = ()
         if step.op is ChordOp.PARTS and where:
-            parts = await self._chord_parts(self._group_key(step.group_id) + where.decode(), bool(is_list))
+            key = self._chord_key(self._group_key(step.group_id), where.decode())
+            parts = await self._chord_parts(key, bool(is_list))
             if len(parts) < count:  # the chord was finished meanwhile, and its parts were moved to the other key
                 return (await self._chord_steps([step]))[0]
         return ChordState(

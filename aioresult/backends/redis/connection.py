@@ -12,7 +12,7 @@ import asyncio
 import re
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 from hiredis import PushNotification, Reader, pack_command
@@ -138,8 +138,12 @@ class RedisConnection(asyncio.Protocol):
         #: True if replies have arrived that the last turn of the event loop had no time to handle.
         self._behind = False
 
-    async def connect(self, link: AbstractConnection) -> None:
+    async def connect(
+        self, link: AbstractConnection, greet: Callable[[AbstractConnection], Awaitable[None]] | None = None
+    ) -> None:
         """Connect ``link``, a connection object of redis-py, and take over its transport.
+
+        ``greet(link)`` may ask the server something first, and raise if this is the wrong server.
 
         Raises `BackendConnectionError` if the server cannot be reached or is not ready, and `BackendRefusedError` if it
         refuses.
@@ -150,6 +154,8 @@ class RedisConnection(asyncio.Protocol):
         failure: Exception | None = None
         try:
             await link.connect()  # type: ignore[no-untyped-call]
+            if greet is not None:
+                await greet(link)
         except (redis_errors.RedisError, OSError, ValueError) as exc:
             failure = exc
         except BaseException:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import hiredis
 from redis.asyncio.connection import AbstractConnection
 
-from ...exceptions import BackendConnectionError, BackendError
-from ...tasks import SingleFlight
+from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
+from ...tasks import SingleFlight, copy_of_error
 from .connection import Command, RedisConnection, code_of, translate
 from .listener import RedisListener
 from .scripts import Scripts
@@ -33,9 +33,9 @@ class NodeEvents(NamedTuple):
 class Node:
     """A server. ``where`` names it in errors: it is a URL without a password.
 
-    ``new_link()`` returns a new connection object of redis-py, which is not connected. ``greet(connection)`` checks a
-    new connection, and raises if the server is of the wrong kind. Each connection is made by one attempt at a time;
-    callers that need it share the outcome.
+    ``new_link()`` returns a new connection object of redis-py, which is not connected. ``greet(link)`` checks the
+    server after that link was connected, and raises if it is the wrong one. Each connection is made by one attempt at a
+    time; callers that need it share the outcome.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Node:
         heartbeat: float,
         scripts: Scripts,
         events: NodeEvents,
-        greet: Callable[[RedisConnection], Awaitable[None]] | None = None,
+        greet: Callable[[AbstractConnection], Awaitable[None]] | None = None,
     ) -> None:
         self.where: str = where
         self._new_link = new_link
@@ -81,27 +81,31 @@ class Node:
         return self.commands
 
     async def _attempt(self, connection: RedisConnection) -> None:
-        if self._gone is not None:
-            raise self._gone
+        self._refuse_if_gone()
         self.failing = True
         try:
-            await connection.connect(await self._new_link())
+            await connection.connect(await self._new_link(), self._greet)
         except BackendConnectionError:
             self._doubted()
             raise
         try:
-            if self._greet is not None:
-                await self._greet(connection)
-            if self._gone is not None:
-                raise self._gone
-        except BaseException:
+            self._refuse_if_gone()  # it may have left in the meantime
+        except BackendError:
             await connection.close()
             raise
         self.failing = False
 
+    def _refuse_if_gone(self) -> None:
+        if self._gone is not None:
+            raise copy_of_error(self._gone)
+
     async def _load_scripts(self, connection: RedisConnection) -> None:
         for reply in await connection.request([("SCRIPT", "LOAD", script) for script in self._scripts.texts.values()]):
             if isinstance(reply, hiredis.ReplyError):
+                if "unknown command" in str(reply):
+                    raise BackendRefusedError(
+                        f"{self.where} runs no Lua scripts (SCRIPT LOAD, EVALSHA); aioresult needs them"
+                    )
                 raise translate(reply, self.where)
 
     async def request(self, commands: Sequence[Command]) -> tuple[list[Any], list[int]]:

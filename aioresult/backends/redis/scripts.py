@@ -6,6 +6,7 @@ Each script is a file in this directory. The comment at its top says what it tak
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Final
 
@@ -36,6 +37,14 @@ class Scripts:
         self.open: str = self._add("open")
         self.run: str = self._add("run")
         self.beat: str = self._add("beat")
+
+    def channels(self, command: Sequence[str | bytes | int]) -> Sequence[str | bytes | int]:
+        """Return the channels of results, outputs, groups and chords on which ``command`` may publish."""
+        name, what, *terms = command
+        if name == "EVALSHA" and what not in (self.register, self.forget, self.beat):
+            keys = terms[1 : 1 + int(terms[0])]
+            return [*keys, terms[-1]] if what == self.extend else keys
+        return [what] if name == self.tell else []
 
     def _add(self, name: str) -> str:
         text = files(__package__).joinpath(f"{name}.lua").read_text("utf-8")

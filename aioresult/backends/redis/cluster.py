@@ -1,0 +1,468 @@
+"""`Cluster`: the topology of a Redis Cluster. It has a table of which node owns which slot, and keeps the table true.
+
+A command goes to the owner of its key's slot. If the owner has changed, the node asked says so (MOVED), or names the
+node to ask this time (ASK); the commands then go there. Subscriptions are made at the owner, too. If the owner changes,
+the server ends them, and the hub subscribes and reads again. So each waiter is subscribed at a node that owned the slot
+when the node confirmed the subscription, and is read there after that.
+
+The table changes at once when a node says MOVED. Anything suspicious makes `_keep_fresh` ask other masters for their
+tables: a lost connection, a server that does not answer, a slot without an owner. A node that owns no slot any more is
+left at once: nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+import hiredis
+
+from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
+from ...retry import Backoff
+from ...tasks import StandingTask, spawn
+from .connection import WAITERS_FIRST, Command, RedisConnection, code_of, is_transient, translate
+from .listener import encoded
+from .node import Node
+from .places import Address
+from .scripts import Scripts
+from .slots import SLOTS, SlotMap, Unit, best_map, key_slot, parse_address, parse_map, units
+from .topology import alone
+
+__all__ = ["NUDGE", "Cluster"]
+
+#: The message that is published at the node that still owns a slot, after a change at the node to which the slot
+#: migrates. It says only "read again": as news of an output, it names a place before every other.
+NUDGE: Final = b"0-0 "
+#: How often commands or subscriptions follow the nodes' redirections before they fail.
+_REDIRECTIONS: Final = 8
+#: Seconds to wait before commands are repeated that a migration has made impossible for a moment (TRYAGAIN).
+_MOMENT: Final = 0.02
+#: Seconds that a node has to tell its table, and how many nodes are asked at once.
+_TELL: Final = 1.0
+_ASKED: Final = 3
+
+_NOTHING = SlotMap((), 0)
+
+
+class Cluster:
+    """The nodes of a Redis Cluster.
+
+    ``start`` are the addresses of some nodes; they are also asked if no other node answers. ``new_node(address)`` makes
+    a node, which is not connected. ``remap`` translates the addresses that nodes name. ``is_classic(channel)`` is true
+    for channels whose messages go to all nodes; others carry the messages of their slot. Every ``refresh`` seconds
+    (0: never) the table is asked for even if nothing is suspicious. ``on_ended(channel)`` is called when a subscription
+    has ended, and ``on_change()`` when the table has changed.
+    """
+
+    def __init__(
+        self,
+        start: Sequence[Address],
+        new_node: Callable[[Address], Node],
+        remap: Callable[[Address], Address],
+        scripts: Scripts,
+        is_classic: Callable[[str], bool],
+        refresh: float,
+        on_ended: Callable[[bytes], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._start = tuple(start)
+        self._new_node = new_node
+        self._remap = remap
+        self._scripts = scripts
+        self._is_classic = is_classic
+        self._refresh_every = refresh
+        self._on_ended = on_ended
+        self._on_change = on_change
+        self._nodes: dict[Address, Node] = {}
+        self._table: list[Node | None] = [None] * SLOTS
+        self._known = _NOTHING
+        #: The address of the master that each shard stands for. A shard is the number of a place in this list.
+        self.shards: list[Address] = []
+        self._shard_of: dict[Node, int] = {}
+        #: True once a slot has changed its owner since `open`.
+        self.has_changed: bool = False
+        #: Channels that are subscribed classically, and where.
+        self._classic: dict[str, Node] = {}
+        self._stale = asyncio.Event()
+        self._refresher = StandingTask(self._keep_fresh, "aioresult-topology", lambda: True)
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        failure: BackendError | None = None
+        for address in self._start:
+            node = self._node(address)
+            try:
+                answer = await self._ask(node, address)
+                if answer.ranges:
+                    break
+                failure = BackendConnectionError(f"{node.where} is in no cluster, or in one without slots")
+            except BackendConnectionError as exc:
+                failure = exc
+        else:
+            raise failure or BackendConnectionError("there are no start nodes")
+        self._apply(answer)
+        self.has_changed = False
+        owner = self._table[answer.ranges[0][0]]
+        if owner is not None:
+            replies, refused = await owner.request([("SPUBLISH", "aioresult", "")])
+            if refused and "unknown command" in str(replies[0]):
+                raise BackendRefusedError(
+                    f"{owner.where} is older than Redis 7, and has no sharded pub/sub; use Redis 7 or later, or Valkey"
+                )
+        self._refresher.start()
+
+    async def close(self) -> None:
+        await self._refresher.stop()
+        await asyncio.gather(*(node.close() for node in self._nodes.values()), *self._leaving)
+
+    def abandon(self) -> None:
+        for node in self._nodes.values():
+            node.abandon()
+
+    def _node(self, address: Address) -> Node:
+        node = self._nodes.get(address)
+        if node is None:
+            node = self._nodes[address] = self._new_node(address)
+        return node
+
+    # -- routing ----------------------------------------------------------------------------------------------------
+
+    def _owner(self, slot: int) -> Node:
+        node = self._table[slot]
+        if node is None:
+            self.doubt()
+            raise BackendConnectionError(f"no node of the cluster serves the hash slot {slot}")
+        return node
+
+    def shard_of(self, key: str) -> int:
+        """Return the number of the shard to which ``key`` belongs."""
+        node = self._table[key_slot(key)]
+        return 0 if node is None else self._shard_of.get(node, 0)
+
+    def connection_for(self, key: str) -> RedisConnection | None:
+        node = self._table[key_slot(key)]
+        connection = None if node is None else node.commands
+        return connection if connection is not None and connection.ready else None
+
+    # -- commands ---------------------------------------------------------------------------------------------------
+
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        first = commands[0] is WAITERS_FIRST
+        if first:
+            commands = commands[1:]
+        replies: list[Any] = [None] * len(commands)
+        pending = units(commands)
+        for _ in range(_REDIRECTIONS):
+            by_node: dict[Node, list[Unit]] = {}
+            for unit in pending:
+                by_node.setdefault(unit.asked or self._owner(unit.slot), []).append(unit)
+            await _all(self._send(node, some, commands, replies, first) for node, some in by_node.items())
+            again = {
+                unit: code
+                for node, some in by_node.items()
+                for unit in some
+                if (code := self._redirection(unit, node, replies[unit.start : unit.stop]))
+            }
+            self._nudge([unit for unit in pending if unit.asked is not None and unit not in again], commands)
+            if not again:
+                return [WAITERS_FIRST, *replies] if first else replies
+            if "TRYAGAIN" in again.values():
+                await asyncio.sleep(_MOMENT)
+            pending = [unit for unit in pending if unit in again]
+        self.doubt()
+        raise BackendConnectionError(f"the nodes of the cluster redirect {len(pending)} commands in a circle")
+
+    async def _send(
+        self, node: Node, some: Sequence[Unit], commands: Sequence[Command], replies: list[Any], first: bool
+    ) -> None:
+        sent: list[Command] = [WAITERS_FIRST] if first else []
+        places: list[int | None] = [None] if first else []
+        for unit in some:
+            if unit.asked is not None:
+                sent.append(("ASKING",))
+                places.append(None)
+            sent += commands[unit.start : unit.stop]
+            places += range(unit.start, unit.stop)
+        found, _ = await node.request(sent)
+        for place, reply in zip(places, found, strict=True):
+            if place is not None:
+                replies[place] = reply
+
+    def _redirection(self, unit: Unit, node: Node, replies: Sequence[Any]) -> str:
+        """Return the code of the error because of which the commands must be sent again, or an empty text.
+
+        Raises `BackendConnectionError` if the node is not ready.
+        """
+        for reply in replies:
+            code = code_of(reply) if isinstance(reply, hiredis.ReplyError) else ""
+            if code == "MOVED":
+                self._moved(str(reply), node)
+                unit.asked = None
+            elif code == "ASK":
+                unit.asked, unit.source = self._node(self._address(str(reply), node)), node
+            elif code and code != "TRYAGAIN" and is_transient(reply):
+                self.doubt()
+                raise translate(reply, node.where)
+            if code in ("MOVED", "ASK", "TRYAGAIN"):
+                return code
+        return ""
+
+    def raise_if_not_ready(self, error: hiredis.ReplyError) -> None:
+        if is_transient(error):
+            self.doubt()
+            raise translate(error, "the cluster")
+
+    def _nudge(self, done: Sequence[Unit], commands: Sequence[Command]) -> None:
+        """Tell those who wait at the node that still owns the slot to read again.
+
+        The messages of these changes were published at the node to which the slot migrates. Those who are subscribed
+        at the other node would learn of the changes only at the end of the migration, which may never come.
+        """
+        for unit in done:
+            channels = [
+                channel for command in commands[unit.start : unit.stop] for channel in self._scripts.channels(command)
+            ]
+            connection = unit.source.commands
+            if channels and connection is not None and connection.ready:
+                connection.begin([("SPUBLISH", channel, NUDGE) for channel in channels])
+
+    def _address(self, redirection: str, node: Node) -> Address:
+        asked = next(address for address, each in self._nodes.items() if each is node)
+        return self._remap(parse_address(redirection.split()[2], asked))
+
+    def _moved(self, redirection: str, node: Node) -> None:
+        """Follow ``MOVED <slot> <host>:<port>``, which ``node`` has said."""
+        try:
+            slot, owner = int(redirection.split()[1]), self._node(self._address(redirection, node))
+        except (IndexError, ValueError, StopIteration):
+            self.doubt()
+            return
+        former = self._table[slot]
+        if former is not owner:
+            # Until the next answer of CLUSTER SLOTS, a new node belongs to the shard whose slot it has taken over.
+            self._shard_of.setdefault(owner, self._shard_of.get(former, 0) if former is not None else 0)
+            self._table[slot] = owner
+            self.has_changed = True
+        self.doubt()
+
+    # -- subscriptions ----------------------------------------------------------------------------------------------
+
+    async def subscribe(self, channels: Sequence[str]) -> Mapping[str, BackendError] | None:
+        refused: dict[str, BackendError] = {}
+        left: Sequence[str] = channels
+        for _ in range(_REDIRECTIONS):
+            by_node: dict[Node, list[str]] = {}
+            for channel in left:
+                by_node.setdefault(self._owner(key_slot(channel)), []).append(channel)
+            missing = await _all(self._subscribe_at(node, some, refused) for node, some in by_node.items())
+            left = [channel for some in missing for channel in some]
+            if not left:
+                return refused or None
+            await asyncio.sleep(_MOMENT)
+        self.doubt()
+        raise BackendConnectionError(f"no node of the cluster accepts {len(left)} subscriptions")
+
+    async def _subscribe_at(
+        self, node: Node, channels: Sequence[str], refused: dict[str, BackendError]
+    ) -> Sequence[str]:
+        """Subscribe to channels at their node. Returns those that must be tried again, perhaps at another node."""
+        listener = node.listener
+        if listener is None or listener.closed:
+            listener = await node.listen()
+        errors, missing = await listener.subscribe(self._commands("SUBSCRIBE", channels))
+        others = 0
+        for error in errors:
+            if code_of(error) == "MOVED":
+                self._moved(str(error), node)
+            else:
+                others += 1
+        if missing and others:
+            for channel, error in (await alone(listener, missing)).items():
+                if code_of(error) != "MOVED":
+                    refused[channel] = translate(error, node.where)
+        for channel in channels:
+            if self._is_classic(channel) and encoded(channel) in listener.subscribed:
+                self._classic[channel] = node
+        # The owner may have changed since the node confirmed: then what is read next may not be complete.
+        return [
+            channel
+            for channel in channels
+            if channel not in refused
+            and (encoded(channel) not in listener.subscribed or self._table[key_slot(channel)] is not node)
+        ]
+
+    async def unsubscribe(self, channels: Sequence[str]) -> None:
+        ends: list[Coroutine[Any, Any, None]] = []
+        for node in self._nodes.values():
+            if node.listener is not None and not node.listener.closed:
+                there = node.listener.channels(channels)
+                if there:
+                    ends.append(node.listener.unsubscribe(self._commands("UNSUBSCRIBE", there)))
+        for channel in channels:
+            self._classic.pop(channel, None)
+        await _all(ends)
+
+    def _commands(self, command: str, channels: Sequence[str]) -> list[Command]:
+        """Return SUBSCRIBE or UNSUBSCRIBE for these channels. One command may have only channels of one slot."""
+        by_slot: dict[int, list[str]] = {}
+        for channel in channels:
+            by_slot.setdefault(-1 if self._is_classic(channel) else key_slot(channel), []).append(channel)
+        return [(command if slot < 0 else f"S{command}", *some) for slot, some in by_slot.items()]
+
+    # -- the table --------------------------------------------------------------------------------------------------
+
+    def doubt(self) -> None:
+        """Have the table asked for soon: something is not as the table says."""
+        self._stale.set()
+        self._refresher.start()
+
+    async def _keep_fresh(self) -> None:
+        backoff = Backoff(0.1, 0.5)
+        while True:
+            pause = self._refresh_every * random.uniform(0.8, 1.2) or None  # noqa: S311 - spreads load
+            try:
+                async with asyncio.timeout(pause):
+                    await self._stale.wait()
+            except TimeoutError:
+                pass
+            self._stale.clear()
+            await self._refresh()
+            doubtful = [node for node in self.owners() if node.doubtful]
+            if doubtful or self._known.covered < SLOTS:
+                self._stale.set()
+                for node in doubtful:
+                    self._in_background(self._probe(node))
+            else:
+                backoff.reset()
+            await asyncio.sleep(backoff.pause())  # not more than ten questions in a second
+
+    async def _probe(self, node: Node) -> None:
+        """Find out whether a node is away. A lost connection is made anew."""
+        try:
+            await node.request([("PING",)])
+        except BackendError:
+            await asyncio.sleep(_MOMENT)
+
+    def owners(self) -> list[Node]:
+        """Return the masters."""
+        return [self._nodes[address] for address in self.shards if address in self._nodes]
+
+    async def _refresh(self) -> None:
+        """Ask some masters for their tables. If none gives a good answer, ask the others, and the start nodes."""
+        owners = self.owners()
+        random.shuffle(owners)
+        sure = [node for node in owners if not node.doubtful]
+        rest = [node for node in owners if node.doubtful]
+        answers: list[SlotMap] = []
+        rounds = [sure[at : at + _ASKED] for at in range(0, len(sure), _ASKED)]
+        for some in (*rounds, [*rest, *map(self._node, self._start)]):
+            best = await self._best_of(some, answers)
+            if best is not None:
+                self._apply(best)
+                return
+
+    async def _best_of(self, nodes: Sequence[Node], answers: list[SlotMap]) -> SlotMap | None:
+        addresses = {node: address for address, node in self._nodes.items()}
+        asking = {spawn(self._ask(node, addresses[node])) for node in dict.fromkeys(nodes) if node in addresses}
+        now = asyncio.get_running_loop().time
+        until = now() + _TELL
+        try:
+            while asking and (left := until - now()) > 0:
+                done, asking = await asyncio.wait(asking, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                answers += [task.result() for task in done if task.exception() is None]
+                if (best := best_map(answers, self._known, final=not asking)) is not None:
+                    return best
+            return None
+        finally:
+            for task in asking:
+                task.cancel()
+            if asking:
+                await asyncio.wait(asking)
+
+    async def _ask(self, node: Node, address: Address) -> SlotMap:
+        (slots, info), _ = await node.request([("CLUSTER", "SLOTS"), ("CLUSTER", "INFO")])
+        if isinstance(slots, hiredis.ReplyError):
+            if "cluster support disabled" in str(slots):
+                raise BackendRefusedError(
+                    f"{node.where} is not a node of a Redis Cluster: write redis:// instead of redis+cluster://"
+                )
+            raise translate(slots, node.where)
+        return parse_map(slots, info, address, self._remap)
+
+    def _apply(self, answer: SlotMap) -> None:
+        """Put the answer in place of the table, and leave the nodes that own no slot any more."""
+        before, table = self._table, [None] * SLOTS  # type: list[Node | None], list[Node | None]
+        owned: Counter[Node] = Counter()
+        for first, last, address in answer.ranges:
+            node = self._node(address)
+            table[first : last + 1] = [node] * (last - first + 1)
+            owned[node] += last - first + 1
+        self._assign_shards(before, table, owned)
+        self._table, self._known = table, answer
+        if table == before:
+            return
+        self.has_changed = True
+        for address, node in tuple(self._nodes.items()):
+            if node not in owned:
+                del self._nodes[address]
+                self._shard_of.pop(node, None)
+                self._in_background(node.leave(BackendConnectionError(f"{node.where} owns no slot of the cluster")))
+        self._on_change()
+        for channel, node in tuple(self._classic.items()):
+            if table[key_slot(channel)] is not node:
+                del self._classic[channel]
+                if node.listener is not None and not node.listener.closed:
+                    self._in_background(node.listener.unsubscribe([("UNSUBSCRIBE", channel)]))
+                self._on_ended(encoded(channel))
+
+    def _assign_shards(
+        self, before: Sequence[Node | None], table: Sequence[Node | None], owned: Mapping[Node, int]
+    ) -> None:
+        """Decide which shard each owner stands for. A promoted replica takes over the shard of its former master."""
+        addresses = {node: address for address, node in self._nodes.items()}
+        taken: dict[int, Node] = {}
+        fresh: list[Node] = []
+        for node in sorted(owned, key=lambda each: -owned[each]):
+            shard = self._shard_of.get(node)
+            if shard is not None and shard not in taken:
+                taken[shard] = node
+            else:
+                fresh.append(node)
+        for node in fresh:
+            former = Counter(was for was, now in zip(before, table, strict=True) if now is node and was is not None)
+            heirs = [self._shard_of[was] for was, _ in former.most_common() if was in self._shard_of]
+            free = [shard for shard in (*heirs, *range(len(self.shards))) if shard not in taken]
+            shard = free[0] if free else len(self.shards)
+            if shard == len(self.shards):
+                self.shards.append(addresses[node])
+            taken[shard] = node
+        for shard, node in taken.items():
+            self.shards[shard] = addresses[node]
+        self._shard_of = {node: shard for shard, node in taken.items()}
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = spawn(work)
+        self._leaving.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._leaving.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+
+async def _all(calls: Any) -> list[Any]:
+    """Await all coroutines, each to its end, and return their results. Raises the first error."""
+    several = list(calls)
+    if len(several) == 1:
+        return [await several[0]]
+    found = await asyncio.gather(*several, return_exceptions=True)
+    for outcome in found:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return found
