@@ -35,6 +35,8 @@ _OF_REDIS: Final = {
     "redis_socket_keepalive": "socket_keepalive",
     "redis_backend_credential_provider": "credential_provider",
 }
+#: Keys of ``result_backend_transport_options`` that are options of the backend for Sentinel.
+_OF_SENTINEL: Final = ("master_name", "sentinel_kwargs", "min_other_sentinels")
 #: The arguments that a connection through a unix socket does not take.
 _OF_TCP: Final = frozenset({"host", "port", "socket_connect_timeout", "socket_keepalive"})
 
@@ -80,7 +82,13 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
         if prefix := transport.get("global_keyprefix"):
             taken["global_keyprefix"] = prefix
     if "aioresult.backends.redis.backend" in modules:
-        url, connecting = _redis(conf, url)
+        kinds = by_url(url)[1].partition("://")[0].split("+")
+        if "sentinel" in kinds or "cluster" in kinds:
+            url, connecting = _several_hosts(conf, url)
+        else:
+            url, connecting = _redis(conf, url)
+        if "sentinel" in kinds:
+            taken |= {name: value for name in _OF_SENTINEL if (value := transport.get(name)) is not None}
         if not transport.get("result_chord_ordered", True):
             taken["chord_ordered"] = False
         if connecting or "connect_options" in given:
@@ -143,11 +151,10 @@ def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
     prefix, plus, last = scheme.rpartition("+")
     last = last.lower()
     socket = last in ("socket", "unix")
-    wanted = {argument: conf.get(setting) for setting, argument in _OF_REDIS.items()}
-    wanted = {name: value for name, value in wanted.items() if value and not (socket and name in _OF_TCP)}
+    wanted = _wanted(conf, _OF_TCP if socket else frozenset())
     if named_only or socket:  # otherwise Celery takes the number only from the URL's path; without a path it is 0
         wanted["db"] = conf.get("redis_db") or 0
-    wanted = _typed(wanted)
+        wanted = _typed(wanted)
     if tls := conf.get("redis_backend_use_ssl"):
         if socket:
             raise ImproperlyConfigured("redis_backend_use_ssl is set, but a unix socket has no TLS; remove the setting")
@@ -159,9 +166,46 @@ def _redis(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
         present = url_options(by_url(url)[1])
     except ValueError:
         return url, {}  # the backend itself raises the error about the URL
+    return url, _lacking(wanted, present)
+
+
+def _several_hosts(conf: Settings, url: str) -> tuple[str, dict[str, Any]]:
+    """Return the URL of a cluster or of sentinels, and the connection arguments that the URL lacks.
+
+    This follows ``SentinelBackend`` in ``celery/backends/redis.py`` (5.7): ``redis_host`` and ``redis_port`` complete
+    the sentinels' addresses, and all other settings are for the master. ``redis_db`` has no effect.
+    """
+    from redis.asyncio.connection import SSLConnection
+
+    from .backends.redis.places import options_in, with_celerys_defaults
+
+    wanted = _wanted(conf, frozenset())
+    host, port = wanted.pop("host", "localhost"), wanted.pop("port", 6379)
+    if tls := conf.get("redis_backend_use_ssl"):
+        wanted["connection_class"] = SSLConnection
+        if isinstance(tls, Mapping):
+            wanted |= {name: value for name, value in tls.items() if value is not None}
+    _, passed = by_url(url)
+    backend = url.removesuffix(passed) if url.endswith(passed) else ""  # the path of a class
+    url = f"{backend}{with_celerys_defaults(passed, host, port)}"
+    try:
+        present = options_in(by_url(url)[1])
+    except (ImproperlyConfigured, ValueError):
+        return url, {}  # the backend itself raises the error about the URL
+    return url, _lacking(wanted, present)
+
+
+def _wanted(conf: Settings, without: frozenset[str]) -> dict[str, Any]:
+    """Return the connection arguments that the settings give."""
+    wanted = {argument: conf.get(setting) for setting, argument in _OF_REDIS.items()}
+    return _typed({name: value for name, value in wanted.items() if value and name not in without})
+
+
+def _lacking(wanted: dict[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of ``wanted`` is not in ``present``. A credential provider replaces the user and the password."""
     if "credential_provider" in {**wanted, **present}:
         wanted = {name: value for name, value in wanted.items() if name not in ("username", "password")}
-    return url, {name: value for name, value in wanted.items() if name not in present}
+    return {name: value for name, value in wanted.items() if name not in present}
 
 
 def _typed(wanted: dict[str, Any]) -> dict[str, Any]:

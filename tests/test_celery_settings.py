@@ -19,10 +19,12 @@ from celery.app.defaults import NAMESPACES
 from redis.asyncio import Redis as Client
 
 import aioresult
-from aioresult import Backend, ImproperlyConfigured
+from aioresult import Backend, ImproperlyConfigured, by_url
 from aioresult.backends.postgres import PostgresBackend
 from aioresult.backends.redis import RedisBackend
+from aioresult.backends.redis.places import cluster_place, sentinel_place
 from aioresult.celery import backend_from_app
+from aioresult.settings import backend_options
 
 from .celery_app import make_app
 from .celery_worker import GUARD, app_with
@@ -270,8 +272,97 @@ def test_redis_is_reached_as_celery_reaches_it(url: str, conf: Mapping[str, Any]
         assert part not in shown
 
 
+#: Settings for Sentinel, to be compared with what Celery itself makes of them. The transport options are merged.
+SENTINEL: dict[str, list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]] = {
+    "master_name": [("sentinel://u:pw@h1:1/3;sentinel://ann:other@h2:2/4", {"redis_db": 7}, {"master_name": "m"})],
+    "min_other_sentinels": [("sentinel://h1:1", {}, {"min_other_sentinels": 2})],
+    "sentinel_kwargs": [
+        ("sentinel://:pw@h1:1;sentinel://h2:1", {}, {"sentinel_kwargs": {"password": "pw2", "socket_timeout": 0.5}}),
+        (
+            "sentinel://h1:1",
+            {"redis_backend_use_ssl": {"ssl_cert_reqs": "none"}},
+            {"sentinel_kwargs": {"ssl": True, "ssl_cert_reqs": "required", "ssl_ca_certs": "/ca"}},
+        ),
+        ("sentinel://h1:1", {"redis_backend_use_ssl": {"ssl_cert_reqs": "required", "ssl_ca_certs": "/ca"}}, {}),
+    ],
+    "other settings": [
+        ("sentinel://", {"redis_host": "h", "redis_port": "7"}, {}),
+        ("sentinel://h1/2;sentinel://[::1]:26379/2", {}, {}),
+        ("sentinel://h1:1/", {"redis_username": "bob", "redis_password": "pw", "redis_client_name": "web"}, {}),
+        ("sentinel://:other@h1:1/", {"redis_password": "pw", "redis_socket_connect_timeout": "3"}, {}),
+        ("sentinel://h1:1", {"redis_socket_keepalive": True}, {"global_keyprefix": "shop"}),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("url", "conf", "transport"),
+    [
+        pytest.param(*case, id=f"{name} {number}")
+        for name, cases in SENTINEL.items()
+        for number, case in enumerate(cases)
+    ],
+)
+def test_sentinels_and_their_master_are_reached_as_celery_reaches_them(
+    url: str, conf: Mapping[str, Any], transport: Mapping[str, Any]
+) -> None:
+    transport = {"master_name": "m", **transport}
+    app = make_app(None, url, result_backend_transport_options=transport, **conf)
+    celerys = dict(app.backend.connparams)
+    theirs = app.backend._get_sentinel_instance(**celerys)
+    found, options = backend_options(app.conf, url, {})
+    place = sentinel_place(
+        found, options.get("connect_options") or {}, options["master_name"], options.get("sentinel_kwargs")
+    )
+    assert place.master_name == "m"
+    assert options.get("min_other_sentinels", 0) == theirs.min_other_sentinels
+    assert options.get("global_keyprefix") == transport.get("global_keyprefix")
+    asked = [(pool.connection_class, pool.connection_kwargs) for pool in (s.connection_pool for s in theirs.sentinels)]
+    assert place.sentinels == tuple((arguments["host"], int(arguments["port"])) for _, arguments in asked)
+    for (host, port), (kind, arguments) in zip(place.sentinels, asked, strict=True):
+        ours = {"host": host, "port": port, **place.sentinel_options}
+        assert judged(essence(place.sentinel_class, ours), set()) == judged(essence(kind, arguments), set())
+    del celerys["hosts"]
+    kind = celerys.pop("connection_class", redis.Connection)
+    mine = essence(place.connection_class, place.options)
+    assert judged(mine, OF_THE_SOCKET) == judged(essence(kind, celerys), OF_THE_SOCKET)
+
+
+#: redis-py's client sets these for the sentinels by itself.
+OF_THE_SOCKET = {"socket_connect_timeout", "socket_keepalive"}
+OF_TLS = {"ssl_cert_reqs", "ssl_ca_certs", "ssl_check_hostname"}
+OF_ALL = {"host", "port", "db", "username", "password", "client_name"}
+
+
+def judged(found: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return ``names`` of what `essence` returns. redis-py has several classes of connections with TLS."""
+    tls = "SSL" in found["class"]
+    return {"tls": tls} | {name: found.get(name) for name in (OF_ALL | OF_TLS if tls else OF_ALL) | names}
+
+
+def test_tls_without_arguments_is_for_the_master_alone_and_verifies_its_certificate() -> None:
+    app = make_app(None, "sentinel://h", redis_backend_use_ssl=True)
+    url, options = backend_options(app.conf, "sentinel://h", {"connect_options": {"client_name": "mine"}})
+    place = sentinel_place(url, options["connect_options"], "m", None)
+    assert (place.connection_class.__name__, place.sentinel_class.__name__) == ("SSLConnection", "Connection")
+    assert place.options == {"client_name": "mine", "ssl_check_hostname": True}
+
+
+def test_settings_of_redis_are_for_every_node_of_a_cluster() -> None:
+    conf = {"redis_password": "pw", "redis_host": "h", "redis_port": 7, "redis_db": 3, "redis_client_name": "web"}
+    tls = {"ssl_ca_certs": "/ca", "ssl_check_hostname": False}
+    app = make_app(None, "redis://", redis_backend_use_ssl=tls, **conf)
+    path = "aioresult.backends.redis:ClusterBackend+redis+cluster://h1,h2?client_name=url"
+    for url in (path, path.partition("+")[2]):
+        found, options = backend_options(app.conf, url, {})
+        assert found == url
+        place = cluster_place(by_url(found)[1], options["connect_options"])
+        assert place.url == "rediss+cluster://h1:6379,h2:6379"
+        assert place.options == {"password": "pw", "client_name": "url", **tls}
+
+
 def test_every_row_that_is_taken_over_is_shown() -> None:
-    shown = TAKEN_OVER.keys() | REDIS.keys() | {"database_engine_options"}
+    shown = TAKEN_OVER.keys() | REDIS.keys() | {"database_engine_options"} | (SENTINEL.keys() - {"other settings"})
     assert {name for name, verdict in ROWS.items() if verdict == "taken over"} == shown
 
 

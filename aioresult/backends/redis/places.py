@@ -27,6 +27,7 @@ from .url import (
     is_false,
     refused_url,
     shown_reason,
+    url_options,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "checked_remap",
     "checked_sentinels",
     "cluster_place",
+    "options_in",
     "place_url",
     "sentinel_place",
     "with_celerys_defaults",
@@ -50,6 +52,8 @@ SENTINEL_PORT: Final = 26379
 _ADDRESS: Final = re.compile(r"(\[[^\[\]]+\]|[^:\[\]]+):([0-9]{1,5})")
 #: Options of the backends, which the query of a URL cannot have.
 _NOT_IN_URL: Final = ("address_remap", "topology_refresh", "sentinel_kwargs", "min_other_sentinels")
+#: What the query of a URL for sentinels may have beside the arguments of the connection to the master.
+_OF_SENTINELS: Final = ("sentinel_username", "sentinel_password", "sentinel_ssl", "master_name")
 #: Arguments that redis-py's client takes, and its connection does not.
 _OF_THE_CLIENT: Final = ("max_connections", "single_connection_client", "auto_close_connection_pool")
 _ONCE: Final = f"write the user name and the password once, before the first host; {ENCODE}"
@@ -130,8 +134,7 @@ def sentinel_place(
     celerys = _is_celerys(url)
     parts = _parts(url, SENTINEL_PORT)
     _refuse_places(url, parts.query, given, "sentinels")
-    credentials = {name: parts.query.pop(f"sentinel_{name}", None) for name in ("username", "password")}
-    tls, queried = parts.query.pop("sentinel_ssl", None), parts.query.pop("master_name", None)
+    username, password, tls, queried = (parts.query.pop(name, None) for name in _OF_SENTINELS)
     service, path = ("", parts.path) if celerys else _service(url, parts.path)
     if celerys and not path.isdecimal() and path:
         raise refused_url(url, f"its path is the number of the database, as in sentinel://host:26379/0; {ENCODE}")
@@ -140,10 +143,22 @@ def sentinel_place(
     defaults: dict[str, Any] = {"ssl": parts.tls if tls is None else not is_false(tls)}
     if not celerys:
         defaults |= {name: options[name] for name in options if name.startswith(("ssl_", "socket_", "protocol"))}
-    defaults |= {name: value for name, value in credentials.items() if value}
+    defaults |= {name: value for name, value in (("username", username), ("password", password)) if value}
     return SentinelPlace(
         parts.addresses, name, connection_class, options, *_sentinel_connection({**defaults, **(sentinel_kwargs or {})})
     )
+
+
+def options_in(url: str) -> dict[str, Any]:
+    """Return the arguments of redis-py's connections to the nodes or to the master that ``url`` itself gives.
+
+    :raises ImproperlyConfigured, ValueError: the URL is malformed.
+    """
+    parts = _parts(url, 0)
+    for name in _OF_SENTINELS:
+        parts.query.pop(name, None)
+    served = url.partition("://")[0].lower().endswith("+sentinel")
+    return url_options(_plain(parts, _service(url, parts.path)[1] if served else parts.path))
 
 
 def with_celerys_defaults(url: str, host: str, port: int) -> str:
@@ -178,7 +193,8 @@ def _parts(url: str, port: int) -> _Parts:
         raise refused_url(
             url,
             "Celery reads sentinel+ssl:// as sentinel://, without TLS; write rediss+sentinel://host1,host2/name/0 for "
-            "TLS to the sentinels and the master, or sentinel:// for none",
+            "TLS to the sentinels and the master. A Celery app needs sentinel://, redis_backend_use_ssl for TLS to the "
+            "master, and sentinel_kwargs={'ssl': True} for TLS to the sentinels",
         )
     if fault := ENCODE if any(map(cut_password, several)) else authority_fault(url):
         raise refused_url(url, f"{_separators(scheme)}; {fault}" if ";" in url and len(several) == 1 else fault)
