@@ -80,7 +80,14 @@ BOB = {"username": "bob", "password": "p@w"}
             {**BOB, "db": 3},
             {},
         ),
-        # A Celery app may set these for its sentinels alone.
+        (
+            "sentinel://h1?protocol=2&client_name=a;sentinel://h2?client_name=b&master_name=m",
+            [("h1", 26379), ("h2", 26379)],
+            "m",
+            {"protocol": 2, "client_name": "a"},
+            {},
+        ),
+        # In Celery's spelling, sentinel_kwargs alone says how to reach the sentinels.
         ("sentinel://h?master_name=m&socket_timeout=3", [("h", 26379)], "m", {"socket_timeout": 3.0}, {}),
         ("redis+sentinel://h/m", [("h", 26379)], "m", {}, {}),
         ("redis+sentinel://h1,[::1]:5/my%2Fm/", [("h1", 26379), ("::1", 5)], "my/m", {}, {}),
