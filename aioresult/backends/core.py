@@ -106,8 +106,8 @@ class BackendCore(BackendContract):
 
     def _listener_lost(self, reason: BaseException) -> None:
         """A backend calls this when its listener, the connection that carries messages, has broken."""
-        if self._loop is not None:  # otherwise `aclose` closed the listener
-            self._shards[0].listener_lost(reason)
+        for shard in self._shards if self._loop is not None else ():  # otherwise `aclose` closed the listener
+            shard.listener_lost(reason)
 
     # -- shards -----------------------------------------------------------------------------------------------------
 

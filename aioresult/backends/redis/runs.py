@@ -282,6 +282,8 @@ class RunningTasks(KeyValueStoreBackend):
         return float(reply) / 1000
 
     async def _alive(self, workers: Sequence[str]) -> list[bool]:
+        if not workers:
+            return []
         scores = [("ZSCORE", self._workers_channel, worker) for worker in workers]
         *leases, time = await self._execute([*scores, ("TIME",)])
         for reply in (*leases, time):

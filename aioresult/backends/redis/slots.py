@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple
 
 from ...exceptions import BackendConnectionError
 from .connection import Command
-from .listener import encoded
 from .places import Address
 
 __all__ = ["SLOTS", "SlotMap", "Unit", "best_map", "key_slot", "parse_address", "parse_map", "units"]
@@ -25,7 +24,8 @@ _KEYLESS: Final = frozenset({"PING", "TIME", "MULTI", "EXEC"})
 
 def key_slot(key: str | bytes | int) -> int:
     """Return the slot of a key or channel."""
-    name = encoded(key) if not isinstance(key, bytes) else key
+    # A text that cannot be written as UTF-8 is no valid id; whoever uses the slot refuses it.
+    name = key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogatepass")
     start = name.find(b"{")
     if start >= 0:
         end = name.find(b"}", start + 1)
