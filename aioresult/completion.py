@@ -65,9 +65,9 @@ class Completions(Generic[L]):
     step that would have to wait raises `aioresult.TimeoutError`. A timeout of 0 reads all results and does not wait. A
     timeout below one second may end before the first read has; the missing results are then read one more time.
 
-    If there are many leaves, this iterator first reads them itself, a chunk at a time. Then it needs the hub (the
-    listener that all waiters of a backend share) only for leaves that have not finished. After that, it also watches
-    the ancestors of these leaves.
+    If there are many leaves, or if they are in several shards of the store, this iterator first reads them itself, a
+    chunk at a time. Then it needs the hub (the listener that all waiters of a shard share) only for leaves that have
+    not finished. After that, it also watches the ancestors of these leaves.
     """
 
     def __init__(self, lineage: Lineage[L], timeout: Timeout = None) -> None:
@@ -133,7 +133,9 @@ class Completions(Generic[L]):
         self._start_to_settle()
         few: list[_Inbox[L]] = []
         for store, inbox in self._inboxes.items():
-            if len(inbox.pending) > _FEW:
+            # The hub reads together what belongs to one shard (a part of the store). If there are several shards, one
+            # read for all of them tells the caller at once of every result that is ready.
+            if len(inbox.pending) > _FEW or store.spans_shards(inbox.pending):
                 self._begin(partial(self._look_through, store, inbox))
             else:
                 self._watch(store, inbox, tuple(inbox.pending), read_first=True)
@@ -190,18 +192,22 @@ class Completions(Generic[L]):
         for some in chunked(task_ids, store.fetch_chunk):
             # Ignore an error of this read: the hub reads the ids again, and reports an error that lasts.
             with suppress(Exception):
-                await self._look_up(store, inbox, some, patient=True)
+                for task_id, outcome in zip(some, await store.read_reachable(some), strict=True):
+                    if isinstance(outcome, Exception) or (outcome is not None and outcome.status != PENDING):
+                        inbox.receive(task_id, outcome)
             self._watch(store, inbox, [task_id for task_id in some if task_id in inbox.pending], read_first=False)
 
-    async def _look_up(
-        self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str], patient: bool = False
-    ) -> None:
+    async def _look_up(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str]) -> None:
+        """Read results. Raises if a part of the store cannot be reached, after the other results were passed on."""
+        away: BackendConnectionError | None = None
         for some in chunked(task_ids, store.fetch_chunk):
             for task_id, outcome in zip(some, await store.get_outcomes(some), strict=True):
-                if patient and isinstance(outcome, BackendConnectionError):
-                    continue
-                if isinstance(outcome, Exception) or outcome.status != PENDING:
+                if isinstance(outcome, BackendConnectionError):
+                    away = outcome
+                elif isinstance(outcome, Exception) or outcome.status != PENDING:
                     inbox.receive(task_id, outcome)
+        if away is not None:
+            raise away
 
     def _watch(self, store: ResultStore, inbox: _Inbox[L], task_ids: Iterable[str], read_first: bool) -> None:
         for task_id in task_ids:

@@ -119,6 +119,10 @@ class BackendCore(BackendContract):
         """Return the shard that serves ``topic``."""
         return self._shards[0]
 
+    def _is_away(self, shard: Shard) -> bool:
+        """True if the part of the store cannot be reached, as far as the backend knows."""
+        return shard.failing
+
     def _by_shard(self, topics: Iterable[str]) -> dict[Shard, list[str]]:
         """Group topics by the shards that serve them."""
         if len(self._shards) == 1:

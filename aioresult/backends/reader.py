@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 from ..exceptions import BackendConnectionError, BackendGetMetaError, SerializationError, UsageError
@@ -15,10 +15,14 @@ from ..meta import TaskMeta
 from ..seconds import Timeout, checked_timeout
 from ..waiter import FINAL_READ, Outcome, SingleWaiter, Waiter, timed_out
 from .core import Removal
-from .shard import as_error
+from .shard import Shard, as_error
 from .worker import WorkerSide
 
 __all__ = ["ReaderSide"]
+
+
+#: So few results are read in one round trip with those that other calls read at the same time.
+_FEW = 100
 
 
 class ReaderSide(WorkerSide):
@@ -68,6 +72,42 @@ class ReaderSide(WorkerSide):
                 found.update(zip(some, there, strict=True))
             outcomes += [found[task_id] or TaskMeta.pending(task_id) for task_id in ids]
         return outcomes
+
+    async def read_reachable(self, task_ids: Iterable[str]) -> list[Outcome | None]:
+        """Do the same as `get_outcomes`, but do not wait for shards that cannot be reached. Used by joins.
+
+        A shard is a part of the store; see `aioresult.backends.shard`. If there are several, ``None`` takes the place
+        of the results of a shard that is away.
+        """
+        if len(self._shards) == 1:
+            return [*await self.get_outcomes(task_ids)]
+        ids = self._valid_ids(task_ids)
+        by_shard = {shard: some for shard, some in self._by_shard(ids).items() if not self._is_away(shard)}
+        reads = {shard: self._begin_read(shard, some, few=len(ids) <= _FEW) for shard, some in by_shard.items()}
+        while pending := [read for shard, read in reads.items() if not read.done() and not self._is_away(shard)]:
+            await asyncio.wait(pending, timeout=self.heartbeat / 4)
+        found: dict[str, Outcome | BaseException | None] = {}
+        for shard, read in reads.items():
+            if read.done() and read.exception() is None:
+                for task_id, outcome in zip(by_shard[shard], read.result(), strict=True):
+                    if not isinstance(outcome, BackendConnectionError):
+                        found[task_id] = outcome or TaskMeta.pending(task_id)
+        seen = (found.get(task_id) for task_id in ids)
+        return [as_error(each) if isinstance(each, BaseException) else each for each in seen]
+
+    @staticmethod
+    def _begin_read(shard: Shard, task_ids: Sequence[str], few: bool) -> asyncio.Future[Any]:
+        """Begin to read results in one shard. If they are ``few``, they share a round trip with other reads.
+
+        The result of the future is a list with an outcome, an error or ``None`` for each id.
+        """
+        if few:
+            return asyncio.gather(*map(shard.fetches.submit, task_ids), return_exceptions=True)
+        return shard.calls.submit(partial(shard.outcomes, task_ids))
+
+    def spans_shards(self, task_ids: Iterable[str]) -> bool:
+        """True if these ids are in several shards, which are parts of the store. Used by joins."""
+        return len(self._shards) > 1 and len({self._shard_of(task_id) for task_id in task_ids}) > 1
 
     def _valid_ids(self, task_ids: Iterable[str | UUID]) -> list[str]:
         if isinstance(task_ids, (str, UUID)):

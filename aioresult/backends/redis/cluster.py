@@ -144,6 +144,11 @@ class Cluster:
         node = self._table[key_slot(key)]
         return 0 if node is None else self._shard_of.get(node, 0)
 
+    def is_doubtful(self, shard: int) -> bool:
+        """True if the master of the shard may be away."""
+        node = self._nodes.get(self.shards[shard])
+        return node is None or node.doubtful
+
     def connection_for(self, key: str) -> RedisConnection | None:
         node = self._table[key_slot(key)]
         connection = None if node is None else node.commands

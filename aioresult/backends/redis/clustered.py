@@ -126,6 +126,9 @@ class ClusterBackend(RedisBackend):
     def _owner_of(self, topic: str) -> Shard:
         return self._shards[self._topology.shard_of(self._channel(topic))]
 
+    def _is_away(self, shard: Shard) -> bool:
+        return super()._is_away(shard) or self._topology.is_doubtful(self._shards.index(shard))
+
     def _sharded_anew(self) -> None:
         """Make a shard for each master that is new."""
         for index, name in enumerate(self._shard_names() if self._shards else ()):
