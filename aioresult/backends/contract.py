@@ -87,6 +87,9 @@ class BackendContract(ABC):
     store_parallel = 2
     #: The most bytes of values in one store, fetch or call of steps, unless a single value is larger.
     chunk_bytes = 16 * 2**20
+    #: True if a group and its members may be in different shards, which are parts of the store that fail separately.
+    #: Then `_store` and `_run_steps` leave groups alone, and the backend calls `_extend_groups` after them.
+    groups_apart = False
     #: True if another program, such as Celery, may finish a chord that it created and send this library no message.
     chords_beside = False
 
@@ -263,6 +266,13 @@ class BackendContract(ABC):
     @abstractmethod
     async def _delete_group(self, group_id: str) -> None:
         """Remove the group. Do nothing if there is none."""
+
+    async def _extend_groups(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
+        """Keep the group of each record at least as long as the record, and count a member that is over.
+
+        Called only if `groups_apart` is true.
+        """
+        return [True] * len(records)
 
     async def _count_group(self, group_id: str, size: int, expires: float) -> None:  # noqa: B027 - optional
         """Begin to count how many of the ``size`` members of a saved group are over. An index identifies a member.

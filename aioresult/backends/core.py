@@ -20,6 +20,7 @@ from ..chord import (
     READY_TOPIC,
 )
 from ..exceptions import (
+    AioResultError,
     BackendClosedError,
     BackendNotOpenError,
     UsageError,
@@ -28,8 +29,9 @@ from ..exceptions import (
 from ..log import OUTPUT_TOPIC, OutputNews
 from ..meta import TaskMeta
 from ..progress import GROUP_TOPIC
+from ..record import Record
 from ..run import WORKER_TOPIC, WORKERS_TOPIC
-from ..tasks import run_to_completion, spawn
+from ..tasks import EMPTY, fail, run_to_completion, spawn
 from .contract import BackendContract, CoreOptions, Removal
 from .opening import connect_patiently
 from .shard import Shard
@@ -118,6 +120,41 @@ class BackendCore(BackendContract):
     def _shard_of(self, topic: str) -> Shard:
         """Return the shard that serves ``topic``."""
         return self._shards[0]
+
+    def _extending(self, change: asyncio.Future[T], record: Record | None) -> asyncio.Future[T]:
+        """Return a future for ``change``, which has been submitted. It is done when the record's group is kept, too.
+
+        The group may be in another shard. Its keeping must not hold up the batch of the record, and its error does not
+        concern the caller: the record is stored.
+        """
+        if record is None or not record.group_id or not self.groups_apart:
+            return change
+        group = CHORD_TOPIC + record.group_id
+        both: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def conclude(_: object) -> None:
+            if not both.done():
+                both.set_result(change.result())
+
+        def extend(_: object) -> None:
+            if change.cancelled() or (both.cancelled() and not change.done()):
+                return
+            if (error := change.exception()) is not None:
+                if not both.done():
+                    fail(both, error)
+                return
+            try:
+                self._shard_of(group).extensions.submit(record).add_done_callback(conclude, context=EMPTY.context)
+            except AioResultError:  # the backend was closed
+                conclude(None)
+
+        def give_up(_: object) -> None:
+            if both.cancelled():
+                change.cancel()
+
+        change.add_done_callback(extend, context=EMPTY.context)
+        both.add_done_callback(give_up, context=EMPTY.context)
+        return both
 
     def _is_away(self, shard: Shard) -> bool:
         """True if the part of the store cannot be reached, as far as the backend knows."""

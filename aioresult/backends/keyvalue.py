@@ -179,14 +179,20 @@ class KeyValueStoreBackend(Backend):
 
     async def _store(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
         writes = list(map(self._put, records))
-        # A group lives at least as long as its members. This is a separate write, because the keys of the group and of
-        # the result may be in two slots of a Redis Cluster.
-        groups = [
+        if not self.groups_apart:
+            writes += self._extensions(records)
+        return (await self._write(writes))[: len(records)]
+
+    def _extensions(self, records: Sequence[Record]) -> list[Write]:
+        """Return the writes by which groups live at least as long as their members."""
+        return [
             Write(self._group_key(record.group_id), Op.EXTEND, b"", record.expires, record.group_index, record.failed)
             for record in records
             if record.group_id
         ]
-        return (await self._write(writes + groups))[: len(records)]
+
+    async def _extend_groups(self, records: Sequence[Record]) -> Sequence[bool | BaseException]:
+        return await self._write(self._extensions(records))
 
     def _put(self, record: Record) -> Write:
         op = Op.PUT_IF_ABSENT if record.only_new else Op.PUT_UNLESS_FINAL if record.custom else Op.PUT_UNLESS_SUCCESS

@@ -260,7 +260,7 @@ class LiveSide(ReaderSide):
         """Do a step of a run. The steps of one task are done in the order in which they were submitted."""
         self.check()
         size = 0 if step.record is None else self._payload_size(step.record.payload)
-        return self._shard_of(step.task_id).runs.submit(step, step.task_id, size)
+        return self._extending(self._shard_of(step.task_id).runs.submit(step, step.task_id, size), step.record)
 
     async def run_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
         """Do many steps of runs. If a step fails, its error takes the place of its state."""

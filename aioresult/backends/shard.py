@@ -85,7 +85,8 @@ class Shard:
         self.runs: Batcher[RunStep, RunState] = writing(lambda steps: backend._run_steps(steps), max_held=most)
         # Pings are not in `calls`: a ping must not wait for other calls, and must not be retried.
         self.pings: Batcher[None, float] = reading(self._perform_pings)
-        self.stores: tuple[Batcher[Any, Any], ...] = (self.writes, self.steps, self.appends, self.runs)
+        self.extensions: Batcher[Record, bool] = writing(lambda records: backend._extend_groups(records))
+        self.stores: tuple[Batcher[Any, Any], ...] = (self.writes, self.steps, self.appends, self.runs, self.extensions)
         self._batchers = (*self.stores, self.fetches, self.calls, self.page_reads, self.pings)
 
     def start(self) -> None:

@@ -123,7 +123,7 @@ class WorkerSide(BackendCore):
 
     def _submit(self, record: Record) -> asyncio.Future[bool]:
         writes = self._shard_of(record.task_id).writes
-        return writes.submit(record, record.task_id, self._payload_size(record.payload))
+        return self._extending(writes.submit(record, record.task_id, self._payload_size(record.payload)), record)
 
     def record(
         self,

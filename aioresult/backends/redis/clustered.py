@@ -13,6 +13,7 @@ from ...chord import CHORD_TOPIC, READY_TOPIC
 from ...exceptions import BackendError, BackendRefusedError
 from ...log import OUTPUT_TOPIC
 from ...progress import GROUP_TOPIC
+from ...record import Record
 from ...seconds import Seconds, checked_seconds
 from ..base import BackendOptions
 from ..keyvalue import sibling
@@ -48,6 +49,7 @@ class ClusterBackend(RedisBackend):
     _scripts: Scripts = SHARDED
     _topology: Cluster
 
+    groups_apart = True
     # Celery's own script does not run on a cluster.
     chords_beside = False
 
@@ -204,6 +206,12 @@ class ClusterBackend(RedisBackend):
                 if isinstance(reply, hiredis.ReplyError):
                     raise self._refusal(reply, BackendError, "add to the list of chords")
         return await self._execute(then)
+
+    async def _keep_group_of(self, task_id: str, group_id: str, expires: float) -> None:
+        # The group may be in another shard, which must not hold up the steps of this one.
+        self._shard_of(CHORD_TOPIC + group_id).extensions.submit(
+            Record(task_id, b"", expires, False, group_id, False, None, False)
+        )
 
     def _chord_key(self, group_key: str, suffix: str) -> str:
         """Return the name of a further key of a chord. Unlike Celery's name, it is in the slot of the group's key."""

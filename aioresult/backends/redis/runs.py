@@ -16,11 +16,10 @@ import hiredis
 
 from ...exceptions import BackendError, BackendGetMetaError, BackendStoreError, DecodeError, SerializationError
 from ...log import START, Entry, Flush, Page, PageRequest, Place
-from ...record import Record
 from ...run import RunOp, RunState, RunStep, Verdict
 from ...serialization import FINAL_HEADS
 from ...states import READY_STATES
-from ..keyvalue import KeyValueStoreBackend, output_message, sibling
+from ..keyvalue import KeyValueStoreBackend, Write, output_message, sibling
 from ..runs import superseded
 from .connection import WAITERS_FIRST, Command, code_of
 from .groups import extend_command, milliseconds
@@ -53,6 +52,10 @@ class RunningTasks(KeyValueStoreBackend):
 
         Raises if any reply says that the server is not ready. Then the caller must repeat all of the commands.
         """
+
+    @abstractmethod
+    def _command(self, write: Write, digest: str = "") -> Command:
+        """Return the command that does ``write``."""
 
     @abstractmethod
     def _raise_if_not_ready(self, reply: hiredis.ReplyError) -> None:
@@ -226,21 +229,11 @@ class RunningTasks(KeyValueStoreBackend):
         return [outcomes[index] for index in range(len(steps))]
 
     async def _distinct_steps(self, steps: Sequence[RunStep]) -> list[RunState | BaseException]:
-        # A group lives at least as long as its members.
-        groups = [
-            extend_command(
-                self._scripts, self._group_key(record.group_id), record.expires, record.group_index, record.failed
-            )
-            for step in steps
-            if (record := step.record) is not None and record.group_id
-        ]
+        records = [step.record for step in steps if step.record is not None]
+        groups = [] if self.groups_apart else map(self._command, self._extensions(records))
         commands = [self._step_command(step) for step in steps]
         _, *replies = await self._execute([WAITERS_FIRST, *commands, *groups])
         return [await self._stepped(step, reply) for step, reply in zip(steps, replies, strict=False)]
-
-    def _extend(self, record: Record) -> Command:
-        group = self._group_key(record.group_id or "")
-        return extend_command(self._scripts, group, record.expires, record.group_index, record.failed)
 
     def _step_command(self, step: RunStep, digest: str = "", status: str = "") -> Command:
         key, record = self._task_key(step.task_id), step.record
@@ -267,8 +260,12 @@ class RunningTasks(KeyValueStoreBackend):
             return self._refusal(reply, BackendStoreError, f"store the run of task {step.task_id}")
         verdict, run, worker, reason, group, expires = reply
         if group and step.op is not RunOp.REVOKE:  # the step stored the REVOKED of an earlier request to stop
-            await self._execute([extend_command(self._scripts, self._group_key(_text(group)), int(expires) / 1000)])
+            await self._keep_group_of(step.task_id, _text(group), int(expires) / 1000)
         return RunState(Verdict(_text(verdict)), _text(run), _text(worker), None if reason is None else _text(reason))
+
+    async def _keep_group_of(self, task_id: str, group_id: str, expires: float) -> None:
+        """Keep the group of a task whose REVOKED was stored, as long as that result."""
+        await self._execute([extend_command(self._scripts, self._group_key(group_id), expires)])
 
     # -- workers ----------------------------------------------------------------------------------------------------
 
