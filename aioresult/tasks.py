@@ -147,6 +147,19 @@ class SingleFlight(Generic[T]):
                 error = copy_of_error(exc)
             raise error
 
+    @property
+    def running(self) -> bool:
+        """True if an attempt is under way."""
+        return self._task is not None and not self._task.done()
+
+    def restart(self) -> None:
+        """Cancel the attempt, if one is under way. Its callers begin another one.
+
+        An attempt that calls this itself goes on.
+        """
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+
     async def stop(self) -> None:
         """Cancel the attempt, if one is under way, and wait for its end."""
         if self._task is not None and not self._task.done():

@@ -167,8 +167,17 @@ class Node:
         both = (self.commands, self.listener)
         return self.failing or any(each is not None and (each.closed or each.doubtful) for each in both)
 
+    @property
+    def overdue(self) -> bool:
+        """True if an attempt to connect is under way, or an open connection was not answered for half a heartbeat."""
+        both = (self.commands, self.listener)
+        connecting = self.connect.running or self.listen.running
+        return connecting or any(each is not None and each.doubtful for each in both)
+
     def drop(self, reason: BackendError) -> None:
-        """Close both connections at once, as if they were lost. New ones may be made."""
+        """Close both connections at once, as if they were lost. Attempts to connect begin again, with a new link."""
+        self.connect.restart()
+        self.listen.restart()
         for connection in (self.commands, self.listener):
             if connection is not None:
                 connection.drop(reason)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple, Unpack
@@ -12,9 +14,9 @@ import hiredis
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
-from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
+from ...exceptions import AioResultError, BackendConnectionError, BackendRefusedError, ImproperlyConfigured
 from ...retry import Backoff
-from ...tasks import StandingTask, copy_of_error, spawn
+from ...tasks import SingleFlight, StandingTask, copy_of_error, spawn
 from ..base import BackendOptions
 from .backend import RedisBackend
 from .connection import RedisConnection, translate
@@ -30,6 +32,8 @@ logger: logging.Logger = logging.getLogger("aioresult")
 
 #: Seconds that a sentinel has to answer.
 _TELL: Final = 1.0
+#: Seconds between two rounds of questions to the sentinels, while the master they name cannot be used.
+_PAUSE: Final = 0.1
 #: The channel on which sentinels announce a new master: "<name> <old host> <old port> <new host> <new port>". See
 #: https://redis.io/docs/latest/operate/oss_and_stack/management/sentinel/#pubsub-messages
 _SWITCH: Final = "+switch-master"
@@ -38,18 +42,21 @@ _SWITCH: Final = "+switch-master"
 class _Answer(NamedTuple):
     """What a sentinel knows of the master."""
 
-    epoch: int
     address: Address
-    others: int
+    #: The number of the configuration. Each failover raises it.
+    epoch: int
 
 
 class Sentinel(Single):
     """One master has every key. Sentinels know its address, and announce when another server takes its place.
 
-    The address is asked for before each connection is made, and the server must say that it is the master: a sentinel
+    The sentinels are asked before each connection is made, and the server must say that it is the master: a sentinel
     that was cut off may name an old one. One connection to a sentinel waits for the announcement. If the master does
-    not answer for half a heartbeat, the sentinels are asked, too. As soon as they name another server, the connections
-    to the old one are dropped: a frozen master would keep them open, and lose later what it is sent now.
+    not answer for half a heartbeat, the sentinels are asked, too.
+
+    As soon as another server is the master, the connections to the old one are dropped: a frozen master would keep them
+    open, and lose later what it is sent now. Attempts to connect to the old one end, too. The next attempt goes to the
+    new master without asking again, because other sentinels may still name the old one for a moment.
     """
 
     def __init__(
@@ -63,31 +70,40 @@ class Sentinel(Single):
         events: NodeEvents,
     ) -> None:
         self._place = place
-        self._where = where
         self._remap = remap
         self._min_others = min_other_sentinels
         self._heartbeat = heartbeat
-        #: The address of the master that was connected to last.
+        #: The address of the master, as it was learned last, and the epoch in which a sentinel named it. There are no
+        #: connections to another server.
         self._address: Address | None = None
+        self._epoch = 0
+        #: An address that need not be asked for: it was learned after the sentinels were asked last.
+        self._news: Address | None = None
+        #: Servers that a sentinel has named, and that were no masters, since a connection was made last.
+        self._wrong: set[Address] = set()
+        #: True if the last attempt to connect has failed. Then all sentinels are asked, and not only the fastest.
+        self._failed = False
+        self._asked_at = 0.0
+        self._find: SingleFlight[_Answer] = SingleFlight(self._find_master)
         super().__init__(
             Node(where, self._new_link, heartbeat, scripts, events._replace(on_doubt=self._doubted), self._greet)
         )
         self._watch: RedisListener | None = None
         self._watcher = StandingTask(self._keep_watching, "aioresult-sentinel", lambda: True)
-        self._checking: asyncio.Task[None] | None = None
+        self._doubt = asyncio.Event()
+        self._checker = StandingTask(self._keep_checking, "aioresult-sentinel-check", lambda: True)
 
     async def open(self) -> None:
         await self.node.connect()
+        self._doubt.clear()
         self._watcher.start()
+        self._checker.start()
 
     async def close(self) -> None:
         await self._watcher.stop()
-        if self._checking is not None:
-            self._checking.cancel()
-            await asyncio.wait([self._checking])
-        if self._watch is not None:
-            await self._watch.close()
+        await self._checker.stop()
         await super().close()
+        await self._find.stop()
 
     def abandon(self) -> None:
         if self._watch is not None:
@@ -97,9 +113,24 @@ class Sentinel(Single):
     # -- the master -------------------------------------------------------------------------------------------------
 
     async def _new_link(self) -> AbstractConnection:
-        self._address = await self._find_master()
-        host, port = self._address
+        address = self._news
+        if address is None:
+            answer = await self._find()
+            address = answer.address
+            self._follow(address, answer.epoch)
+        host, port = address
         return self._place.connection_class(**{**self._place.options, "host": host, "port": port})
+
+    def _follow(self, address: Address, epoch: int) -> None:
+        """Note that the server at ``address`` is the master, and leave any other server."""
+        old, self._address, self._epoch = self._address, address, epoch
+        if old is not None and address != old:
+            reason = (
+                f"the sentinels have replaced the master {self._place.master_name!r}, {place_url('redis', old)}, "
+                f"by {place_url('redis', address)}"
+            )
+            logger.warning("%s", reason)
+            self.node.drop(BackendConnectionError(reason))
 
     async def _greet(self, link: AbstractConnection) -> None:
         """Raise unless the server is a master."""
@@ -107,68 +138,93 @@ class Sentinel(Single):
         try:
             role = (await link.read_response())[0]
         except redis_errors.NoPermissionError:
-            return  # then the server itself refuses what only a master may do
+            role = b"master"  # the server itself refuses what only a master may do
         if role not in (b"master", "master"):
-            shown = place_url("redis", self._address or ("", 0))
-            raise BackendConnectionError(f"{shown} is not the master {self._place.master_name!r}, but a {_text(role)}")
+            given: Any = link
+            self._wrong.add((given.host, given.port))
+            raise BackendConnectionError(
+                f"{place_url('redis', (given.host, given.port))} is not the master {self._place.master_name!r}, "
+                f"but a {_text(role)}"
+            )
+        self._wrong.clear()
+        self._failed = False
 
-    async def _find_master(self) -> Address:
-        """Ask the sentinels. Believes the newest configuration among the answers of more than half of them."""
-        asking = {spawn(self._ask(address)) for address in self._place.sentinels}
-        enough = len(asking) // 2 + 1
-        answers: list[_Answer] = []
-        failures: list[BackendError] = []
+    async def _find_master(self) -> _Answer:
+        """Ask the sentinels for the master. Believe the newest configuration among the answers.
+
+        The answers of more than half of the sentinels suffice, unless the last attempt to connect has failed.
+
+        Raises `BackendConnectionError` if no sentinel answers, and `BackendRefusedError` if all of them refuse, or
+        `ImproperlyConfigured` if ``address_remap`` fails.
+        """
         now = asyncio.get_running_loop().time
-        until = now() + _TELL
+        if self._failed:
+            await asyncio.sleep(self._asked_at + _PAUSE - now())
+        self._asked_at = now()
+        asking = {spawn(self._ask(address)) for address in self._place.sentinels}
+        enough = len(asking) if self._failed else len(asking) // 2 + 1
+        answers: list[_Answer] = []
+        failures: list[AioResultError] = []
         try:
-            while asking and len(answers) < enough and (left := until - now()) > 0:
+            while asking and len(answers) < enough and (left := self._asked_at + _TELL - now()) > 0:
                 done, asking = await asyncio.wait(asking, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    error = task.exception()
-                    if isinstance(error, BackendError):
-                        failures.append(error)
-                    elif error is not None:
-                        raise error
-                    else:
+                    try:
                         answers.append(task.result())
+                    except AioResultError as exc:
+                        failures.append(exc)
         finally:
             for task in asking:
                 task.cancel()
             if asking:
                 await asyncio.wait(asking)
-        answers = [answer for answer in answers if answer.others >= self._min_others]
         if answers:
-            return self._remap(max(answers).address)
-        refused = [error for error in failures if isinstance(error, BackendRefusedError)]
-        if refused and len(refused) == len(failures):
+            votes = Counter(answer.address for answer in answers)
+            # With equal epochs a sentinel that belongs to none of the others may have named a server of its own.
+            return max(
+                answers,
+                key=lambda answer: (
+                    answer.address not in self._wrong,
+                    answer.epoch,
+                    votes[answer.address],
+                    answer.address == self._address,
+                ),
+            )
+        refused = [error for error in failures if not isinstance(error, BackendConnectionError)]
+        if len(refused) == len(self._place.sentinels):
             raise copy_of_error(refused[0])
-        reasons = "; ".join(sorted({str(error) for error in failures})) or "none of them answers"
-        if not failures and self._min_others:
-            reasons = f"none knows min_other_sentinels={self._min_others} others"
+        reasons = "; ".join(sorted({str(error) for error in failures})) or f"none answers within {_TELL:g} s"
         raise BackendConnectionError(f"no sentinel tells the address of master {self._place.master_name!r}: {reasons}")
 
     async def _ask(self, sentinel: Address) -> _Answer:
-        where = self._shown(sentinel)
+        where, name = self._shown(sentinel), self._place.master_name
         connection = RedisConnection(where, self._heartbeat)
         try:
             await connection.connect(self._sentinel_link(sentinel))
-            name = self._place.master_name
             address, about = await connection.request(
                 [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
             )
         finally:
-            if not connection.closed:
-                await connection.close()
+            await connection.close()
         for reply in (address, about):
             if isinstance(reply, hiredis.ReplyError) and "No such master" not in str(reply):
+                if "unknown command" in str(reply):
+                    raise BackendRefusedError(f"{where} is no sentinel: {reply}; sentinels have port 26379 by default")
                 raise translate(reply, where)
         if address is None or isinstance(about, hiredis.ReplyError):
             raise BackendRefusedError(f"{where} watches no master {name!r}; check master_name")
-        fields = about if isinstance(about, dict) else dict(zip(about[::2], about[1::2], strict=False))
-        host, port = address
-        return _Answer(
-            int(fields.get(b"config-epoch", 0)), (host.decode(), int(port)), int(fields.get(b"num-other-sentinels", 0))
-        )
+        try:
+            fields = about if isinstance(about, dict) else dict(zip(about[::2], about[1::2], strict=True))
+            epoch, others = int(fields[b"config-epoch"]), int(fields[b"num-other-sentinels"])
+            host, port = address
+            named = host.decode(), int(port)
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise BackendConnectionError(f"{where} does not answer as a sentinel does: {exc!r}") from exc
+        if others < self._min_others:
+            raise BackendConnectionError(
+                f"{where} knows {others} other sentinels, and min_other_sentinels is {self._min_others}"
+            )
+        return _Answer(self._remap(named), epoch)
 
     def _sentinel_link(self, sentinel: Address) -> AbstractConnection:
         host, port = sentinel
@@ -179,61 +235,104 @@ class Sentinel(Single):
 
     # -- another master ---------------------------------------------------------------------------------------------
 
-    def _doubted(self, _: Node) -> None:
-        if self._checking is None or self._checking.done():
-            self._checking = spawn(self._check())
+    def _doubted(self, node: Node) -> None:
+        self._failed = self._failed or node.failing
+        self._news = None
+        self._doubt.set()
 
-    async def _check(self) -> None:
-        """Ask the sentinels for the master while the present one may be away."""
+    async def _keep_checking(self) -> None:
+        """Ask the sentinels for the master whenever the present one may be away, and for as long as it may be."""
         backoff = Backoff(0.1, 0.5)
-        while self.node.doubtful and not self.node.failing:
-            await self._compare()
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            await self._check()
+            if self.node.overdue:
+                self._doubt.set()
+            else:
+                backoff.reset()
             await asyncio.sleep(backoff.pause())
 
-    async def _compare(self) -> None:
-        """Drop the connections to the master if the sentinels name another."""
+    async def _check(self) -> None:
+        """Leave the present master if the sentinels name another one in a newer configuration.
+
+        A sentinel that was cut off has an older configuration. With the same configuration, another address is another
+        name of the same server.
+        """
         try:
-            address = await self._find_master()
-        except BackendError:
+            answer = await self._find()
+        except AioResultError as exc:
+            logger.debug("cannot find out whether %s has another master: %s", self.node.where, exc)
             return
-        if address != self._address and self._address is not None:
-            self.node.drop(
-                BackendConnectionError(
-                    f"the sentinels have replaced the master {place_url('redis', self._address)} by "
-                    f"{place_url('redis', address)}"
-                )
-            )
+        if answer.address == self._address:
+            self._epoch = max(self._epoch, answer.epoch)
+        elif answer.epoch > self._epoch:
+            self._follow(answer.address, answer.epoch)
+            self._news = answer.address
 
     async def _keep_watching(self) -> None:
         """Subscribe to the announcements of one sentinel after the other, as long as each answers."""
-        backoff, turn = Backoff(), 0
+        backoff = Backoff()
+        sentinels, failures = self._place.sentinels, 0
+        turn = random.randrange(len(sentinels))  # noqa: S311 - spreads load
+        now = asyncio.get_running_loop().time
         while True:
-            sentinel = self._place.sentinels[turn % len(self._place.sentinels)]
-            turn += 1
-            lost = asyncio.Event()
-            self._watch = RedisListener(
-                self._shown(sentinel), self._heartbeat, self._announced, _ignore, partial(_set, lost)
-            )
+            began = now()
             try:
-                async with asyncio.timeout(_TELL):
-                    await self._watch.connect(self._sentinel_link(sentinel))
-                    _, missing = await self._watch.subscribe([("SUBSCRIBE", _SWITCH)])
-                if not missing:
-                    await self._compare()  # the announcement may have been missed
-                    backoff.reset()
-                    await lost.wait()
-            except (BackendError, TimeoutError) as exc:
-                logger.debug("cannot watch %s: %s", self._shown(sentinel), exc)
-            finally:
-                if not self._watch.closed:
-                    await self._watch.close()
+                await self._watch_one(sentinels[turn % len(sentinels)])
+                failures = 0
+            except AioResultError as exc:
+                failures += 1
+                if failures == len(sentinels):
+                    logger.warning(
+                        "no sentinel of %s can be watched (%s); it takes longer now to notice a new master",
+                        self.node.where,
+                        exc,
+                    )
+            turn += 1
+            if now() - began > self._heartbeat:  # a connection that is lost at once must not be made at once again
+                backoff.reset()
             await asyncio.sleep(backoff.pause())
 
+    async def _watch_one(self, sentinel: Address) -> None:
+        """Subscribe to the announcements of ``sentinel``, and return when the connection is lost.
+
+        Raises `BackendConnectionError` or `BackendRefusedError` if that fails.
+        """
+        where = self._shown(sentinel)
+        lost = asyncio.Event()
+        watch = RedisListener(where, self._heartbeat, self._announced, _ignore, partial(_set, lost))
+        try:
+            async with asyncio.timeout(_TELL):
+                await watch.connect(self._sentinel_link(sentinel))
+                errors, missing = await watch.subscribe([("SUBSCRIBE", _SWITCH)])
+            if missing:
+                ended = BackendConnectionError(f"{where} has ended a subscription")
+                raise translate(errors[0], where) if errors else ended
+            self._watch = watch
+            self._doubt.set()  # an announcement may have been missed
+            await lost.wait()
+        except TimeoutError as exc:
+            raise BackendConnectionError(f"{where} has not answered for {_TELL:g} s") from exc
+        finally:
+            self._watch = None
+            await watch.close()
+
     def _announced(self, channel: bytes, value: bytes) -> None:
-        if value.split(b" ")[0].decode("utf-8", "replace") == self._place.master_name:
-            if self._checking is not None:
-                self._checking.cancel()
-            self._checking = spawn(self._compare())
+        name, *words = value.decode("utf-8", "replace").rsplit(" ", 4)
+        if name != self._place.master_name:
+            return
+        old_host, old_port, host, port = words
+        try:
+            old, new = self._remap((old_host, int(old_port))), self._remap((host, int(port)))
+        except ImproperlyConfigured as exc:
+            logger.warning("cannot follow the sentinels of %s to another master: %s", self.node.where, exc)
+            return
+        if old == self._address:
+            self._follow(new, self._epoch)
+            self._news = new
+        else:  # the sentinel is late, or knows the server by another name
+            self._doubt.set()
 
 
 def _text(word: bytes | str) -> str:
