@@ -70,7 +70,8 @@ class Hub:
     """Connects waiters to ``source``, a backend, with one asyncio task that subscribes and reads for all waiters.
 
     The hub passes at most ``chunk`` ids to one call of the source. Every ``recheck`` seconds the hub reads all ids with
-    waiters again, in case a message was lost; 0 turns this off. ``health`` records outages and their ends.
+    waiters again, in case a message was lost; 0 turns this off. ``health`` records outages and their ends. ``where``
+    names the whole store in warnings.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Hub:
         recheck: float = 0.0,
         backoff: Backoff | None = None,
         health: Health | None = None,
+        where: str = "the store",
     ) -> None:
         self._source = source
         self._chunk = chunk
@@ -98,7 +100,7 @@ class Hub:
         self._to_subscribe: dict[str, None] = {}
         self._to_unsubscribe: dict[str, None] = {}
         queues = (self._to_read_first, self._to_subscribe, self._to_read)
-        self.unheard: Unheard = Unheard(self._topics, queues, self._wake, self._health.where)
+        self.unheard: Unheard = Unheard(self._topics, queues, self._wake, where)
         self._work = asyncio.Event()
         self._task = StandingTask(self._run, "aioresult-hub", lambda: bool(self._topics or self._to_unsubscribe))
         self._closed: Exception | None = None

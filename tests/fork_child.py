@@ -22,7 +22,7 @@ import aioresult
 from aioresult import AioResultError, Backend, TaskRequest
 
 from .conformance.test_lifecycle import CALLS, Ignorer
-from .harness import count_calls, until
+from .harness import count_calls, servers_of, topics_of, until
 
 #: Every coroutine that reaches for the store.
 ALL_CALLS: dict[str, Callable[[Backend], Awaitable[Any]]] = {
@@ -74,7 +74,7 @@ async def opened() -> dict[str, Any]:
     async with _backend:
         is_open = _backend.is_open
         waiting = asyncio.create_task(_backend.wait_for("child"))
-        await until(lambda: all(topic.subscribed for topic in _backend._shards[0].hub._topics.values()))
+        await until(lambda: all(topic.subscribed for topic in topics_of(_backend).values()))
         stored = await _backend.mark_as_done("child", os.getpid())
         told = (await waiting).result == os.getpid()
         await _backend.forget("child")
@@ -146,16 +146,20 @@ async def readers(backend: Backend, wrong: list[str]) -> AsyncIterator[None]:
     await asyncio.gather(*tasks)
 
 
-async def connections(url: str) -> set[int]:
-    """All but this function's own, by the numbers that the server knows them by."""
+async def connections(url: str) -> set[tuple[str, int]]:
+    """All but this function's own, by the numbers that the servers know them by."""
     if url.startswith("redis"):
-        async with redis.asyncio.Redis.from_url(url, single_connection_client=True) as client:
-            return {int(each["id"]) for each in await client.client_list()} - {await client.client_id()}
+        found: set[tuple[str, int]] = set()
+        for server in servers_of(url):
+            async with redis.asyncio.Redis.from_url(server, single_connection_client=True) as client:
+                mine = await client.client_id()
+                found |= {(server, int(each["id"])) for each in await client.client_list() if int(each["id"]) != mine}
+        return found
     if url.startswith("postgres"):
         connection = await asyncpg.connect(url)
         try:
             query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-            return {int(row["pid"]) for row in await connection.fetch(query)}
+            return {(url, int(row["pid"])) for row in await connection.fetch(query)}
         finally:
             await connection.close()
     return set()
@@ -171,7 +175,7 @@ async def main(what: str, url: str) -> None:
         for number in range(20):
             await backend.mark_as_done(f"k{number}", number)
         waiting = asyncio.create_task(backend.wait_for("later"))
-        await until(lambda: len(backend._shards[0].hub) == 1 and backend._shards[0].hub._topics["later"].subscribed)
+        await until(lambda: len(topics_of(backend)) == 1 and topics_of(backend)["later"].subscribed)
         async with readers(backend, wrong):
             before = await connections(url)
             for _ in range(5):

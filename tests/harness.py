@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any
 
 import redis.asyncio
+import redis.sentinel
 from redis.crc import key_slot
 
 import aioresult
 from aioresult import Backend
 from aioresult.backends.memory import MemoryStore
 from aioresult.backends.redis import RedisBackend
+from aioresult.backends.redis.cluster import Cluster
 from aioresult.backends.redis.connection import RedisConnection
 from aioresult.backends.redis.node import Node
 from aioresult.backends.redis.topology import Single
+from aioresult.hub import Hub
+from aioresult.topic import Topic
 
 from .cluster_servers import RedisCluster, SentinelSetup
 
@@ -28,6 +32,8 @@ class Harness:
     """One store, empty at the start of a test. `connect` gives open backends on it, `close` closes them all."""
 
     name: str
+    #: A URL of such a store; braces stand for the credentials and the host.
+    example: str
     #: Ids that this store can hold and some other cannot.
     further_ids: tuple[str, ...] = ()
     #: Whether the state of what is stored can only be told by reading all of it.
@@ -119,6 +125,7 @@ class KeyValueHarness(Harness):
 
 class MemoryHarness(KeyValueHarness):
     name = "memory"
+    example = "memory://{}/0"
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,6 +156,7 @@ class MemoryHarness(KeyValueHarness):
 
 class RedisHarness(KeyValueHarness):
     name = "redis"
+    example = "redis://{}/0"
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -181,6 +189,7 @@ class RedisHarness(KeyValueHarness):
 
 class ClusterHarness(KeyValueHarness):
     name = "cluster"
+    example = "redis+cluster://{}/0"
 
     def __init__(self, cluster: RedisCluster) -> None:
         super().__init__()
@@ -239,16 +248,17 @@ class SentinelHarness(RedisHarness):
     """Asks the master of the start, and has the backend ask the sentinels."""
 
     name = "sentinel"
+    example = "redis+sentinel://{}/mymaster/0"
 
     def __init__(self, setup: SentinelSetup) -> None:
         master = setup.master()
         super().__init__(f"redis://{master.address[0]}:{master.port}/0")
         self.client.connection_pool.connection_kwargs["password"] = master.password
-        self.url = setup.url
-        self._master_name = setup.master_name
+        self.url = setup.service_url
+        self._setup = setup
 
     def make(self, **options: Any) -> Backend:
-        return aioresult.connect(self.url, **{"master_name": self._master_name, **options})
+        return aioresult.connect(self._setup.url, **{"master_name": self._setup.master_name, **options})
 
     async def subscriptions(self) -> int:
         sentinels_own = b"__sentinel__:hello"
@@ -260,6 +270,40 @@ async def _holdings(client: redis.asyncio.Redis) -> dict[str, float | None]:
     keys: list[Any] = await client.keys()
     lives = {key.decode(): await client.pttl(key) for key in keys}
     return {key: None if left == -1 else left / 1000 for key, left in lives.items() if left != -2}
+
+
+# -- what is inside a backend ---------------------------------------------------------------------------------------
+
+
+def hubs_of(backend: Backend) -> list[Hub]:
+    """The hubs of all shards."""
+    return [shard.hub for shard in backend._shards]
+
+
+def hub_of(backend: Backend, topic: str) -> Hub:
+    """The hub that serves a topic."""
+    return backend._shard_of(topic).hub
+
+
+def topics_of(backend: Backend) -> dict[str, Topic]:
+    """All that is waited for, at whatever shard."""
+    return {name: topic for hub in hubs_of(backend) for name, topic in hub._topics.items()}
+
+
+def shares(backend: Backend, task_ids: Iterable[str]) -> list[list[str]]:
+    """The ids, by the shards that serve them. Most backends have one shard."""
+    return list(backend._by_shard(task_ids).values())
+
+
+async def subscribed(backend: Backend, count: int = 0) -> None:
+    """Return once so many ids, or more, are waited for, and the subscription of each has been asked for."""
+    await until(
+        lambda: (
+            len(topics_of(backend)) >= count
+            and not any(hub._to_read_first or hub._to_subscribe for hub in hubs_of(backend))
+            and all(topic.subscribed for topic in topics_of(backend).values())
+        )
+    )
 
 
 def node_of(backend: Backend) -> Node:
@@ -274,6 +318,30 @@ def commands_of(backend: Backend) -> RedisConnection:
     connection = node_of(backend).commands
     assert connection is not None
     return connection
+
+
+def connections_of(backend: Backend) -> list[RedisConnection]:
+    """The connections on which the servers of a Redis backend get commands."""
+    assert isinstance(backend, RedisBackend)
+    nodes = backend._topology.owners() if isinstance(backend._topology, Cluster) else [node_of(backend)]
+    return [node.commands for node in nodes if node.commands is not None]
+
+
+def servers_of(url: str) -> list[str]:
+    """The URL of each server behind ``url`` that has keys: the members of a cluster, or the master behind sentinels."""
+    scheme, _, place = url.partition("://")
+    servers, _, service = place.partition("/")
+    addresses = [address.rpartition(":") for address in servers.split(",")]
+    if scheme == "redis+sentinel":
+        make: Any = redis.sentinel.Sentinel  # it has no annotations
+        sentinel: Any = make([(host, int(port)) for host, _, port in addresses])
+        try:
+            host, number = sentinel.discover_master(service.partition("/")[0])
+        finally:
+            for client in sentinel.sentinels:
+                client.close()
+        return [f"redis://{host}:{number}/0"]
+    return [f"redis://{host}:{port}/0" for host, _, port in addresses] if scheme == "redis+cluster" else [url]
 
 
 async def until(condition: Callable[[], Coroutine[Any, Any, bool]] | Callable[[], bool]) -> None:

@@ -16,6 +16,7 @@ from .harness import Harness
 
 class PostgresHarness(Harness):
     name = "postgres"
+    example = "postgresql://{}/0"
     judges_by_content = False
     longest_id = 155
     keeps_family = False

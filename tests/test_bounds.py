@@ -25,7 +25,7 @@ from aioresult.record import Record
 from aioresult.states import FAILURE, SUCCESS
 from aioresult.waiter import Outcome
 
-from .harness import Gate, Harness, MemoryHarness, commands_of, count_calls, intercept, until
+from .harness import Gate, Harness, MemoryHarness, commands_of, count_calls, hub_of, intercept, topics_of, until
 from .servers import PostgresServer, RedisServer, TcpProxy
 from .test_hub import ScriptedSource, settle
 
@@ -279,7 +279,8 @@ async def in_small_chunks(
 
     intercept(backend, primitive, around)
     await harness.open(backend)
-    backend._shards[0]._value_size = CHUNK  # the first read has no more ids than a chunk of large values
+    for shard in backend._shards:
+        shard._value_size = CHUNK  # the first read has no more ids than a chunk of large values
     return backend, sizes
 
 
@@ -400,7 +401,7 @@ async def test_the_parts_of_a_chord_wait_for_room_as_well(harness: Harness) -> N
     await gate.reached.wait()
     for _ in range(5):  # as far as they come
         await asyncio.sleep(0)
-    assert 0 < len(backend._shards[0].steps._waiting) < len(IDS)
+    assert 0 < len(backend._shard_of("\x00chord g").steps._waiting) < len(IDS)
     gate.open.set()
     await asyncio.gather(*parts)
     assert (await backend.chord("g").progress()).done == len(IDS)
@@ -563,7 +564,7 @@ async def test_joins_that_are_cancelled_compare_no_waiters(
     await asyncio.wait(joins)
     await harness.subscribed(0)
     assert comparisons <= len(joins) * len(ids)
-    assert len(backend._shards[0].hub) == 0
+    assert len(topics_of(backend)) == 0
 
 
 class ComparingFuture(asyncio.Future[Any]):
@@ -856,7 +857,7 @@ async def test_a_state_that_a_reconnect_finds_again_is_not_told_again(harness: H
     await harness.subscribed(1)
     await recorder.heard((PROGRESS, 0))
     for count in range(2, 5):
-        web._shards[0].hub.lost()
+        hub_of(web, "t").lost()
         await until(lambda count=count: calls["_subscribe"] == count)
     await worker.store_result("t", 1, PROGRESS)
     await recorder.heard((PROGRESS, 0), (PROGRESS, 1))

@@ -38,7 +38,7 @@ from aioresult.chord import ChordOp, ChordStep
 
 from .conformance.test_waiting import Recorder
 from .conftest import BACKENDS
-from .harness import Gate, Harness, commands_of, intercept, until
+from .harness import Gate, Harness, connections_of, intercept, servers_of, subscribed, topics_of, until
 from .postgres_harness import PostgresHarness
 
 P = ParamSpec("P")
@@ -51,15 +51,21 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(params=BACKENDS)
 def url(request: pytest.FixtureRequest) -> str:
     """Of an empty store."""
+    if request.param == "sentinel":
+        request.getfixturevalue("sentinel_url")
+        return str(request.getfixturevalue("own_sentinel").service_url)
     return "memory://" if request.param == "memory" else str(request.getfixturevalue(f"{request.param}_url"))
 
 
 def disconnect_everyone(url: str) -> None:
-    """Have the server close every connection that anybody has to it."""
+    """Have the servers close every connection that anybody has to them, except other servers."""
     if url.startswith("redis"):
-        with redis.Redis.from_url(url) as client:
-            for kind in ("normal", "pubsub"):
-                client.client_kill_filter(_type=kind, skipme=True)
+        for server in servers_of(url):
+            with redis.Redis.from_url(server, single_connection_client=True) as client:
+                for each in client.client_list():
+                    of_a_server = each["flags"] not in "NP" or each["name"].startswith("sentinel")
+                    if not of_a_server and int(each["id"]) != client.client_id():
+                        client.client_kill_filter(_id=each["id"])
     elif url.startswith("postgres"):
         asyncio.run(_terminate(url))
 
@@ -95,18 +101,6 @@ async def check_works(backend: Backend, worker: Backend | None = None, name: str
         assert ready.results == [1]
     await backend.forget_many(ids)
     assert not await backend.exists(ids[0])
-
-
-async def subscribed(backend: Backend, count: int = 0) -> None:
-    """Return once so many ids, or more, are waited for, and the subscription of each has been asked for."""
-    hub = backend._shards[0].hub
-    await until(
-        lambda: (
-            len(hub) >= count
-            and not (hub._to_read_first or hub._to_subscribe)
-            and all(topic.subscribed for topic in hub._topics.values())
-        )
-    )
 
 
 def bounded(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
@@ -262,7 +256,7 @@ async def test_what_is_no_timeout_is_refused_by_name(call: str, timeout: Any) ->
         for _ in range(2):
             with pytest.raises(UsageError, match="timeout must be a number of seconds"):
                 await {**TIMED, "wait": timed_wait}[call](backend, timeout)
-            assert len(backend._shards[0].hub) == 0
+            assert len(topics_of(backend)) == 0
             await store_all(backend)
 
 
@@ -302,7 +296,7 @@ async def test_of_many_results_those_that_are_there_beat_a_tiny_timeout(harness:
 async def test_a_long_timeout_waits(call: str, timeout: Any) -> None:
     async with aioresult.connect("memory://") as backend, asyncio.timeout(30):
         waiting = asyncio.ensure_future(TIMED[call](backend, timeout))
-        await until(lambda: len(backend._shards[0].hub) > 0)
+        await until(lambda: len(topics_of(backend)) > 0)
         await subscribed(backend)
         assert not waiting.done()
         await store_all(backend)
@@ -636,9 +630,9 @@ def test_a_backend_that_reconnected_under_load_works_in_another_event_loop(url: 
             waiting = asyncio.create_task(backend.wait_for("t"))
             await backend.mark_as_done("other", 1)
             await subscribed(backend)
+            connections = connections_of(backend) if isinstance(backend, RedisBackend) else []
             await asyncio.to_thread(disconnect_everyone, url)
-            if isinstance(backend, RedisBackend):
-                await until(lambda: commands_of(backend).closed)
+            await until(lambda: all(connection.closed for connection in connections))
             found, group, stored, _ = await asyncio.gather(
                 backend.exists("a"), backend.restore_group("g"), backend.mark_as_started("b"), backend.forget("none")
             )
@@ -862,7 +856,7 @@ class Requests:
         if self.harness.name == "memory":
             self.backend._listener_lost(BackendConnectionError("cut"))
         else:
-            await asyncio.to_thread(disconnect_everyone, self.backend._url)
+            await asyncio.to_thread(disconnect_everyone, self.harness.url)  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -21,9 +21,8 @@ from aioresult.waiter import Outcome
 
 from .conformance.test_operations import idle, warnings
 from .conformance.test_waiting import cancel, wait
-from .harness import Gate, MemoryHarness, until
+from .harness import Gate, MemoryHarness, subscribed, until
 from .sites import RedisSite, Site
-from .test_lifecycle import subscribed
 
 pytestmark = pytest.mark.xdist_group("operations")
 

@@ -30,7 +30,7 @@ from aioresult import (
 from aioresult.backends.memory import MemoryStore
 from aioresult.exceptions import RemoteTraceback
 
-from .harness import Gate, Harness, intercept, until
+from .harness import Gate, Harness, intercept, subscribed, topics_of, until
 from .servers import RedisServer
 
 Primitive = Callable[..., Awaitable[Any]]
@@ -109,12 +109,7 @@ async def test_of_a_batch_what_may_be_published_is_stored(admin: redis.asyncio.R
     await allow(admin, "celery-task-meta-a*")
     async with aioresult.connect(own_redis.url) as reader, aioresult.connect(mute_url(own_redis)) as mute:
         waiting = [asyncio.create_task(reader.wait_for(task_id)) for task_id in ("a1", "b1", "a2", "b2")]
-        await until(
-            lambda: (
-                len(reader._shards[0].hub) == 4
-                and all(topic.subscribed for topic in reader._shards[0].hub._topics.values())
-            )
-        )
+        await subscribed(reader, 4)
         calls = [mute.mark_as_done(task_id, task_id) for task_id in ("a1", "b1", "a2", "b2")]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert outcomes[::2] == [True, True]
@@ -297,7 +292,7 @@ async def test_a_join_over_two_stores_keeps_both(
         await store_both(two)
     waiting = asyncio.ensure_future(join([backend.result("x") for backend in two]))
     if not before:
-        await until(lambda: all(len(backend._shards[0].hub) == 1 for backend in two))
+        await until(lambda: all(len(topics_of(backend)) == 1 for backend in two))
         await store_both(two)
     assert await waiting == ["of one", "of other"]
 
@@ -687,12 +682,7 @@ async def test_each_reader_of_a_failed_task_has_an_exception_of_its_own(
 async def test_each_waiter_that_one_message_tells_has_an_exception_of_its_own(harness: Harness, way: str) -> None:
     worker, reader = await harness.pair()
     waiting = [asyncio.ensure_future(WAYS[each](reader)) for each in (way, way, way, "await result")]
-    await until(
-        lambda: (
-            len(reader._shards[0].hub) > 0
-            and not (reader._shards[0].hub._to_read_first or reader._shards[0].hub._to_subscribe)
-        )
-    )
+    await subscribed(reader, 1)
     await fail(worker)
     check_apart(await asyncio.gather(*waiting))
     await harness.subscribed(0)
@@ -812,12 +802,7 @@ async def test_those_that_wait_when_a_backend_closes_have_errors_of_their_own(ha
     waiting = [asyncio.create_task(caught(backend.wait_for(task_id))) for task_id in ("a", "a", "b")]
     waiting += [asyncio.create_task(caught(backend.group(["a", "c"]).get())) for _ in range(2)]
     waiting += [asyncio.create_task(caught(backend.chord("g").get())) for _ in range(2)]
-    await until(
-        lambda: (
-            len(backend._shards[0].hub) == 4
-            and all(topic.subscribed for topic in backend._shards[0].hub._topics.values())
-        )
-    )
+    await subscribed(backend, 4)
     await backend.aclose()
     errors = await asyncio.gather(*waiting)
     errors += [await caught(backend.exists("t")), await caught(backend.mark_as_done("t", 1))]

@@ -54,7 +54,9 @@ class Shard:
         self._backend = backend
         self.health: Health = Health(where)
         self.persistence: Persistence = Persistence(backend.retry_for, self._outage, self.health)
-        self.hub: Hub = Hub(self, chunk=backend.fetch_chunk, recheck=backend.recheck, health=self.health)
+        self.hub: Hub = Hub(
+            self, chunk=backend.fetch_chunk, recheck=backend.recheck, health=self.health, where=backend.as_uri()
+        )
         #: The estimated size of a stored value. It decides how many ids go into a read, to stay within `chunk_bytes`.
         self._value_size = backend.chunk_bytes / _FIRST_READ
         batcher = partial(Batcher[Any, Any], max_bytes=backend.chunk_bytes)

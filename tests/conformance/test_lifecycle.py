@@ -403,7 +403,7 @@ async def test_no_cancellation_reaches_a_primitive(harness: Harness, primitive: 
 
 
 async def test_no_password_is_shown(harness: Harness) -> None:
-    backend = type(harness.make())(f"{harness.name}://user:s3cret@localhost/0")
+    backend = type(harness.make())(harness.example.format("user:s3cret@localhost"))
     with pytest.raises(BackendNotOpenError) as caught:
         await backend.exists("t")
     for text in (repr(backend), str(backend), backend.as_uri(), str(caught.value)):

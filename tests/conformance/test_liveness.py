@@ -16,7 +16,7 @@ from aioresult import Backend, Retry, TaskRevokedError, WorkerLostError
 from aioresult.exceptions import BackendClosedError, BackendConnectionError, UsageError
 from aioresult.liveness import Liveness
 
-from ..harness import Gate, Harness, count_calls, intercept, until
+from ..harness import Gate, Harness, count_calls, intercept, topics_of, until
 from .test_running import Body, Primitive, states, stored
 from .test_streams import put, read, reading, waiting
 
@@ -171,7 +171,7 @@ async def test_a_good_bye_is_heard_at_once(live: Harness) -> None:
 
 
 def _confirmed(web: Backend) -> bool:
-    topic = web._shards[0].hub._topics.get("\x00workers")
+    topic = topics_of(web).get("\x00workers")
     return topic is not None and topic.known is not None
 
 
@@ -309,7 +309,7 @@ async def test_a_watcher_that_was_told_and_stays_is_nothing_to_those_that_come(l
     await until(lambda: bool(told))
     broken.clear()
     waits = asyncio.create_task(web.result("t").get(on_lost="raise"))
-    await until(lambda: "\x00workers" in web._shards[0].hub._topics)
+    await until(lambda: "\x00workers" in topics_of(web))
     waits.cancel()
     await asyncio.wait([waits])
     web.liveness.unwatch("t", told.append)

@@ -24,21 +24,33 @@ from aioresult import (
     TaskNotFoundError,
     TimeoutError,
 )
+from aioresult.backends.contract import BackendContract
 
-from ..harness import Gate, Harness, count_calls, intercept, until
+from ..harness import Gate, Harness, count_calls, hub_of, hubs_of, intercept, shares, topics_of, until
 from .test_waiting import cancel, wait
 
 Call = Callable[[Backend, Any], Awaitable[Any]]
 
 
 async def idle(backend: Backend, count: int) -> None:
-    """Return once ``count`` ids are waited for, and the hub has nothing to do and no call in flight."""
-    hub = backend._shards[0].hub
-    await until(lambda: len(hub) == count and bool(hub._work._waiters) and not hub._work.is_set())
+    """Return once ``count`` ids are waited for, and no hub has anything to do and no call in flight."""
+    hubs = hubs_of(backend)
+    await until(
+        lambda: len(topics_of(backend)) == count and all(hub._work._waiters and not hub._work.is_set() for hub in hubs)
+    )
 
 
 def look_soon(backend: Backend) -> None:
-    backend._shards[0].hub.unheard.after = 0.02
+    for hub in hubs_of(backend):
+        hub.unheard.after = 0.02
+
+
+def look_anew(backend: Backend) -> None:
+    """As `look_soon`, for hubs whose timers run already."""
+    look_soon(backend)
+    for hub in hubs_of(backend):
+        hub.unheard.close()
+        hub.unheard.set_timer()
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -64,16 +76,21 @@ async def test_a_wait_for_what_nobody_submitted_is_warned_of_once(
     await cancel(*waiting, other)
 
 
+def said_of(warning: str) -> str:
+    return warning[warning.index("tasks ") : warning.index(" more.") + len(" more.")]
+
+
 async def test_many_waits_are_warned_of_in_one_line(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """Each shard has a line of its own."""
     backend = await harness.connect()
-    waiting = [wait(backend, f"t{number}") for number in range(1200)]
+    ids = [f"t{number}" for number in range(1200)]
+    waiting = [wait(backend, task_id) for task_id in ids]
     await idle(backend, 1200)
-    look_soon(backend)
-    backend._shards[0].hub.unheard.close()
-    backend._shards[0].hub.unheard.set_timer()
-    await until(lambda: bool(warnings(caplog)))
-    (warning,) = warnings(caplog)
-    assert "tasks t0, t1, t2, t3, t4 and 1,195 more." in warning
+    look_anew(backend)
+    found = shares(backend, ids)
+    await until(lambda: len(warnings(caplog)) >= len(found))
+    expected = [f"tasks {', '.join(some[:5])} and {len(some) - 5:,} more." for some in found]
+    assert sorted(map(said_of, warnings(caplog))) == sorted(expected)
     await cancel(*waiting)
 
 
@@ -97,7 +114,7 @@ async def test_only_ids_of_which_no_worker_has_stored_anything_are_warned_of(
     await idle(web, 3)
     await worker.store_result("later", {"done": 1}, "PROGRESS")
     await worker.mark_as_started("forgotten")
-    await until(lambda: all(topic.known for topic in web._shards[0].hub._topics.values()))
+    await until(lambda: all(topic.known for topic in topics_of(web).values()))
     await worker.forget("forgotten")
     waiting.append(wait(web, "nothing"))
     await until(lambda: bool(warnings(caplog)))
@@ -115,14 +132,12 @@ async def test_looking_for_such_waits_asks_the_server_nothing(
     waiting = wait(backend)
     await idle(backend, 1)
     before = calls.copy()
-    backend._shards[0].hub.unheard.close()
-    look_soon(backend)
-    backend._shards[0].hub.unheard.set_timer()
+    look_anew(backend)
     await until(lambda: bool(warnings(caplog)))
     assert calls == before
     await cancel(waiting)
     await idle(backend, 0)
-    await until(lambda: backend._shards[0].hub.unheard.timer is None)  # without a wait, nothing ticks
+    await until(lambda: all(hub.unheard.timer is None for hub in hubs_of(backend)))  # without a wait, nothing ticks
 
 
 async def test_nothing_is_said_of_an_id_that_was_not_read(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,8 +147,8 @@ async def test_nothing_is_said_of_an_id_that_was_not_read(harness: Harness, capl
     look_soon(backend)
     waiting = wait(backend)
     await gate.reached.wait()
-    await until(lambda: backend._shards[0].hub.unheard.due)
-    assert backend._shards[0].hub._topics["t"].looks == 0
+    await until(lambda: hub_of(backend, "t").unheard.due)
+    assert topics_of(backend)["t"].looks == 0
     gate.open.set()
     await until(lambda: bool(warnings(caplog)))
     await cancel(waiting)
@@ -169,7 +184,7 @@ async def test_joins_across_backends_have_the_default_of_the_first(harness: Harn
     with pytest.raises(TimeoutError, match="default_timeout"):
         await first
     waiting = asyncio.ensure_future(aioresult.gather(second, first))
-    await until(lambda: len(limited._shards[0].hub) == len(patient._shards[0].hub) == 1)
+    await until(lambda: len(topics_of(limited)) == len(topics_of(patient)) == 1)
     await patient.mark_as_done("a", 1)
     await patient.mark_as_done("b", 2)
     assert await waiting == [2, 1]
@@ -178,7 +193,7 @@ async def test_joins_across_backends_have_the_default_of_the_first(harness: Harn
 async def test_an_infinite_timeout_has_no_limit(harness: Harness) -> None:
     backend = await harness.connect(default_timeout=0.01)
     waiting = {name: asyncio.ensure_future(call(backend, inf)) for name, call in WAITS.items()}
-    await until(lambda: len(backend._shards[0].hub) == 3)  # the task, the other member and the parent
+    await until(lambda: len(topics_of(backend)) == 3)  # the task, the other member and the parent
     with pytest.raises(TimeoutError):  # begun later, with the default
         await backend.wait_for("other")
     assert [name for name, wait in waiting.items() if wait.done()] == []
@@ -227,7 +242,7 @@ async def test_a_task_that_must_exist(harness: Harness) -> None:
             with pytest.raises(TaskNotFoundError, match="mark_as_pending") as raised:
                 await call(web, timeout)
             assert isinstance(raised.value, LookupError), name
-    assert len(web._shards[0].hub) == 0
+    assert len(topics_of(web)) == 0
     await worker.mark_as_pending("t")
     for call in EXISTING.values():
         with pytest.raises(TimeoutError, match=r"not ready within timeout=0\.01 seconds"):
@@ -301,7 +316,7 @@ async def test_a_ping_is_not_repeated_and_waits_for_no_other_call(harness: Harne
 async def test_without_a_ping_of_its_own_a_backend_fetches_what_does_not_exist(harness: Harness) -> None:
     backend = await harness.connect()
     calls = count_calls(backend)
-    await super(type(backend), backend)._ping()  # as of a backend that does not override it
+    await BackendContract._ping(backend)  # as of a backend that does not override it
     assert calls == {"_fetch": 1}
 
 

@@ -26,7 +26,7 @@ from aioresult import (
 from aioresult.exceptions import BackendStoreError, EncodeError
 from aioresult.log import START, PageRequest
 
-from ..harness import Harness, intercept, until
+from ..harness import Harness, intercept, topics_of, until
 from .test_streams import put, read, reading, waiting
 
 Primitive = Callable[..., Awaitable[Any]]
@@ -36,7 +36,7 @@ async def listening(worker: Backend) -> None:
     """The worker hears what is to be stopped."""
     async with worker.running("first"):
         topic = "\x00worker " + worker.liveness.worker
-        await until(lambda: worker._shards[0].hub._topics[topic].known is not None)
+        await until(lambda: topics_of(worker)[topic].known is not None)
 
 
 class Body:

@@ -21,7 +21,7 @@ from aioresult.run import WORKER_TOPIC, WORKERS_TOPIC, RunOp, RunState, RunStep,
 from aioresult.states import FAILURE, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
 from aioresult.waiter import Outcome
 
-from ..harness import Harness, until
+from ..harness import Harness, hub_of, until
 
 #: The stores that have no running tasks yet.
 #: What a beat returned that was not long ago.
@@ -101,7 +101,7 @@ class Listener:
         self.news: list[Any] = []
         self._connected = asyncio.Event()
         self._backend, self._topic = backend, topic
-        backend._shards[0].hub.watch(topic, self, read_first=False)
+        hub_of(backend, topic).watch(topic, self, read_first=False)
 
     def receive(self, task_id: str, outcome: Outcome) -> None:
         assert isinstance(outcome, TaskMeta), outcome

@@ -13,13 +13,13 @@ from aioresult import Backend, OutputStream, UsageError
 from aioresult.backends.memory import MemoryBackend
 from aioresult.exceptions import BackendConnectionError
 
-from ..harness import Gate, Harness, intercept, until
+from ..harness import Gate, Harness, intercept, topics_of, until
 from .test_streams import put, read, reading, waiting
 
 
 async def nothing_is_left(live: Harness, web: Backend) -> None:
     await live.subscribed(0)
-    await until(lambda: not len(web._shards[0].hub))
+    await until(lambda: not topics_of(web))
     assert not web._streams._tails
 
 

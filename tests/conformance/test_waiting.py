@@ -24,7 +24,7 @@ from aioresult import (
 from aioresult.states import FAILURE, READY_STATES, RETRY, STARTED, SUCCESS
 from aioresult.waiter import Outcome
 
-from ..harness import Harness, count_calls, intercept, until
+from ..harness import Harness, count_calls, intercept, topics_of, until
 
 Primitive = Callable[..., Awaitable[Any]]
 
@@ -62,7 +62,7 @@ async def cancel(*tasks: asyncio.Task[Any]) -> None:
 async def nothing_is_left(harness: Harness, backend: Backend) -> None:
     """Invariant 5: whatever became of the waiters, their subscriptions end."""
     await harness.subscribed(0)
-    assert len(backend._shards[0].hub) == 0
+    assert len(topics_of(backend)) == 0
 
 
 # -- the wake-up ----------------------------------------------------------------------------------------------------
@@ -450,5 +450,5 @@ async def test_handles_cost_no_io_and_leave_nothing(harness: Harness) -> None:
     del handles, group
     gc.collect()
     await until(lambda: asyncio.all_tasks() == tasks)
-    assert len(backend._shards[0].hub) == 0
+    assert len(topics_of(backend)) == 0
     assert not calls

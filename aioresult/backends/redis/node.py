@@ -189,7 +189,9 @@ class Node:
         await self.close()
 
     async def close(self) -> None:
-        """Close both connections. Requests in flight raise `BackendConnectionError`."""
+        """Close both connections for good. Requests in flight raise `BackendConnectionError`."""
+        if self._gone is None:  # a caller that still waits for a connection must not make another one
+            self._gone = BackendConnectionError(f"the connection to {self.where} was closed")
         await self.connect.stop()
         await self.listen.stop()
         for connection in (self.commands, self.listener):
