@@ -99,6 +99,8 @@ class Hub:
         self._to_read: dict[str, None] = {}
         self._to_subscribe: dict[str, None] = {}
         self._to_unsubscribe: dict[str, None] = {}
+        #: The ids for which the source is making subscriptions.
+        self._subscribing: set[str] = set()
         queues = (self._to_read_first, self._to_subscribe, self._to_read)
         self.unheard: Unheard = Unheard(self._topics, queues, self._wake, where)
         self._work = asyncio.Event()
@@ -247,9 +249,10 @@ class Hub:
         """Give up an id whose subscription is lost, and return its topic, so that another hub can `adopt` it.
 
         Returns ``None``, and keeps the id, if news is being delivered: what the other hub delivers could overtake it.
+        The same if a subscription is being made, which the other hub would not know of.
         """
         topic = self._topics.get(task_id)
-        if topic is None or topic.queued or topic.newcomers:
+        if topic is None or topic.queued or topic.newcomers or task_id in self._subscribing:
             return None
         self._detach(task_id)
         return topic
@@ -257,6 +260,7 @@ class Hub:
     def adopt(self, task_id: str, topic: Topic) -> None:
         """Serve an id from now on that another hub has released: subscribe to it, and read it."""
         topic.subscribed = False
+        self._to_unsubscribe.pop(task_id, None)
         self._topics[task_id] = topic
         self._to_subscribe[task_id] = None
         if self.unheard.timer is None:
@@ -390,7 +394,11 @@ class Hub:
         if ids:
             for task_id in ids:
                 self._topics[task_id].subscribed = True
-            await self._split(self._subscribe, ids)
+            self._subscribing = set(ids)
+            try:
+                await self._split(self._subscribe, ids)
+            finally:
+                self._subscribing = set()
             await self._read(ids)
             if outage is not None:
                 self._health.subscribed(outage, len(ids))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 from ..chord import CHORD_TOPIC, READY_TOPIC
@@ -206,13 +206,16 @@ class KeyValueStoreBackend(Backend):
         return [outcome if isinstance(outcome, BaseException) else None for outcome in outcomes]
 
     async def _subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
-        for topic in task_ids:
-            if topic.startswith(_ROUTED):
-                self._routes[self._channel(topic).encode("utf-8", "surrogateescape")] = topic
+        self._note_routes(task_ids)
         refused = await self._listen([self._channel(task_id) for task_id in task_ids])
         if not refused:
             return None
         return {task_id: error for task_id in task_ids if (error := refused.get(self._channel(task_id))) is not None}
+
+    def _note_routes(self, topics: Iterable[str]) -> None:
+        for topic in topics:
+            if topic.startswith(_ROUTED):
+                self._routes[self._channel(topic).encode("utf-8", "surrogateescape")] = topic
 
     async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
         await self._unlisten([self._channel(task_id) for task_id in task_ids])

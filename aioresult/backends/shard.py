@@ -102,9 +102,11 @@ class Shard:
 
     def is_busy_with(self, topic: str) -> bool:
         """True if ``topic`` has waiters here, or changes that are queued or in flight."""
-        return self.hub.has_waiters(topic) or any(
-            topic in batcher for batcher in (self.writes, self.appends, self.runs)
-        )
+        return self.hub.has_waiters(topic) or self.is_changing(topic)
+
+    def is_changing(self, topic: str) -> bool:
+        """True if changes of ``topic`` are queued or in flight here."""
+        return any(topic in batcher for batcher in (self.writes, self.appends, self.runs, self.calls))
 
     @property
     def failing(self) -> bool:

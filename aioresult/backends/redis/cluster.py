@@ -22,9 +22,9 @@ import hiredis
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 from ...retry import Backoff
-from ...tasks import StandingTask, spawn
+from ...tasks import EMPTY, StandingTask, spawn
 from .connection import WAITERS_FIRST, Command, RedisConnection, code_of, is_transient, translate
-from .listener import encoded
+from .listener import RedisListener, encoded
 from .node import Node
 from .places import Address
 from .scripts import Scripts
@@ -43,6 +43,8 @@ _MOMENT: Final = 0.02
 #: Seconds that a node has to tell its table, and how many nodes are asked at once.
 _TELL: Final = 1.0
 _ASKED: Final = 3
+#: Seconds from one such question to the next, when something is wrong: half of this, or more. See `Backoff`.
+_PAUSE: Final = 0.2
 
 _NOTHING = SlotMap((), 0)
 
@@ -81,14 +83,21 @@ class Cluster:
         self._known = _NOTHING
         #: The address of the master that each shard stands for. A shard is the number of a place in this list.
         self.shards: list[Address] = []
+        #: The shard of each master.
         self._shard_of: dict[Node, int] = {}
-        #: True once a slot has changed its owner since `open`.
-        self.has_changed: bool = False
-        #: Channels that are subscribed classically, and where.
-        self._classic: dict[str, Node] = {}
+        #: The shard of each slot. A slot that has no owner any more keeps its shard.
+        self.homes: list[int] = [0] * SLOTS
+        #: The slots whose shard has changed since `open`.
+        self.moved: set[int] = set()
+        #: Nodes to which a redirection has led since the last answer. They may own no slot.
+        self._guides: set[Node] = set()
+        #: The nodes that know of the last change of an owner: the node that has said MOVED, and the node that it named.
+        self._witnesses: tuple[Node, ...] = ()
         self._stale = asyncio.Event()
         self._refresher = StandingTask(self._keep_fresh, "aioresult-topology", lambda: True)
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        #: The nodes that are being probed.
+        self._probed: set[Node] = set()
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -97,7 +106,8 @@ class Cluster:
         for address in self._start:
             node = self._node(address)
             try:
-                answer = await self._ask(node, address)
+                answer = await self._ask(node)
+                await self._refuse_if_old(node)
                 if answer.ranges:
                     break
                 failure = BackendConnectionError(f"{node.where} is in no cluster, or in one without slots")
@@ -106,19 +116,20 @@ class Cluster:
         else:
             raise failure or BackendConnectionError("there are no start nodes")
         self._apply(answer)
-        self.has_changed = False
-        owner = self._table[answer.ranges[0][0]]
-        if owner is not None:
-            replies, refused = await owner.request([("SPUBLISH", "aioresult", "")])
-            if refused and "unknown command" in str(replies[0]):
-                raise BackendRefusedError(
-                    f"{owner.where} is older than Redis 7, and has no sharded pub/sub; use Redis 7 or later, or Valkey"
-                )
+        self.moved.clear()
         self._refresher.start()
+
+    async def _refuse_if_old(self, node: Node) -> None:
+        (reply,), _ = await node.request([("SPUBLISH", "aioresult", "")])
+        if isinstance(reply, hiredis.ReplyError) and "unknown command" in str(reply):
+            raise BackendRefusedError(
+                f"{node.where} is older than Redis 7, and has no sharded pub/sub; use Redis 7 or later, or Valkey"
+            )
 
     async def close(self) -> None:
         await self._refresher.stop()
-        await asyncio.gather(*(node.close() for node in self._nodes.values()), *self._leaving)
+        closing = (*(node.close() for node in self._nodes.values()), *self._background)
+        await asyncio.gather(*closing, return_exceptions=True)
 
     def abandon(self) -> None:
         for node in self._nodes.values():
@@ -128,6 +139,7 @@ class Cluster:
         node = self._nodes.get(address)
         if node is None:
             node = self._nodes[address] = self._new_node(address)
+            node.address = address
         return node
 
     # -- routing ----------------------------------------------------------------------------------------------------
@@ -136,13 +148,8 @@ class Cluster:
         node = self._table[slot]
         if node is None:
             self.doubt()
-            raise BackendConnectionError(f"no node of the cluster serves the hash slot {slot}")
+            raise _of_some(f"no node of the cluster serves the hash slot {slot}")
         return node
-
-    def shard_of(self, key: str) -> int:
-        """Return the number of the shard to which ``key`` belongs."""
-        node = self._table[key_slot(key)]
-        return 0 if node is None else self._shard_of.get(node, 0)
 
     def is_doubtful(self, shard: int) -> bool:
         """True if the master of the shard may be away."""
@@ -180,7 +187,10 @@ class Cluster:
                 await asyncio.sleep(_MOMENT)
             pending = [unit for unit in pending if unit in again]
         self.doubt()
-        raise BackendConnectionError(f"the nodes of the cluster redirect {len(pending)} commands in a circle")
+        if "TRYAGAIN" in again.values():  # a command has several keys
+            slots = sorted({unit.slot for unit in pending})
+            raise _of_some(f"the hash slots {slots} are being moved, and the keys of a command are on two nodes")
+        raise _of_some(f"the nodes of the cluster redirect {len(pending)} commands in a circle")
 
     async def _send(
         self, node: Node, some: Sequence[Unit], commands: Sequence[Command], replies: list[Any], first: bool
@@ -209,7 +219,7 @@ class Cluster:
                 self._moved(str(reply), node)
                 unit.asked = None
             elif code == "ASK":
-                unit.asked, unit.source = self._node(self._address(str(reply), node)), node
+                unit.asked, unit.source = self._guide(str(reply), node), node
             elif code and code != "TRYAGAIN" and is_transient(reply):
                 self.doubt()
                 raise translate(reply, node.where)
@@ -236,23 +246,28 @@ class Cluster:
             if channels and connection is not None and connection.ready:
                 connection.begin([("SPUBLISH", channel, NUDGE) for channel in channels])
 
-    def _address(self, redirection: str, node: Node) -> Address:
-        asked = next(address for address, each in self._nodes.items() if each is node)
-        return self._remap(parse_address(redirection.split()[2], asked))
+    def _guide(self, redirection: str, node: Node) -> Node:
+        """Return the node to which ``MOVED <slot> <host>:<port>``, or ASK, leads. ``node`` has said it.
+
+        Raises `BackendConnectionError` if it makes no sense.
+        """
+        try:
+            guide = self._node(self._remap(parse_address(redirection.split()[2], node.address)))
+        except (IndexError, ValueError) as exc:
+            self.doubt()
+            raise BackendConnectionError(f"{node.where} redirects to no address: {redirection}") from exc
+        self._guides.add(guide)
+        return guide
 
     def _moved(self, redirection: str, node: Node) -> None:
         """Follow ``MOVED <slot> <host>:<port>``, which ``node`` has said."""
-        try:
-            slot, owner = int(redirection.split()[1]), self._node(self._address(redirection, node))
-        except (IndexError, ValueError, StopIteration):
-            self.doubt()
-            return
-        former = self._table[slot]
-        if former is not owner:
-            # Until the next answer of CLUSTER SLOTS, a new node belongs to the shard whose slot it has taken over.
-            self._shard_of.setdefault(owner, self._shard_of.get(former, 0) if former is not None else 0)
-            self._table[slot] = owner
-            self.has_changed = True
+        owner = self._guide(redirection, node)
+        slot = redirection.split()[1]
+        if slot.isdecimal() and int(slot) < SLOTS and self._table[int(slot)] is not owner:
+            self._table[int(slot)] = owner
+            if owner in self._shard_of:
+                self._settle(int(slot), int(slot), self._shard_of[owner])
+        self._witnesses = (owner, node)
         self.doubt()
 
     # -- subscriptions ----------------------------------------------------------------------------------------------
@@ -279,7 +294,11 @@ class Cluster:
         listener = node.listener
         if listener is None or listener.closed:
             listener = await node.listen()
-        errors, missing = await listener.subscribe(self._commands("SUBSCRIBE", channels))
+        try:
+            errors, missing = await listener.subscribe(self._commands("SUBSCRIBE", channels))
+        except BackendConnectionError:
+            self.doubt()
+            raise
         others = 0
         for error in errors:
             if code_of(error) == "MOVED":
@@ -290,9 +309,6 @@ class Cluster:
             for channel, error in (await alone(listener, missing)).items():
                 if code_of(error) != "MOVED":
                     refused[channel] = translate(error, node.where)
-        for channel in channels:
-            if self._is_classic(channel) and encoded(channel) in listener.subscribed:
-                self._classic[channel] = node
         # The owner may have changed since the node confirmed: then what is read next may not be complete.
         return [
             channel
@@ -302,15 +318,17 @@ class Cluster:
         ]
 
     async def unsubscribe(self, channels: Sequence[str]) -> None:
-        ends: list[Coroutine[Any, Any, None]] = []
-        for node in self._nodes.values():
-            if node.listener is not None and not node.listener.closed:
-                there = node.listener.channels(channels)
-                if there:
-                    ends.append(node.listener.unsubscribe(self._commands("UNSUBSCRIBE", there)))
+        # A subscription may be at another node than the owner's: while a slot is moved, or if the messages go to all.
+        there: dict[RedisListener, list[str]] = {}
+        listeners = [each for node in self._nodes.values() if (each := node.listener) is not None and not each.closed]
         for channel in channels:
-            self._classic.pop(channel, None)
-        await _all(ends)
+            owner, name = self._table[key_slot(channel)], encoded(channel)
+            first = None if owner is None else owner.listener
+            where = [first] if first is not None and not first.closed and name in first.subscribed else listeners
+            for listener in where:
+                if name in listener.subscribed:
+                    there.setdefault(listener, []).append(channel)
+        await _all(listener.unsubscribe(self._commands("UNSUBSCRIBE", some)) for listener, some in there.items())
 
     def _commands(self, command: str, channels: Sequence[str]) -> list[Command]:
         """Return SUBSCRIBE or UNSUBSCRIBE for these channels. One command may have only channels of one slot."""
@@ -327,7 +345,7 @@ class Cluster:
         self._refresher.start()
 
     async def _keep_fresh(self) -> None:
-        backoff = Backoff(0.1, 0.5)
+        backoff = Backoff(_PAUSE, 0.5)
         while True:
             pause = self._refresh_every * random.uniform(0.8, 1.2) or None  # noqa: S311 - spreads load
             try:
@@ -336,60 +354,68 @@ class Cluster:
             except TimeoutError:
                 pass
             self._stale.clear()
-            await self._refresh()
+            told = await self._refresh()
             doubtful = [node for node in self.owners() if node.doubtful]
-            if doubtful or self._known.covered < SLOTS:
-                self._stale.set()
-                for node in doubtful:
+            for node in doubtful:
+                if node not in self._probed:
                     self._in_background(self._probe(node))
+            if doubtful or not told:
+                self._stale.set()
             else:
                 backoff.reset()
-            await asyncio.sleep(backoff.pause())  # not more than ten questions in a second
+            await asyncio.sleep(backoff.pause())
 
     async def _probe(self, node: Node) -> None:
         """Find out whether a node is away. A lost connection is made anew."""
+        self._probed.add(node)
         try:
             await node.request([("PING",)])
         except BackendError:
-            await asyncio.sleep(_MOMENT)
+            pass  # then it is still doubtful
+        finally:
+            self._probed.discard(node)
 
     def owners(self) -> list[Node]:
         """Return the masters."""
-        return [self._nodes[address] for address in self.shards if address in self._nodes]
+        return list(self._shard_of)
 
-    async def _refresh(self) -> None:
-        """Ask some masters for their tables. If none gives a good answer, ask the others, and the start nodes."""
+    async def _refresh(self) -> bool:
+        """Ask some masters for their tables. If none gives a good answer, ask the others, and the start nodes.
+
+        Returns whether there was a good answer.
+        """
+        witnesses, self._witnesses = self._witnesses, ()
         owners = self.owners()
         random.shuffle(owners)
         sure = [node for node in owners if not node.doubtful]
-        rest = [node for node in owners if node.doubtful]
-        answers: list[SlotMap] = []
-        rounds = [sure[at : at + _ASKED] for at in range(0, len(sure), _ASKED)]
-        for some in (*rounds, [*rest, *map(self._node, self._start)]):
-            best = await self._best_of(some, answers)
-            if best is not None:
+        rounds = [witnesses, *(sure[at : at + _ASKED] for at in range(0, len(sure), _ASKED))]
+        last = [*(node for node in owners if node.doubtful), *map(self._node, self._start)]
+        answers: dict[Node, SlotMap] = {}
+        for some in (*rounds, last):
+            if some and (best := await self._best_of(some, answers, final=some is last)) is not None:
                 self._apply(best)
-                return
+                return True
+        return False
 
-    async def _best_of(self, nodes: Sequence[Node], answers: list[SlotMap]) -> SlotMap | None:
-        addresses = {node: address for address, node in self._nodes.items()}
-        asking = {spawn(self._ask(node, addresses[node])) for node in dict.fromkeys(nodes) if node in addresses}
+    async def _best_of(self, nodes: Sequence[Node], answers: dict[Node, SlotMap], final: bool) -> SlotMap | None:
+        asking = {spawn(self._ask(node)): node for node in dict.fromkeys(nodes)}
+        left = set(asking)
         now = asyncio.get_running_loop().time
         until = now() + _TELL
         try:
-            while asking and (left := until - now()) > 0:
-                done, asking = await asyncio.wait(asking, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                answers += [task.result() for task in done if task.exception() is None]
-                if (best := best_map(answers, self._known, final=not asking)) is not None:
+            while left and (seconds := until - now()) > 0:
+                done, left = await asyncio.wait(left, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                answers |= {asking[task]: task.result() for task in done if task.exception() is None}
+                if (best := best_map([*answers.values()], self._known, final=False)) is not None:
                     return best
-            return None
+            return best_map([*answers.values()], self._known, final)
         finally:
-            for task in asking:
+            for task in left:
                 task.cancel()
-            if asking:
-                await asyncio.wait(asking)
+            if left:
+                await asyncio.wait(left)
 
-    async def _ask(self, node: Node, address: Address) -> SlotMap:
+    async def _ask(self, node: Node) -> SlotMap:
         (slots, info), _ = await node.request([("CLUSTER", "SLOTS"), ("CLUSTER", "INFO")])
         if isinstance(slots, hiredis.ReplyError):
             if "cluster support disabled" in str(slots):
@@ -397,7 +423,7 @@ class Cluster:
                     f"{node.where} is not a node of a Redis Cluster: write redis:// instead of redis+cluster://"
                 )
             raise translate(slots, node.where)
-        return parse_map(slots, info, address, self._remap)
+        return parse_map(slots, info, node.address, self._remap)
 
     def _apply(self, answer: SlotMap) -> None:
         """Put the answer in place of the table, and leave the nodes that own no slot any more."""
@@ -408,28 +434,27 @@ class Cluster:
             table[first : last + 1] = [node] * (last - first + 1)
             owned[node] += last - first + 1
         self._assign_shards(before, table, owned)
+        for first, last, address in answer.ranges:
+            self._settle(first, last, self._shard_of[self._nodes[address]])
         self._table, self._known = table, answer
-        if table == before:
-            return
-        self.has_changed = True
-        for address, node in tuple(self._nodes.items()):
-            if node not in owned:
-                del self._nodes[address]
-                self._shard_of.pop(node, None)
-                self._in_background(node.leave(BackendConnectionError(f"{node.where} owns no slot of the cluster")))
         self._on_change()
-        for channel, node in tuple(self._classic.items()):
-            if table[key_slot(channel)] is not node:
-                del self._classic[channel]
-                if node.listener is not None and not node.listener.closed:
-                    self._in_background(node.listener.unsubscribe([("UNSUBSCRIBE", channel)]))
-                self._on_ended(encoded(channel))
+        guides, self._guides = self._guides, set()
+        for address, node in tuple(self._nodes.items()):
+            if node not in owned and node not in guides:
+                del self._nodes[address]
+                self._in_background(node.leave(BackendConnectionError(f"{node.where} owns no slot of the cluster")))
+
+    def _settle(self, first: int, last: int, shard: int) -> None:
+        """Note that the slots from ``first`` to ``last`` belong to a shard."""
+        homes = self.homes[first : last + 1]
+        if homes.count(shard) < len(homes):
+            self.moved.update(slot for slot, home in enumerate(homes, first) if home != shard)
+            self.homes[first : last + 1] = [shard] * len(homes)
 
     def _assign_shards(
         self, before: Sequence[Node | None], table: Sequence[Node | None], owned: Mapping[Node, int]
     ) -> None:
         """Decide which shard each owner stands for. A promoted replica takes over the shard of its former master."""
-        addresses = {node: address for address, node in self._nodes.items()}
         taken: dict[int, Node] = {}
         fresh: list[Node] = []
         for node in sorted(owned, key=lambda each: -owned[each]):
@@ -444,21 +469,23 @@ class Cluster:
             free = [shard for shard in (*heirs, *range(len(self.shards))) if shard not in taken]
             shard = free[0] if free else len(self.shards)
             if shard == len(self.shards):
-                self.shards.append(addresses[node])
+                self.shards.append(node.address)
             taken[shard] = node
         for shard, node in taken.items():
-            self.shards[shard] = addresses[node]
+            self.shards[shard] = node.address
         self._shard_of = {node: shard for shard, node in taken.items()}
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = spawn(work)
-        self._leaving.add(task)
-        task.add_done_callback(self._ended)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard, context=EMPTY.context)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._leaving.discard(task)
-        if not task.cancelled():
-            task.exception()
+
+def _of_some(text: str) -> BackendConnectionError:
+    """Return an error that concerns only some commands of a batch: the batch is split until they are alone."""
+    error = BackendConnectionError(text)
+    error.in_flight = True
+    return error
 
 
 async def _all(calls: Any) -> list[Any]:

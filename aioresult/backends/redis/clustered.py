@@ -24,6 +24,7 @@ from .connection import Command, code_of
 from .node import Node, NodeEvents
 from .places import Address, checked_remap, cluster_place, place_url
 from .scripts import SHARDED, Scripts
+from .slots import key_slot
 
 __all__ = ["ClusterBackend"]
 
@@ -117,16 +118,21 @@ class ClusterBackend(RedisBackend):
         return [self._shown(address) for address in self._topology.shards]
 
     def _shard_of(self, topic: str) -> Shard:
-        owner = self._owner_of(topic)
-        # What has begun at one shard ends there: a waiter is found there, and the changes of an id keep their order.
-        if self._topology.has_changed and not owner.is_busy_with(topic):
+        return self._owner_of(topic, and_now=True)
+
+    def _owner_of(self, topic: str, and_now: bool = False) -> Shard:
+        """Return the shard of the topic's slot; ``and_now``, the shard that serves the topic now.
+
+        What has begun at one shard ends there: a waiter is found there, and the changes of an id keep their order.
+        """
+        topology = self._topology
+        slot = key_slot(self._channel(topic))
+        owner = self._shards[topology.homes[slot]]
+        if and_now and slot in topology.moved and not owner.is_busy_with(topic):
             for shard in self._shards:
                 if shard.is_busy_with(topic):
                     return shard
         return owner
-
-    def _owner_of(self, topic: str) -> Shard:
-        return self._shards[self._topology.shard_of(self._channel(topic))]
 
     def _is_away(self, shard: Shard) -> bool:
         return super()._is_away(shard) or self._topology.is_doubtful(self._shards.index(shard))
@@ -136,7 +142,8 @@ class ClusterBackend(RedisBackend):
         for index, name in enumerate(self._shard_names() if self._shards else ()):
             if index == len(self._shards):
                 self._shards.append(Shard(self, name))
-                self._shards[index].start()
+                if self._loop is not None:
+                    self._shards[index].start()
             self._shards[index].health.where = name
 
     # -- messages, and the ends of subscriptions --------------------------------------------------------------------
@@ -183,8 +190,8 @@ class ClusterBackend(RedisBackend):
         lost: dict[Shard, list[str]] = {}
         for topic in topics:
             shard, owner = self._shard_of(topic), self._owner_of(topic)
-            moved = shard.hub.release(topic) if shard is not owner else None
-            if moved is not None:
+            movable = shard is not owner and not shard.is_changing(topic)
+            if movable and (moved := shard.hub.release(topic)) is not None:
                 owner.hub.adopt(topic, moved)
             else:
                 lost.setdefault(shard, []).append(topic)
@@ -193,6 +200,14 @@ class ClusterBackend(RedisBackend):
                 shard.hub.lost(some, outage=False)
             else:
                 shard.listener_lost(reason, some)
+
+    async def _unsubscribe(self, task_ids: Sequence[str]) -> None:
+        if not self._topology.moved:
+            await super()._unsubscribe(task_ids)
+            return
+        # After a slot was moved, the hub of another shard may wait for an id that this hub gives up.
+        await super()._unsubscribe([topic for topic in task_ids if not self._shard_of(topic).hub.has_waiters(topic)])
+        self._note_routes([topic for topic in task_ids if self._shard_of(topic).hub.has_waiters(topic)])
 
     # -- commands ---------------------------------------------------------------------------------------------------
 

@@ -15,9 +15,12 @@ from typing import Any
 from hiredis import ReplyError
 
 from ...exceptions import BackendError
-from .connection import Command, RedisConnection, is_transient, pack, translate
+from .connection import Command, RedisConnection, code_of, is_transient, pack, translate
 
 __all__ = ["RedisListener", "encoded"]
+
+#: Errors with which a server answers every command.
+_OF_THE_SERVER = ("LOADING", "BUSY", "MASTERDOWN")
 
 
 class RedisListener(RedisConnection):
@@ -41,10 +44,10 @@ class RedisListener(RedisConnection):
         self._on_ended = on_ended
         #: The channels that are subscribed on this connection, as the server has said.
         self.subscribed: set[bytes] = set()
-        #: Channels that are being unsubscribed. Their end is no news.
-        self._leaving: set[bytes] = set()
-        #: The number of the last fence. The PING carries it, and so does its reply.
-        self._fences = 0
+        #: The number of the last fence, and of the last that was passed. The PING carries it, and so does its reply.
+        self._fences = self._passed_fence = 0
+        #: Channel → the fence behind the command that ends its subscription. Up to that fence the end is no news.
+        self._leaving: dict[bytes, int] = {}
 
     async def subscribe(self, commands: Sequence[Command]) -> tuple[list[ReplyError], list[tuple[str, str]]]:
         """Do these commands, SUBSCRIBE or SSUBSCRIBE with channels.
@@ -52,6 +55,7 @@ class RedisListener(RedisConnection):
         Returns the errors, and for each channel that is not subscribed now the command and the channel. Raises
         `BackendConnectionError` if the connection breaks, or if the server is not ready.
         """
+        await self._writing()
         errors = await self._fenced(commands)
         subscribed = self.subscribed
         missing = [
@@ -67,16 +71,19 @@ class RedisListener(RedisConnection):
 
         If the server has lost the slot of a channel, it has ended the subscription already.
         """
-        channels = {encoded(channel) for _, *some in commands for channel in some}
-        self._leaving |= channels
+        await self._writing()
+        # Only now, directly before the commands are sent: until then, the end of a subscription is news.
+        channels = [encoded(channel) for _, *some in commands for channel in some]
+        fence = self._fences + 1
+        self._leaving.update(dict.fromkeys(channels, fence))
         try:
             await self._fenced(commands)
-            self.subscribed -= channels
         finally:
-            self._leaving -= channels
+            for channel in channels:
+                if self._leaving.get(channel) == fence:
+                    del self._leaving[channel]
 
     async def _fenced(self, commands: Sequence[Command]) -> list[ReplyError]:
-        await self._writing()
         errors = await self._fence(b"".join(map(pack, commands)))
         for error in errors:
             if is_transient(error):
@@ -100,10 +107,7 @@ class RedisListener(RedisConnection):
                 self.subscribed.add(reply[1])
                 return False
             if kind in (b"sunsubscribe", b"unsubscribe"):
-                channel = reply[1]
-                if channel in self.subscribed and channel not in self._leaving:
-                    self.subscribed.discard(channel)
-                    self._on_ended(channel)
+                self._unsubscribed(reply[1])
                 return True
             if kind != b"pong":  # a push message of another kind
                 return False
@@ -116,22 +120,31 @@ class RedisListener(RedisConnection):
             raise ValueError("a reply that belongs to no command")
         return True
 
+    def _unsubscribed(self, channel: bytes) -> None:
+        """Note that a subscription has ended. If the server has ended it by itself, that is news."""
+        asked = self._leaving.pop(channel, 0) > self._passed_fence
+        if channel in self.subscribed:
+            self.subscribed.discard(channel)
+            if not asked:
+                self._on_ended(channel)
+
     def _failed(self, error: ReplyError) -> None:
         """Record an error. It belongs to the first fence that has not been passed; each caller awaits its fence.
 
-        If the server is not ready, it may refuse the PING, too. So nothing more is awaited: the caller tries again.
+        If the whole server is not ready, it refuses the PING, too. So nothing more is awaited: the caller tries again.
         """
         waiting = next((fence for fence in self._requests if not fence.future.done()), None)
         if waiting is None:
             return
         waiting.replies.append(error)
-        if is_transient(error) or "'ping'" in str(error):  # the user has no right to PING
+        if code_of(error) in _OF_THE_SERVER or "'ping'" in str(error):  # the user has no right to PING
             waiting.future.set_result(waiting.replies)
             self._forget_done()
 
     def _passed(self, number: int) -> None:
         if not 0 < number <= self._fences:
             raise ValueError("a reply to a PING that was not sent")
+        self._passed_fence = number
         while self._requests and self._requests[0].want <= number:
             fence = self._requests.popleft()
             if not fence.future.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
-from ...tasks import SingleFlight, copy_of_error
+from ...tasks import EMPTY, SingleFlight, copy_of_error
 from .connection import Command, RedisConnection, code_of, translate
 from .listener import RedisListener
 from .scripts import Scripts
@@ -48,6 +49,8 @@ class Node:
         greet: Callable[[AbstractConnection], Awaitable[None]] | None = None,
     ) -> None:
         self.where: str = where
+        #: The address, in a cluster.
+        self.address: tuple[str, int] = ("", 0)
         self._new_link = new_link
         self._heartbeat = heartbeat
         self._scripts = scripts
@@ -58,8 +61,10 @@ class Node:
         self.listener: RedisListener | None = None
         #: Why no connection may be made any more: the node has left the cluster, or the backend is closed.
         self._gone: BackendError | None = None
-        #: True if the last attempt to connect has failed, or a connection was lost since.
+        #: True if an attempt to connect has failed, or takes more than half a heartbeat, and none has succeeded since.
         self.failing: bool = False
+        #: True if a connection was lost, and the server has answered nothing since.
+        self._has_lost = False
         self.connect: SingleFlight[RedisConnection] = SingleFlight(self._connect)
         self.listen: SingleFlight[RedisListener] = SingleFlight(self._listen)
 
@@ -82,18 +87,20 @@ class Node:
 
     async def _attempt(self, connection: RedisConnection) -> None:
         self._refuse_if_gone()
-        self.failing = True
+        slow = asyncio.get_running_loop().call_later(self._heartbeat / 2, self._not_reached, context=EMPTY.context)
         try:
             await connection.connect(await self._new_link(), self._greet)
         except BackendConnectionError:
-            self._doubted()
+            self._not_reached()
             raise
+        finally:
+            slow.cancel()
         try:
             self._refuse_if_gone()  # it may have left in the meantime
         except BackendError:
             await connection.close()
             raise
-        self.failing = False
+        self.failing = self._has_lost = False
 
     def _refuse_if_gone(self) -> None:
         if self._gone is not None:
@@ -117,6 +124,7 @@ class Node:
         if connection is None or connection.closed:
             connection = await self.connect()
         replies = await connection.request(commands)
+        self._has_lost = False
         refused = [index for index, reply in enumerate(replies) if isinstance(reply, hiredis.ReplyError)]
         missing = [index for index in refused if code_of(replies[index]) == "NOSCRIPT"]
         if missing:  # after SCRIPT FLUSH, at a promoted replica, or after a restart behind a proxy
@@ -149,13 +157,19 @@ class Node:
 
     # -- life -------------------------------------------------------------------------------------------------------
 
+    def _not_reached(self) -> None:
+        self.failing = True
+        self._doubted()
+
     def _commands_lost(self, reason: BackendError) -> None:
+        self._has_lost = True
         self._doubted()
 
     def _listener_lost(self, reason: BackendError) -> None:
         listener = self.listener
         if listener is not None and listener.closed:
             self._events.on_listener_lost(self, reason, tuple(listener.subscribed))
+        self._has_lost = True
         self._doubted()
 
     def _doubted(self) -> None:
@@ -163,9 +177,12 @@ class Node:
 
     @property
     def doubtful(self) -> bool:
-        """True if the server may be away: it does not answer, or it could not be reached when that was last tried."""
-        both = (self.commands, self.listener)
-        return self.failing or any(each is not None and (each.closed or each.doubtful) for each in both)
+        """True if the server may be away: it does not answer, or it could not be reached when that was last tried.
+
+        A closed connection alone does not mean that. Perhaps nobody needs it any more.
+        """
+        connections = (self.commands, self.listener)
+        return self.failing or self._has_lost or any(each is not None and each.doubtful for each in connections)
 
     @property
     def overdue(self) -> bool:

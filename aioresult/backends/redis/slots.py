@@ -93,7 +93,12 @@ class SlotMap(NamedTuple):
 def parse_address(text: str, asked: Address) -> Address:
     """Read ``host:port``, as in a MOVED or ASK error. Without a host, it is that of the node that was ``asked``."""
     host, _, port = text.rpartition(":")
-    return (host.strip("[]") or asked[0], int(port))
+    return _host(host.strip("[]"), asked), int(port)
+
+
+def _host(host: str, asked: Address) -> str:
+    """Return the host of a node. A node that does not know its name says nothing or "?": it is the host asked."""
+    return asked[0] if host in ("", "?") else host
 
 
 def parse_map(slots: Any, info: Any, asked: Address, remap: Callable[[Address], Address]) -> SlotMap:
@@ -106,7 +111,7 @@ def parse_map(slots: Any, info: Any, asked: Address, remap: Callable[[Address], 
         ranges = []
         for first, last, (host, port, *_), *_ in slots:
             name = host.decode() if isinstance(host, bytes) else ""
-            ranges.append((int(first), int(last), remap((name if name not in ("", "?") else asked[0], int(port)))))
+            ranges.append((int(first), int(last), remap((_host(name, asked), int(port)))))
         ranges.sort()
         if any(not 0 <= first <= last < SLOTS for first, last, _ in ranges):
             raise ValueError("there is no such slot")
@@ -121,18 +126,21 @@ def parse_map(slots: Any, info: Any, asked: Address, remap: Callable[[Address], 
 
 
 def best_map(answers: Sequence[SlotMap], known: SlotMap, final: bool) -> SlotMap | None:
-    """Return the answer to believe; ``None`` if none of them is good enough.
+    """Return the answer to believe; ``None`` if none of them is good enough. Each answer is that of another node.
 
     A node that has left the cluster, or is new in it, knows no slots, or only some of them. A node that was cut off
-    knows an older state. So an answer with fewer slots than are ``known`` needs a second node that says the same, and
-    an older epoch is not believed. With ``final``, no further answer will come: then the answer of an only node counts.
+    knows an older state. So an answer that knows less than what is ``known`` needs a second node that says the same, or
+    is the answer of the only master. With ``final``, no further answer will come: only then an older epoch is believed.
+    The whole cluster may have been replaced by a new one, whose epochs begin again.
     """
+    lone = len(answers) == 1 and len({master for *_, master in known.ranges}) <= 1
+    older: SlotMap | None = None
     for answer in sorted(answers, key=lambda each: (each.epoch, each.covered), reverse=True):
-        if not answer.ranges or (answer.epoch and answer.epoch < known.epoch):
+        agree = sum(each.ranges == answer.ranges for each in answers) > 1 or (final and lone)
+        if not answer.ranges:
             continue
-        if answer.covered >= known.covered:
+        if answer.epoch and answer.epoch < known.epoch:
+            older = older or (answer if agree else None)
+        elif answer.covered >= known.covered or agree:
             return answer
-        agree = sum(each.ranges == answer.ranges for each in answers)
-        if agree > 1 or (final and len(answers) == 1 and len({master for *_, master in known.ranges}) <= 1):
-            return answer
-    return None
+    return older if final else None

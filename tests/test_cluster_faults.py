@@ -1,0 +1,371 @@
+"""A Redis Cluster whose slots move, and whose nodes fail, join and leave, while clients wait and store.
+
+Chance is the one of pytest-randomly. The tests share one cluster, and each leaves it for `RedisCluster.restore`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+import aioresult
+from aioresult import BackendConnectionError
+from aioresult.backends.redis import ClusterBackend
+
+from .cluster_servers import ClusterNode, RedisCluster, redis_cluster, slot_of
+from .harness import until
+
+pytestmark = pytest.mark.xdist_group("cluster faults")
+
+#: The name of the connections that must be gone at the end.
+NAME = "of-the-test"
+#: Of servers that are fast to replace each other.
+NODE_TIMEOUT = 1000
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[RedisCluster]:
+    with redis_cluster(node_timeout=NODE_TIMEOUT) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def cluster(shared_cluster: RedisCluster) -> AsyncIterator[RedisCluster]:
+    await asyncio.to_thread(shared_cluster.restore)
+    shared_cluster.flush()
+    yield shared_cluster
+    for node in shared_cluster.up():
+        assert node.ask("CLIENT", "LIST").count(f"name={NAME}") == 0, f"a connection to {node} is left"
+
+
+@contextlib.asynccontextmanager
+async def opened(cluster: RedisCluster, url: str = "", **options: Any) -> AsyncIterator[ClusterBackend]:
+    """A backend that is quick to notice. At the end it has nothing left to do, and nothing is subscribed."""
+    url = f"{url or cluster.url}{'&' if '?' in url else '?'}client_name={NAME}"
+    async with aioresult.connect(url, **{"heartbeat": 1, "retry_for": 60, **options}) as backend:
+        assert isinstance(backend, ClusterBackend)
+        yield backend
+        if backend.is_open:
+            await quiet(backend)
+            await until(lambda: counts(backend)[0] == 0)
+            await channels(cluster, 0)
+
+
+def counts(backend: ClusterBackend) -> tuple[int, int]:
+    """How many ids have waiters, and how many are subscribed, as the hubs see it."""
+    numbers = [shard.hub.counts() for shard in backend._shards]
+    return sum(ids for _, ids, _ in numbers), sum(subscribed for _, _, subscribed in numbers)
+
+
+async def channels(cluster: RedisCluster, count: int) -> None:
+    """Return once so many ids are subscribed, as the servers see it."""
+
+    async def reached() -> bool:
+        return await asyncio.to_thread(cluster.shard_channels) == count
+
+    await until(reached)
+
+
+async def quiet(backend: ClusterBackend) -> None:
+    """Return once nobody asks for the table any more."""
+    stale = backend._topology._stale
+    await until(lambda: bool(stale._waiters) and not stale.is_set())
+
+
+def waits(backend: ClusterBackend, ids: Iterable[str]) -> dict[str, asyncio.Task[Any]]:
+    return {task_id: asyncio.create_task(backend.result(task_id).get()) for task_id in ids}
+
+
+async def store(backend: ClusterBackend, ids: Iterable[str]) -> None:
+    """Store under each id a value that names it."""
+    assert all(await asyncio.gather(*(backend.mark_as_done(task_id, f"of {task_id}") for task_id in ids)))
+
+
+async def told(waiting: dict[str, asyncio.Task[Any]]) -> None:
+    values = await asyncio.gather(*waiting.values())
+    assert values == [f"of {task_id}" for task_id in waiting]
+
+
+async def cancelled(waiting: dict[str, asyncio.Task[Any]]) -> None:
+    for task in waiting.values():
+        task.cancel()
+    await asyncio.wait(waiting.values())
+
+
+async def settings(cluster: RedisCluster, name: str, value: str) -> None:
+    for node in cluster.nodes:
+        await asyncio.to_thread(node.ask, "CONFIG", "SET", name, value)
+
+
+def tagged(cluster: RedisCluster, node: ClusterNode, slots: int, each: int) -> dict[int, list[str]]:
+    """Ids on a node, so many in each of so many slots."""
+    owned = set(cluster.slots_of(node))
+    by_slot: dict[int, list[str]] = {}
+    number = 0
+    while len(by_slot) < slots:
+        tag = f"{{t{number}}}"
+        number += 1
+        if (slot := slot_of(tag)) in owned and slot not in by_slot:
+            by_slot[slot] = [f"{tag}-{member}" for member in range(each)]
+    return by_slot
+
+
+# -- slots that move -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_waiters_wake_while_their_slots_are_held_between_two_masters(
+    cluster: RedisCluster, protocol: int
+) -> None:
+    """Half of the ids have a state already, which moves. And the migrations may as well never end."""
+    source, target, _ = cluster.masters()
+    by_slot = tagged(cluster, source, 10, 100)
+    ids = [task_id for some in by_slot.values() for task_id in some]
+    url = f"{cluster.url}?protocol={protocol}"
+    async with opened(cluster, url) as web, opened(cluster, url) as worker:
+        await asyncio.gather(*(worker.mark_as_started(task_id) for task_id in ids[::2]))
+        waiting = waits(web, ids[:900])
+        await channels(cluster, 900)
+        for slot in by_slot:
+            await asyncio.to_thread(cluster.begin_migration, slot, target)
+            await asyncio.to_thread(cluster.move_keys, slot, target)
+        waiting |= waits(web, ids[900:])  # these subscribe, and read, while it goes on
+        await channels(cluster, 1000)
+        await store(worker, ids)
+        await told(waiting)
+        assert [await asyncio.to_thread(cluster.master_of, slot) for slot in by_slot] == [source] * 10
+        for slot in by_slot:
+            await asyncio.to_thread(cluster.end_migration, slot, target)
+        assert [meta.result for meta in await web.get_many(ids)] == [f"of {task_id}" for task_id in ids]
+    assert [await asyncio.to_thread(cluster.master_of, slot) for slot in by_slot] == [target] * 10
+
+
+async def test_a_slot_goes_back_and_forth_under_stores_and_waiters(cluster: RedisCluster) -> None:
+    first, second, _ = cluster.masters()
+    ((slot, ids),) = tagged(cluster, first, 1, 300).items()
+    counted = f"{ids[0]}-counted"
+    async with opened(cluster) as web, opened(cluster) as worker:
+        waiting = waits(web, ids)
+        await channels(cluster, len(ids))
+        moving = asyncio.create_task(asyncio.to_thread(_back_and_forth, cluster, slot, first, second))
+        last = 0
+        while not moving.done():
+            # Two stores of one id keep their order, wherever they go.
+            last += 2
+            if ids:
+                task_id = ids.pop()
+                await store(worker, [task_id])
+            await asyncio.gather(
+                worker.store_result(counted, last - 1, "COUNTED"), worker.store_result(counted, last, "COUNTED")
+            )
+            assert (await web.get_task_meta(counted)).result == last
+        await moving
+        await store(worker, ids)
+        await told(waiting)
+        assert last > 100
+
+
+def _back_and_forth(cluster: RedisCluster, slot: int, first: ClusterNode, second: ClusterNode) -> None:
+    for _ in range(50):
+        cluster.migrate_all([slot], second)
+        cluster.migrate_all([slot], first)
+
+
+async def test_a_node_joins_takes_slots_over_and_leaves(cluster: RedisCluster) -> None:
+    first, second, _ = cluster.masters()
+    by_slot = tagged(cluster, first, 20, 10)
+    ids = [task_id for some in by_slot.values() for task_id in some]
+    async with opened(cluster) as web, opened(cluster) as worker:
+        waiting = waits(web, ids)
+        await channels(cluster, len(ids))
+        node = await asyncio.to_thread(cluster.add_node)
+        await asyncio.to_thread(cluster.migrate_all, by_slot, node)
+        await store(worker, ids[::3])
+        # Those whose slots have moved are subscribed there.
+        await until(lambda: counts(web)[0] == len(ids) - len(ids[::3]))
+        there = {task_id: task for task_id, task in waiting.items() if not task.done()}
+        await asyncio.to_thread(lambda: _until_subscribed(node, len(there)))
+        assert len(web._shards) == 4  # it has a shard of its own
+        await asyncio.to_thread(cluster.migrate_all, by_slot, second)
+        await asyncio.to_thread(cluster.remove_node, node)
+        assert node.ask("CLUSTER", "SLOTS") == []
+        await store(worker, ids[1::3])
+        await worker.mark_as_done(by_id := ids[2], f"of {by_id}")
+        # It is a start node, too, and says that there are no slots.
+        url = f"redis+cluster://127.0.0.1:{node.port},{cluster.url.partition('//')[2]}"
+        async with opened(cluster, url) as late:
+            await store(late, ids[5::3])
+        await told(waiting)
+        assert node.ask("CLIENT", "LIST").count(f"name={NAME}") == 0
+    with pytest.raises(BackendConnectionError, match="is in no cluster"):
+        await aioresult.connect(f"redis+cluster://127.0.0.1:{node.port}").open()
+
+
+def _until_subscribed(node: ClusterNode, count: int) -> None:
+    while len(node.ask("PUBSUB", "SHARDCHANNELS")) < count:
+        pass
+
+
+# -- masters that are replaced ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_a_replica_takes_the_place_of_its_master_in_agreement(cluster: RedisCluster, protocol: int) -> None:
+    """It has never seen the scripts. What waits and what stores notices nothing."""
+    master = cluster.masters()[0]
+    ids = cluster.ids_on(master, 500)
+    url = f"{cluster.url}?protocol={protocol}"
+    async with opened(cluster, url) as web, opened(cluster, url) as worker:
+        waiting = waits(web, ids)
+        await channels(cluster, len(ids))
+        storing = asyncio.create_task(_store_in_turn(worker, ids))
+        promoted = await asyncio.to_thread(cluster.failover, master)
+        await told(waiting)
+        await storing
+        assert promoted in cluster.masters()
+        assert len(web._shards) == 3  # it has taken over the shard
+        waiting = waits(web, later := cluster.ids_on(promoted, 10, "later"))
+        await asyncio.to_thread(_until_subscribed, promoted, 10)
+        await store(worker, later)
+        await told(waiting)
+
+
+async def _store_in_turn(worker: ClusterBackend, ids: Sequence[str]) -> None:
+    for task_id in ids:
+        await store(worker, [task_id])
+
+
+async def test_a_master_is_killed_and_its_replica_takes_over(cluster: RedisCluster) -> None:
+    dead, alive, _ = cluster.masters()
+    ids = cluster.ids_on(dead, 300)
+    others = cluster.ids_on(alive, 300)
+    async with opened(cluster) as web, opened(cluster) as worker:
+        waiting = waits(web, [*ids, *others])
+        await channels(cluster, 600)
+        dead.kill()
+        await asyncio.gather(store(worker, ids), store(worker, others))
+        await told(waiting)
+        replaced = cluster.masters()
+        assert dead not in replaced
+        await asyncio.to_thread(dead.start)
+        await asyncio.to_thread(cluster.wait_ok)
+
+
+async def test_a_frozen_master_is_left_as_soon_as_the_others_have_replaced_it(
+    cluster: RedisCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A heartbeat is long here: nothing waits for three of them. The old master gets nothing more."""
+    frozen = cluster.masters()[0]
+    before, after = cluster.ids_on(frozen, 60), cluster.ids_on(frozen, 200, "after")
+    async with opened(cluster, heartbeat=4) as web, opened(cluster, heartbeat=4) as worker:
+        waiting = waits(web, [*before, *after])
+        await channels(cluster, 260)
+        done = _executed(frozen)
+        frozen.freeze()
+        try:
+            storing = asyncio.create_task(store(worker, before))
+            await until(lambda: all(frozen.address not in each._topology._nodes for each in (web, worker)))
+            await store(worker, after)
+            await storing
+            await told(waiting)
+            lost = [record.message for record in caplog.records if "was lost" in record.message]
+            assert lost
+            assert all("owns no slot of the cluster" in message for message in lost)
+        finally:
+            frozen.thaw()
+        await asyncio.to_thread(cluster.wait_ok)
+        assert _executed(frozen) <= done + len(before)
+
+
+def _executed(node: ClusterNode) -> int:
+    """How many scripts it was asked to execute."""
+    line = node.info("commandstats").get("cmdstat_evalsha", "calls=0,")
+    return int(line.partition("calls=")[2].partition(",")[0])
+
+
+async def test_all_masters_start_again(cluster: RedisCluster) -> None:
+    ids = [task_id for node in cluster.masters() for task_id in cluster.ids_on(node, 50)]
+    async with opened(cluster) as web, opened(cluster) as worker:
+        waiting = waits(web, ids)
+        await channels(cluster, len(ids))
+        await asyncio.to_thread(cluster.restart_all_masters)
+        await store(worker, ids)
+        await told(waiting)
+
+
+async def test_without_a_quorum_waiters_wait_and_stores_fail_in_time(cluster: RedisCluster) -> None:
+    first, second, _ = cluster.masters()
+    ids = [task_id for node in cluster.masters() for task_id in cluster.ids_on(node, 5)]
+    async with opened(cluster) as web, opened(cluster, retry_for=0.5) as worker:
+        waiting = waits(web, ids)
+        await channels(cluster, len(ids))
+        first.kill()
+        second.kill()
+        await until(lambda: _says(cluster.up()[0], "cluster_state:fail"))
+        outcomes = await asyncio.gather(*(worker.mark_as_done(id, f"of {id}") for id in ids), return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {BackendConnectionError}
+        assert not any(task.done() for task in waiting.values())
+        for node in (first, second):
+            await asyncio.to_thread(node.start)
+        await asyncio.to_thread(cluster.wait_ok)
+        # The first attempt ends the outage.
+        await until(lambda: _stored(worker, ids))
+        await told(waiting)
+
+
+def _says(node: ClusterNode, line: str) -> bool:
+    return line in node.ask("CLUSTER", "INFO")
+
+
+async def _stored(worker: ClusterBackend, ids: Sequence[str]) -> bool:
+    with contextlib.suppress(BackendConnectionError):
+        await store(worker, ids)
+        return True
+    return False
+
+
+async def test_what_is_on_healthy_masters_does_not_notice_a_dead_one(cluster: RedisCluster) -> None:
+    """Nobody replaces it, and the cluster serves what it still can."""
+    dead, alive, _ = cluster.masters()
+    replica = cluster.replica_of(dead)
+    ids, others = cluster.ids_on(dead, 150), cluster.ids_on(alive, 150)
+    await settings(cluster, "cluster-require-full-coverage", "no")
+    try:
+        async with opened(cluster) as web, opened(cluster, retry_for=0.3) as worker, opened(cluster) as patient:
+            waiting = waits(web, [*ids, *others[:100]])
+            await channels(cluster, 250)
+            replica.kill()
+            dead.kill()
+            storing = asyncio.create_task(store(patient, ids))
+            refused = await asyncio.gather(*(worker.mark_as_done(id, 1) for id in ids), return_exceptions=True)
+            assert {type(outcome) for outcome in refused} == {BackendConnectionError}
+            for _ in range(2):  # the second time, it is known
+                await store(worker, others)
+                await told({task_id: waiting[task_id] for task_id in others[:100]})
+                outcomes = await worker.get_outcomes([*ids, *others])
+                assert {type(outcome) for outcome in outcomes[: len(ids)]} == {BackendConnectionError}
+                found = outcomes[len(ids) :]
+                assert [each.result for each in found if isinstance(each, aioresult.TaskMeta)] == [
+                    f"of {task_id}" for task_id in others
+                ]
+                with pytest.raises(BackendConnectionError):
+                    await worker.get_many([*others, *ids])
+                # New waiters, few and many, learn what is there.
+                for count in (10, 150):
+                    some = [web.result(task_id) for task_id in (*ids[:count], *others[:count])]
+                    done, pending = await aioresult.wait(some, return_when=asyncio.FIRST_COMPLETED)
+                    assert {each.id for each in done if isinstance(each, aioresult.AsyncResult)} == set(others[:count])
+                    assert len(pending) == count
+            assert not storing.done()
+            assert not any(waiting[task_id].done() for task_id in ids)
+            await asyncio.to_thread(dead.start)
+            await storing
+            await told({task_id: waiting[task_id] for task_id in ids})
+            await asyncio.to_thread(replica.start)
+            await asyncio.to_thread(cluster.wait_ok)
+    finally:
+        await settings(cluster, "cluster-require-full-coverage", "yes")
