@@ -38,6 +38,12 @@ _PAUSE: Final = 0.1
 #: https://redis.io/docs/latest/operate/oss_and_stack/management/sentinel/#pubsub-messages
 _SWITCH: Final = "+switch-master"
 
+#: The remedy if a sentinel refuses a connection.
+_OF_THEIR_OWN: Final = (
+    "the user, the password and the certificates for the sentinels are those in sentinel_kwargs={'password': …}, or in "
+    "the URL: ?sentinel_password=…"
+)
+
 
 class _Answer(NamedTuple):
     """What a sentinel knows of the master."""
@@ -94,7 +100,12 @@ class Sentinel(Single):
         self._checker = StandingTask(self._keep_checking, "aioresult-sentinel-check", lambda: True)
 
     async def open(self) -> None:
-        await self.node.connect()
+        try:
+            await self.node.connect()
+        except BackendConnectionError:
+            if not self._wrong:
+                raise
+            await self.node.connect()  # a sentinel has named another server than the master: now all are asked
         self._doubt.clear()
         self._watcher.start()
         self._checker.start()
@@ -200,7 +211,7 @@ class Sentinel(Single):
         where, name = self._shown(sentinel), self._place.master_name
         connection = RedisConnection(where, self._heartbeat)
         try:
-            await connection.connect(self._sentinel_link(sentinel))
+            await self._connect(connection, sentinel)
             address, about = await connection.request(
                 [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
             )
@@ -226,9 +237,14 @@ class Sentinel(Single):
             )
         return _Answer(self._remap(named), epoch)
 
-    def _sentinel_link(self, sentinel: Address) -> AbstractConnection:
+    async def _connect(self, connection: RedisConnection, sentinel: Address) -> None:
         host, port = sentinel
-        return self._place.sentinel_class(**{**self._place.sentinel_options, "host": host, "port": port})
+        link = self._place.sentinel_class(**{**self._place.sentinel_options, "host": host, "port": port})
+        try:
+            await connection.connect(link)
+        except BackendRefusedError as exc:
+            exc.args = (f"{exc}; {_OF_THEIR_OWN}",)
+            raise
 
     def _shown(self, sentinel: Address) -> str:
         return place_url("sentinel", sentinel)
@@ -304,7 +320,7 @@ class Sentinel(Single):
         watch = RedisListener(where, self._heartbeat, self._announced, _ignore, partial(_set, lost))
         try:
             async with asyncio.timeout(_TELL):
-                await watch.connect(self._sentinel_link(sentinel))
+                await self._connect(watch, sentinel)
                 errors, missing = await watch.subscribe([("SUBSCRIBE", _SWITCH)])
             if missing:
                 ended = BackendConnectionError(f"{where} has ended a subscription")
