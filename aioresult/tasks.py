@@ -27,6 +27,7 @@ __all__ = [
     "SingleFlight",
     "StandingTask",
     "call_from_finalizer",
+    "cancellable",
     "chunked",
     "copy_of_error",
     "fail",
@@ -65,6 +66,21 @@ def spawn(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task
     The task may serve many callers, so it must not keep the context variables of its first caller alive.
     """
     return asyncio.get_running_loop().create_task(work, name=name, context=Context())
+
+
+async def cancellable(work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``, which may swallow a cancellation: it is cancelled until it ends."""
+    task = spawn(work)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        while not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task], timeout=RESTART_AFTER)
+        _retrieved(task)
+        raise
+    return task.result()
 
 
 class StandingTask:

@@ -21,7 +21,7 @@ from redis.asyncio.connection import AbstractConnection, SSLConnection
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 from ...sockets import silence
-from ...tasks import LONGEST_STEP, copy_of_error, fail
+from ...tasks import LONGEST_STEP, cancellable, copy_of_error, fail
 
 __all__ = ["WAITERS_FIRST", "Command", "RedisConnection", "Request", "code_of", "is_transient", "pack", "translate"]
 
@@ -149,32 +149,27 @@ class RedisConnection(asyncio.Protocol):
         refuses.
         """
         self._link = link
-        task = asyncio.current_task()
-        cancelled = 0 if task is None else task.cancelling()
-        failure: Exception | None = None
         try:
-            await link.connect()  # type: ignore[no-untyped-call]
-            if greet is not None:
-                await greet(link)
+            # redis-py awaits in `asyncio.wait_for`. Up to Python 3.11 that may swallow a cancellation, and go on.
+            await cancellable(self._handshake(link, greet))
         except (redis_errors.RedisError, OSError, ValueError) as exc:
-            failure = exc
+            await self.close()
+            error = translate(exc, self._where)
+            error.args = (f"{error}{_tls_hint(link, exc)}",)
+            raise error from exc
         except BaseException:
             await self.close()
             raise
-        # redis-py awaits in `asyncio.wait_for`. Up to Python 3.11 that may swallow a cancellation and return or raise
-        # the outcome instead. A caller that retries failed attempts would then never end.
-        swallowed = task is not None and task.cancelling() > cancelled
-        if swallowed:
-            await self.close()
-            raise asyncio.CancelledError from failure
-        if failure is not None:
-            await self.close()
-            error = translate(failure, self._where)
-            error.args = (f"{error}{_tls_hint(link, failure)}",)
-            raise error from failure
         self._transport = take_over(link, self)
         self.closed = False
         self._timer = self._loop.call_later(self._heartbeat, self._beat)
+
+    async def _handshake(
+        self, link: AbstractConnection, greet: Callable[[AbstractConnection], Awaitable[None]] | None
+    ) -> None:
+        await link.connect()  # type: ignore[no-untyped-call]
+        if greet is not None:
+            await greet(link)
 
     # -- asyncio.Protocol -------------------------------------------------------------------------------------------
 
