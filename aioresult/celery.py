@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Any, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 from uuid import uuid4
 
 from celery import Celery, maybe_signature
@@ -29,7 +29,18 @@ from .result import AsyncResult, ResultBase
 from .serialization import Codec
 from .settings import backend_options, backend_url, stand_in
 
-__all__ = ["TaskOutput", "backend_from_app", "dispatch", "output", "result_from_celery", "revoke"]
+if TYPE_CHECKING:
+    from .celery_cluster import ClusterBackend
+
+__all__ = ["ClusterBackend", "TaskOutput", "backend_from_app", "dispatch", "output", "result_from_celery", "revoke"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ClusterBackend":  # needs redis-py, which other users of this module may not have
+        from .celery_cluster import ClusterBackend
+
+        return ClusterBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
@@ -149,13 +160,15 @@ def output(task: Any, *, keep: Keep | None = None) -> TaskOutput:
 
     :param task: the bound task.
     :param keep: how much of the output is kept; see `aioresult.Backend.output`.
-    :raises ImproperlyConfigured: the app does not keep its results in Redis.
+    :raises ImproperlyConfigured: the app does not keep its results in Redis, or in a cluster with `ClusterBackend`.
     """
     backend = task.app.backend
-    if not hasattr(backend, "client") or not type(backend).__module__.startswith("celery.backends.redis"):
+    known = ("celery.backends.redis", "aioresult.celery_cluster")
+    if not hasattr(backend, "client") or not type(backend).__module__.startswith(known):
         raise ImproperlyConfigured(
-            f"the output of a Celery task needs Celery's Redis result backend, but the app {task.app.main!r} has "
-            f"{type(backend).__name__}; an asyncio worker can use backend.output(task_id) with any backend"
+            f"the output of a Celery task needs Celery's Redis result backend, or {__name__}.ClusterBackend, but the "
+            f"app {task.app.main!r} has {type(backend).__name__}; an asyncio worker can use backend.output(task_id) "
+            f"with any backend"
         )
     return TaskOutput(backend, task.request.id, keep)
 

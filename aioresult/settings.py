@@ -5,6 +5,7 @@ docs/celery.md lists every Celery setting for result backends, and what this lib
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Final, Protocol
@@ -35,6 +36,8 @@ _OF_REDIS: Final = {
     "redis_socket_keepalive": "socket_keepalive",
     "redis_backend_credential_provider": "credential_provider",
 }
+#: The class that keeps the results of Celery's workers in a cluster, before the URL of the cluster.
+_FOR_WORKERS: Final = re.compile(r"aioresult\.celery(?:_cluster)?[.:]ClusterBackend\+")
 #: Keys of ``result_backend_transport_options`` that are options of the backend for Sentinel.
 _OF_SENTINEL: Final = ("master_name", "sentinel_kwargs", "min_other_sentinels")
 #: The arguments that a connection through a unix socket does not take.
@@ -48,7 +51,12 @@ class Settings(Protocol):
 
 
 def backend_url(conf: Settings, name: str) -> str:
-    """Return the URL of the result backend ``name``, which is a URL or an alias of Celery's."""
+    """Return the URL of the result backend ``name``, which is a URL or an alias of Celery's.
+
+    The class for Celery's workers on a cluster is left out.
+    """
+    if found := _FOR_WORKERS.match(name):
+        return name[found.end() :]
     if name in ("db", "database"):
         url = conf.get("database_url")
         if not isinstance(url, str) or "://" not in url:
@@ -89,6 +97,8 @@ def backend_options(conf: Settings, url: str, given: Mapping[str, Any]) -> tuple
             url, connecting = _redis(conf, url)
         if "sentinel" in kinds:
             taken |= {name: value for name in _OF_SENTINEL if (value := transport.get(name)) is not None}
+        if "cluster" in kinds and transport.get("address_remap") is not None:
+            taken["address_remap"] = transport["address_remap"]
         if not transport.get("result_chord_ordered", True):
             taken["chord_ordered"] = False
         if connecting or "connect_options" in given:

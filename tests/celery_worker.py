@@ -133,7 +133,11 @@ def close(app: Celery) -> None:
         consumer = backend.result_consumer
         consumer.subscribed_to.clear()  # or a result that is dropped later unsubscribes from a server that may be gone
         consumer.stop()
-        backend.client.connection_pool.disconnect()
+        client = backend.client
+        if isinstance(client, redis.RedisCluster):
+            client.close()
+        else:
+            client.connection_pool.disconnect()
     app.close()
 
 

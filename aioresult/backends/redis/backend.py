@@ -29,6 +29,7 @@ from ...progress import GroupCounts
 from ...record import Record
 from ..base import BackendOptions
 from ..keyvalue import Op, Write, sibling
+from .chords import CHORD_SUFFIXES, chord_command, chord_state, parts_key
 from .connection import WAITERS_FIRST, Command, code_of, translate
 from .groups import count_keys, extend_command, milliseconds
 from .node import Node, NodeEvents
@@ -311,46 +312,19 @@ class RedisBackend(RunningTasks):
 
     def _chord_command(self, step: ChordStep) -> Command:
         key = self._group_key(step.group_id)
-        keys = [key, *(self._chord_key(key, f".{letter}") for letter in "jstdcar")]
-        size = "" if step.size is None else step.size
-        index = "+inf" if step.index is None else step.index
-        times = (milliseconds(step.lease), milliseconds(step.expires), milliseconds(step.group_expires))
-        terms = (step.token, *times, size, step.body or b"", step.body_id, step.run)
-        part = (step.task_id, index, step.part, int(step.failed), int(self._chord_ordered))
-        return (
-            "EVALSHA",
-            self._scripts.chord,
-            len(keys),
-            *keys,
-            step.op.value,
-            step.group_id,
-            self._ready_channel,
-            *terms,
-            *part,
-        )
+        keys = [key, *(self._chord_key(key, suffix) for suffix in CHORD_SUFFIXES)]
+        return chord_command(self._scripts, keys, self._ready_channel, step, self._chord_ordered)
 
     async def _chord_outcome(self, step: ChordStep, reply: Any) -> ChordState | BaseException:
         if isinstance(reply, hiredis.ReplyError):
             return self._refusal(reply, BackendStoreError, f"do a step of chord {step.group_id}")
-        count, size, claimed, done, body, failure, left, is_list, where, ours, body_id = reply
         parts: tuple[bytes, ...] = ()
+        where, is_list = parts_key(reply)
         if step.op is ChordOp.PARTS and where:
-            key = self._chord_key(self._group_key(step.group_id), where.decode())
-            parts = await self._chord_parts(key, bool(is_list))
-            if len(parts) < count:  # the chord was finished meanwhile, and its parts were moved to the other key
+            parts = await self._chord_parts(self._chord_key(self._group_key(step.group_id), where), is_list)
+            if len(parts) < reply[0]:  # the chord was finished meanwhile, and its parts were moved to the other key
                 return (await self._chord_steps([step]))[0]
-        return ChordState(
-            count,
-            None if size < 0 else size,
-            bool(claimed),
-            bool(done),
-            body,
-            failure,
-            left / 1000 if left >= 0 else None,
-            parts,
-            bool(ours),
-            (body_id or b"").decode("utf-8", "surrogateescape"),
-        )
+        return chord_state(reply, parts)
 
     async def _chord_parts(self, key: str, is_list: bool) -> tuple[bytes, ...]:
         """Read the parts of a chord in pieces: one reply with a hundred thousand parts would block the server."""

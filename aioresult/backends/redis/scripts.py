@@ -35,6 +35,7 @@ class Scripts:
         self.register: str = self._add("register")
         self.forget: str = self._add("forget")
         self.open: str = self._add("open")
+        self.append: str = self._add("append")
         self.run: str = self._add("run")
         self.beat: str = self._add("beat")
 
