@@ -181,7 +181,7 @@ class TaskOutput:
 
         self.task_id: str = task_id
         self._flush_now = flush_now
-        self._client = backend.client
+        self._client = backend if hasattr(backend, "run") else backend.client  # `ClusterBackend` executes by itself
         self._key: str = backend.get_key_for_task(task_id).decode("utf-8", "surrogateescape")
         self._expires = float(backend.expires or 0)
         self._codec = Codec()

@@ -122,8 +122,11 @@ class ClusterBackend(_CelerysBackend):
     def _create_client(self, **params: Any) -> ClusterClient:
         return ClusterClient(**params)
 
-    def _run(self, command: Command) -> Any:
-        """Execute a command, again after an outage. Every command that is given to this is idempotent."""
+    def run(self, command: Command) -> Any:
+        """Execute a command or a script of this library, and return the reply. After an outage, execute it again.
+
+        Every command that is passed to this method is idempotent.
+        """
         return self.ensure(self._run_once, (command,))
 
     def _run_once(self, command: Command) -> Any:
@@ -158,7 +161,7 @@ class ClusterBackend(_CelerysBackend):
             # A saved group lives as long as its members, and its members are counted for `ResultSet.progress`.
             index = request.group_index if type(request.group_index) is int else None
             key, failed = _text(self.get_key_for_group(group_id)), state in states.PROPAGATE_STATES
-            self._run(extend_command(SHARDED, key, self.expires or 0, index, failed))
+            self.run(extend_command(SHARDED, key, self.expires or 0, index, failed))
         return result
 
     def _set(self, key: bytes, value: str | bytes, expires: int | None = None) -> None:
@@ -175,7 +178,7 @@ class ClusterBackend(_CelerysBackend):
             digest = hashlib.sha1(reply).hexdigest()  # noqa: S324 - Redis has only SHA-1; it is not used for security
 
     def get(self, key: bytes) -> bytes | None:
-        value: bytes | None = self._run(("GET", _text(key)))
+        value: bytes | None = self.run(("GET", _text(key)))
         return value
 
     def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -192,7 +195,7 @@ class ClusterBackend(_CelerysBackend):
             return values
 
     def delete(self, key: bytes) -> None:
-        self._run(("DEL", _text(key)))
+        self.run(("DEL", _text(key)))
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Subscribe to nothing: `AsyncResult.get` polls."""
@@ -205,12 +208,12 @@ class ClusterBackend(_CelerysBackend):
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         # As in Celery: a frozen chord that is sent again has the same group id, but is a new run.
-        self._run(("DEL", _text(self.get_key_for_group(group_id, ".c"))))
+        self.run(("DEL", _text(self.get_key_for_group(group_id, ".c"))))
         self._chord_step(ChordStep(ChordOp.SIZE, group_id, size=chord_size))
 
     def _set_chord_key(self, key: bytes, value: Any) -> None:
         ttl = milliseconds(self._kept)
-        self._run(("SET", _text(key), value, *(("PX", ttl) if ttl else ())))
+        self.run(("SET", _text(key), value, *(("PX", ttl) if ttl else ())))
 
     def on_chord_part_return(
         self, request: Any, state: str, result: Any, propagate: bool | None = None, **kwargs: Any
@@ -241,7 +244,7 @@ class ClusterBackend(_CelerysBackend):
         """Dispatch the callback of a chord that ``step`` has claimed."""
         group_id, callback = step.group_id, maybe_signature(request.chord, app=self.app)
         # If this worker dies, a service with `ready_chords` finds the chord in this set.
-        self._run(("EVALSHA", SHARDED.register, 1, self._ready_channel, group_id, milliseconds(self._kept), ""))
+        self.run(("EVALSHA", SHARDED.register, 1, self._ready_channel, group_id, milliseconds(self._kept), ""))
         try:
             results = self._chord_results(group_id)
             lease = self._chord_publish_claim_expires(int(step.lease), callback)
@@ -261,7 +264,7 @@ class ClusterBackend(_CelerysBackend):
             self.chord_error_from_stack(callback, ChordError(f"Join error: {exc!r}"))
         if not self._chord_step(replace(step, op=ChordOp.FINISH)).claimed:
             logger.warning("the claim to chord %s was lost: its callback may be dispatched twice", group_id)
-        self._run(("ZREM", self._ready_channel, group_id))
+        self.run(("ZREM", self._ready_channel, group_id))
 
     def _chord_results(self, group_id: str) -> list[Any]:
         """Return the results of the header. Raises the error of a failed part."""
@@ -276,11 +279,11 @@ class ClusterBackend(_CelerysBackend):
             return results
 
     def _chord_parts(self, group_id: str) -> list[bytes]:
-        where, is_list = parts_key(self._run(self._chord_command(ChordStep(ChordOp.PARTS, group_id))))
+        where, is_list = parts_key(self.run(self._chord_command(ChordStep(ChordOp.PARTS, group_id))))
         key, name = _text(self.get_key_for_group(group_id, where)), "LRANGE" if is_list else "ZRANGE"
         parts: list[bytes] = []
         while len(parts) % _CHUNK == 0:
-            piece = self._run((name, key, len(parts), len(parts) + _CHUNK - 1))
+            piece = self.run((name, key, len(parts), len(parts) + _CHUNK - 1))
             if not piece:
                 break
             parts += piece
@@ -288,7 +291,7 @@ class ClusterBackend(_CelerysBackend):
 
     def _chord_step(self, step: ChordStep) -> ChordState:
         kept = replace(step, expires=self._kept, group_expires=self._chord_result_expires)
-        return chord_state(self._run(self._chord_command(kept)))
+        return chord_state(self.run(self._chord_command(kept)))
 
     def _chord_command(self, step: ChordStep) -> Command:
         key = _text(self.get_key_for_group(step.group_id))

@@ -44,7 +44,8 @@ class Site:
     def __init__(self, url: str, **conf: Any) -> None:
         self.queue = f"chords-{uuid4()}"
         self.app: Celery = make_app("memory://", url, task_default_queue=self.queue, **conf)
-        self.redis = redis.Redis.from_url(url)
+        #: A plain client of where the results are.
+        self.redis: Any = redis.Redis.from_url(url) if url.startswith("redis:") else self.app.backend.client
         self._connection = self.app.connection_for_read()
         self._messages = self._connection.SimpleQueue(self.queue)
 
@@ -85,7 +86,7 @@ class Site:
             yield message
 
     def key(self, request: Context, suffix: str = "") -> str:
-        return f"celery-taskset-meta-{request.group}{suffix}"
+        return str(self.app.backend.get_key_for_group(request.group, suffix).decode())
 
     def ttl(self, request: Context, suffix: str = "") -> float | None:
         """Seconds; ``None`` for never."""

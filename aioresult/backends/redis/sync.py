@@ -9,7 +9,6 @@ from redis.exceptions import ResponseError
 from ...log import Flush, Place
 from ..keyvalue import sibling
 from ..runs import superseded
-from .blocking import ClusterClient
 from .connection import Command
 from .runs import flush_commands, last_of, top_of
 from .scripts import PLAIN, SHARDED
@@ -20,10 +19,10 @@ __all__ = ["flush_now"]
 def flush_now(client: Any, key: str, flush: Flush) -> int:
     """Append ``flush`` to the log of the result ``key``, and return its epoch there. The call is idempotent.
 
-    ``client`` is a `redis.Redis`, or a `ClusterClient`. Raises `OutputSuperseded` if another producer has taken over
-    the output, and the errors of the client.
+    ``client`` is a `redis.Redis`, or the `aioresult.celery.ClusterBackend`, whose ``run`` executes a command. Raises
+    `OutputSuperseded` if another producer has taken over the output, and the errors of the client.
     """
-    sharded = isinstance(client, ClusterClient)
+    sharded = hasattr(client, "run")
     scripts = SHARDED if sharded else PLAIN
     commands = flush_commands(scripts, key, flush)
     if not flush.epoch:
@@ -38,7 +37,8 @@ def flush_now(client: Any, key: str, flush: Flush) -> int:
     error, by_log = refused
     if by_log:
         # Redis refused the entry as a repetition, or because of a newer epoch. The end of the log tells which.
-        top = top_of(client.execute_command(*last_of(sibling(key, ".out"))))
+        ending = last_of(sibling(key, ".out"))
+        top = top_of(client.run(ending) if sharded else client.execute_command(*ending))
         if top.epoch > flush.epoch:
             raise superseded(flush.task_id)
         if top >= Place(flush.epoch, flush.last):
@@ -61,12 +61,12 @@ def _transacted(client: Any, commands: list[Command]) -> tuple[Exception, bool] 
     return (refused[0], refused == replies[:1]) if refused else None
 
 
-def _appended(client: ClusterClient, commands: list[Command]) -> tuple[Exception, bool] | None:
+def _appended(cluster: Any, commands: list[Command]) -> tuple[Exception, bool] | None:
     """Do the same with a script: redis-py has no transaction that follows the redirections of a cluster."""
     _, (_, out, *entry), (_, _, message), *keep, _ = commands
     ttl = "" if not keep else 0 if keep[0][0] == "PERSIST" else keep[0][2]
     try:
-        client.run(("EVALSHA", SHARDED.append, 1, out, message, ttl, *entry))
+        cluster.run(("EVALSHA", SHARDED.append, 1, out, message, ttl, *entry))
     except ResponseError as exc:
         return exc, True
     return None
