@@ -21,9 +21,12 @@ from celery.app.task import Context
 from celery.backends.base import COMPRESSED_PAYLOAD_MAGIC, decompress_payload
 from celery.exceptions import ChordError as CeleryChordError
 from celery.result import GroupResult as CeleryGroupResult
+from redis.exceptions import ClusterDownError, RedisClusterException, TryAgainError
 
 import aioresult
 from aioresult import Backend, ChordError, GroupResult, states
+from aioresult.backends.redis.blocking import ClusterClient
+from aioresult.backends.redis.connection import Command
 from aioresult.celery import TaskOutput, backend_from_app, dispatch, output, result_from_celery
 from aioresult.celery_cluster import ClusterBackend
 
@@ -94,13 +97,18 @@ class TestOnCluster(Interoperability):
 # -- with a worker --------------------------------------------------------------------------------------------------
 
 
+def is_channel(cluster: RedisCluster, key: str) -> bool:
+    """Whether it has a subscriber."""
+    return any(key in node.ask("PUBSUB", "SHARDCHANNELS") for node in cluster.up())
+
+
 async def test_a_message_wakes_the_waiter(worker: Worker, own_cluster: RedisCluster) -> None:
     async with backend_from_app(worker.app, heartbeat=1000) as backend:
         gate = str(uuid4())
         sent = worker.call("gated", gate)
         key = worker.app.backend.get_key_for_task(sent.id).decode()
         waiting = asyncio.create_task(backend.result(sent.id).get(timeout=GUARD))
-        await until(lambda: any(key in node.ask("PUBSUB", "SHARDCHANNELS") for node in own_cluster.up()))
+        await until(lambda: is_channel(own_cluster, key))
         worker.open(gate, "open")
         assert await waiting == "open"
 
@@ -246,6 +254,21 @@ def finished(site: Site, request: Context) -> bool:
     return bool(site.redis.get(site.key(request, ".c")) == b"done")
 
 
+@pytest.mark.parametrize("we", [True, False], ids=["ours", "Celery's"])
+async def test_a_part_that_fails_is_told_at_once(
+    new_site: Callable[..., Site], own_cluster: RedisCluster, we: bool
+) -> None:
+    site = new_site()
+    async with site.backend(heartbeat=1000) as backend:
+        chord(header(site, 2))(site.s("echo"))
+        first, _ = site.requests()
+        waiting = asyncio.ensure_future(backend.chord(first.group).get(timeout=GUARD))
+        await until(lambda: is_channel(own_cluster, site.key(first)))
+        await part(site, backend, we, first, ValueError("no"))
+        with pytest.raises(ChordError, match=first.id):
+            await waiting
+
+
 async def test_nested_groups_keep_their_shape(new_site: Callable[..., Site]) -> None:
     site = new_site()
     async with site.backend(heartbeat=1000) as backend:
@@ -359,6 +382,31 @@ async def test_through_a_migration_that_is_held_and_a_failover(cluster: RedisClu
         await asyncio.to_thread(celerys.mark_as_done, later, "later")
         assert await backend.result(later).get(timeout=GUARD) == "later"
     celerys.client.close()
+
+
+def test_an_operation_is_repeated_while_the_cluster_is_not_ready(
+    own_cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {"interval_start": 0, "interval_step": 0, "interval_max": 0, "max_retries": 5}
+    conf = {"result_backend_transport_options": {"retry_policy": again}}
+    with app_with(CLASS + own_cluster.url, **conf) as app:
+        clients = {id(app.backend.client): app.backend.client}
+        errors = [RedisClusterException("no node answers"), ClusterDownError("CLUSTERDOWN"), TryAgainError()]
+        run = ClusterClient.run
+
+        def fails_first(self: ClusterClient, command: Command) -> Any:
+            clients[id(self)] = self
+            if errors:
+                raise errors.pop(0)
+            return run(self, command)
+
+        monkeypatch.setattr(ClusterClient, "run", fails_first)
+        app.backend.mark_as_done(task_id := str(uuid4()), "stored")
+        assert not errors
+        assert app.backend.get_result(task_id) == "stored"
+        assert len(clients) == 2  # the nodes may all be others, so it asked those of the URL again
+        for client in clients.values():
+            client.close()
 
 
 async def test_the_addresses_are_replaced_for_both(own_cluster: RedisCluster) -> None:
