@@ -1,4 +1,7 @@
-"""What docs/deployment.md says, with real servers: connections, shutdown, a full server, and rights by role."""
+"""What docs/deployment.md says, with real servers: connections, shutdown, a full server, and rights by role.
+
+The rights that docs/cluster.md adds to these are tried here, too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import asyncio
 import contextlib
 import re
 import shlex
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +19,7 @@ import asyncpg
 import httpx
 import pytest
 import redis.asyncio
+import redis.exceptions
 
 import aioresult
 from aioresult import Backend, TaskRequest
@@ -26,19 +31,22 @@ from aioresult.log import OUTPUT_TOPIC
 from aioresult.progress import GROUP_TOPIC
 from aioresult.run import WORKER_TOPIC, WORKERS_TOPIC
 
+from .cluster_servers import Node, RedisCluster, SentinelSetup, slot_of
 from .harness import until
 from .servers import RedisServer
 from .webserver import server_process
 
-PAGE = (Path(__file__).parent.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
+_DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (_DOCS / "deployment.md").read_text(encoding="utf-8")
+CLUSTER_PAGE = (_DOCS / "cluster.md").read_text(encoding="utf-8")
 #: Something that a role does through its own backend, beside one with all rights.
 Duty = Callable[[Backend, Backend], Awaitable[None]]
 Client = redis.asyncio.Redis
 
 
-def shown(language: str, beginning: str) -> list[str]:
+def shown(language: str, beginning: str, page: str = PAGE) -> list[str]:
     """The blocks of the page in this language that begin so."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
+    found = re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
     return [block for block in found if block.startswith(beginning)]
 
 
@@ -57,7 +65,7 @@ async def asked(backend: Backend, *topics: str) -> None:
     """Return once the backend has asked its server for news of all of them."""
 
     def subscribed() -> bool:
-        there = [backend._shards[0].hub._topics.get(topic) for topic in topics]
+        there = [backend._shard_of(topic).hub._topics.get(topic) for topic in topics]
         return all(topic is not None and topic.subscribed for topic in there)
 
     await until(subscribed)
@@ -532,12 +540,20 @@ async def does_no_more(role: str, mine: Backend, owner: Backend) -> None:
 def acl_rules(prefix: str) -> dict[str, list[str]]:
     """For each user of the page, the words behind ``ACL SETUSER``, for a ``global_keyprefix``."""
     (block,) = shown("sh", "redis-cli ACL")
-    rules = {}
+    return {
+        user: [re.sub(r"([~&]\{?)(?=\w)", rf"\g<1>{prefix}", word) for word in words]
+        for user, words in users_in(block).items()
+    }
+
+
+def users_in(block: str) -> dict[str, list[str]]:
+    """For each user, the words behind ``ACL SETUSER``."""
+    found = {}
     for line in block.replace("\\\n", " ").splitlines():
-        program, acl, setuser, user, *words = shlex.split(line)
-        assert (program, acl, setuser) == ("redis-cli", "ACL", "SETUSER")
-        rules[user] = [re.sub(r"([~&]\{?)(?=\w)", rf"\g<1>{prefix}", word) for word in words]
-    return rules
+        setuser = re.fullmatch(r"redis-cli (?:-p 26379 )?ACL SETUSER (\w+) (.*)", line)
+        assert setuser is not None, line
+        found[setuser[1]] = shlex.split(setuser[2])
+    return found
 
 
 @pytest.fixture
@@ -579,6 +595,74 @@ async def test_each_role_of_redis_does_its_work_and_no_more(
         for words in forbidden:
             with pytest.raises(redis.ResponseError, match=r"permission|ACL failure"):
                 await command(*words)
+
+
+@contextlib.contextmanager
+def users(rules: Mapping[str, Sequence[str]], nodes: Iterable[Node]) -> Iterator[Callable[[], list[Any]]]:
+    """Give these users to all nodes. What it returns tells what the nodes have refused to anybody since."""
+    with contextlib.ExitStack() as left:
+        asks = [left.enter_context(node.asking()) for node in nodes]
+        for ask in asks:
+            ask("ACL", "LOG", "RESET")
+            for user, words in rules.items():
+                ask("ACL", "SETUSER", user, *words)
+        try:
+            yield lambda: [entry for ask in asks for entry in ask("ACL", "LOG")]
+        finally:
+            for ask in asks:
+                ask("ACL", "DELUSER", *rules)
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_each_role_of_a_cluster_does_its_work_and_no_more(
+    own_cluster: RedisCluster, cluster_url: str, role: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the rights of both pages."""
+    (block,) = shown("sh", "redis-cli ACL SETUSER reader +ssubscribe", CLUSTER_PAGE)
+    further = users_in(block)
+    assert further.keys() == ROLES.keys()
+    url = cluster_url.replace("://", f"://{role}:password@")
+    with users({role: [*acl_rules("")[role], *further[role]]}, own_cluster.nodes) as refused:
+        async with aioresult.connect(cluster_url) as owner, aioresult.connect(url) as mine:
+            await does_its_work(role, mine, owner, caplog)
+            assert refused() == []
+            await does_no_more(role, mine, owner)
+        key = "celery-task-meta-theirs"
+        with own_cluster.master_of(slot_of("theirs")).client(username=role, password="password") as client:
+            assert client.execute_command("ASKING")  # the backend sends it while a slot moves
+            forbidden = [("GET", "session:1"), ("SPUBLISH", "news", 1), ("SSUBSCRIBE", "news"), ("CLUSTER", "NODES")]
+            for words in [*forbidden, *([("SET", key, 1), ("SPUBLISH", key, 1)] if role == "reader" else [])]:
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    client.execute_command(*words)
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_each_role_behind_sentinel_does_its_work(
+    own_sentinel: SentinelSetup, sentinel_url: str, role: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (nodes,) = shown("sh", "redis-cli ACL SETUSER reader +role", CLUSTER_PAGE)
+    (sentinels,) = shown("sh", "redis-cli -p 26379", CLUSTER_PAGE)
+    further, watchers = users_in(nodes), users_in(sentinels)
+    assert further.keys() == ROLES.keys()
+    url = own_sentinel.service_url.replace("://", f"://{role}:password@")
+    url += "?sentinel_username=watcher&sentinel_password=password"
+    with (
+        users({role: [*acl_rules("")[role], *further[role]]}, own_sentinel.nodes) as refused,
+        users(watchers, own_sentinel.sentinels) as refused_by_sentinels,
+    ):
+        async with (
+            aioresult.connect(sentinel_url, master_name=own_sentinel.master_name) as owner,
+            aioresult.connect(url) as mine,
+        ):
+            await does_its_work(role, mine, owner, caplog)
+            await until(partial(is_watched, own_sentinel))
+        assert refused() == refused_by_sentinels() == []
+
+
+def is_watched(setup: SentinelSetup) -> bool:
+    """Whether a sentinel has confirmed the subscription of the user of the page."""
+    clients = [line for node in setup.sentinels for line in node.ask("CLIENT", "LIST").splitlines()]
+    return any(" user=watcher " in line and " sub=1 " in line and " cmd=ping " in line for line in clients)
 
 
 @pytest.fixture
