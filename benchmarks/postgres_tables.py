@@ -44,11 +44,8 @@ async def measure(url: str, rounds: int) -> dict[str, list[float]]:
                 for backend, (table, store) in zip((celerys, djangos), STORES.items(), strict=True):
                     task_id = f"task-{number}"
                     waiter = asyncio.ensure_future(backend.wait_for(task_id))
-                    while (
-                        not backend._waiting
-                        or backend._shards[0].hub._to_subscribe
-                        or backend._shards[0].hub._to_read_first
-                    ):
+                    hub = backend._shards[0].hub
+                    while not backend._waiting or hub._to_subscribe or hub._to_read_first:  # noqa: ASYNC110
                         await asyncio.sleep(0.001)
                     await backend.get_outcomes(["done when everything before it is"])
                     began = perf_counter()
