@@ -23,7 +23,7 @@ from .postgres_harness import PostgresHarness
 from .servers import PostgresServer, RedisServer, postgres_server, redis_server
 from .sites import PostgresSite, RedisSite, Site
 
-#: Where the conformance suite runs, of "memory", "redis", "postgres", "cluster" and "sentinel".
+#: Where the conformance suite runs. A module whose tests need not run on all of these has such a list of its own.
 BACKENDS = ["memory", "redis", "postgres", "cluster", "sentinel"]
 
 #: Processes that share the whole suite. More than a small machine has cores, because most tests mostly wait.
@@ -179,7 +179,14 @@ def postgres_site() -> Iterator[PostgresSite]:
         site.server.remove()
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that asks for a store on the backends of its module, unless its marks name others."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "new_harness" in metafunc.fixturenames and "new_harness" not in named:
+        metafunc.parametrize("new_harness", getattr(metafunc.module, "BACKENDS", BACKENDS), indirect=True)
+
+
+@pytest.fixture
 def new_harness(request: pytest.FixtureRequest) -> Harness:
     if request.param == "postgres":
         return PostgresHarness(request.getfixturevalue("postgres_url"))

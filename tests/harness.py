@@ -34,6 +34,8 @@ class Harness:
     name: str
     #: A URL of such a store; braces stand for the credentials and the host.
     example: str
+    #: By which another process opens it. Only a memory store has none.
+    url: str
     #: Ids that this store can hold and some other cannot.
     further_ids: tuple[str, ...] = ()
     #: Whether the state of what is stored can only be told by reading all of it.

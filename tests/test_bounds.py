@@ -29,6 +29,8 @@ from .harness import Gate, Harness, MemoryHarness, commands_of, count_calls, hub
 from .servers import PostgresServer, RedisServer, TcpProxy
 from .test_hub import ScriptedSource, settle
 
+#: A cluster has these bounds in each shard, and sentinels change nothing of them.
+BACKENDS = ["memory", "redis", "postgres"]
 PROGRESS = "PROGRESS"
 Primitive = Callable[..., Awaitable[Any]]
 

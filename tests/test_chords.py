@@ -21,6 +21,9 @@ from aioresult.states import SUCCESS
 from .harness import Harness, RedisHarness, count_calls, until
 from .servers import PostgresServer, RedisServer, TcpProxy
 
+#: A chord is in one shard of a cluster.
+BACKENDS = ["memory", "redis", "postgres"]
+
 Client = redis.asyncio.Redis
 
 

@@ -23,6 +23,9 @@ from aioresult.states import FAILURE, SUCCESS
 
 from .harness import Harness, MemoryHarness, until
 
+#: Sentinels change nothing of this.
+BACKENDS = ["memory", "redis", "postgres", "cluster"]
+
 #: Longer than any test takes, in seconds.
 LONG = 1000.0
 EXPIRES = 10 * LONG * LONG

@@ -47,6 +47,9 @@ from aioresult.waiter import Outcome
 from .harness import Harness, MemoryHarness, intercept, topics_of, until
 from .servers import RedisServer, redis_server
 
+#: Sentinels change nothing of this.
+BACKENDS = ["memory", "redis", "postgres", "cluster"]
+
 T = TypeVar("T")
 Primitive = Callable[..., Awaitable[Any]]
 

@@ -323,9 +323,7 @@ def check_parent_noticed_nothing(report: dict[str, Any]) -> None:
     assert report["told"] == 1
 
 
-@pytest.mark.parametrize("what", ["refused", "pool"])
-def test_a_forked_child_is_refused_every_call_before_anything_is_written(url: str, what: str) -> None:
-    report = fork(what, url)
+def check_refused(report: dict[str, Any]) -> None:
     children = [child for child in report["children"] if "raised" in child]
     assert len(children) == 5
     for child in children:
@@ -335,22 +333,41 @@ def test_a_forked_child_is_refused_every_call_before_anything_is_written(url: st
             assert f"was opened in another process, {child['parent']}" in raised
         assert child["reached"] is False
         assert child["is_open"] is False
-    check_parent_noticed_nothing(report)
 
 
-@pytest.mark.parametrize("what", ["closed", "pool"])
-def test_a_forked_child_closes_the_backend_for_itself_alone(url: str, what: str) -> None:
-    report = fork(what, url)
+def check_closed(report: dict[str, Any]) -> None:
     children = [child for child in report["children"] if "was_open" in child]
     assert children == [{"was_open": False, "is_open": False}] * 5
+
+
+def check_opened(report: dict[str, Any]) -> None:
+    children = [child for child in report["children"] if "told" in child]
+    assert children == [{"is_open": True, "stored": True, "told": True, "is_open_after": False}] * 5
+
+
+def test_a_forked_child_is_refused_every_call_before_anything_is_written(url: str) -> None:
+    report = fork("refused", url)
+    check_refused(report)
     check_parent_noticed_nothing(report)
 
 
-@pytest.mark.parametrize("what", ["opened", "pool"])
-def test_a_forked_child_opens_the_backend_for_itself(url: str, what: str) -> None:
-    report = fork(what, url)
-    children = [child for child in report["children"] if "told" in child]
-    assert children == [{"is_open": True, "stored": True, "told": True, "is_open_after": False}] * 5
+def test_a_forked_child_closes_the_backend_for_itself_alone(url: str) -> None:
+    report = fork("closed", url)
+    check_closed(report)
+    check_parent_noticed_nothing(report)
+
+
+def test_a_forked_child_opens_the_backend_for_itself(url: str) -> None:
+    report = fork("opened", url)
+    check_opened(report)
+    check_parent_noticed_nothing(report)
+
+
+def test_the_same_in_the_processes_of_a_pool(url: str) -> None:
+    report = fork("pool", url)
+    check_refused(report)
+    check_closed(report)
+    check_opened(report)
     check_parent_noticed_nothing(report)
 
 
@@ -856,7 +873,7 @@ class Requests:
         if self.harness.name == "memory":
             self.backend._listener_lost(BackendConnectionError("cut"))
         else:
-            await asyncio.to_thread(disconnect_everyone, self.harness.url)  # type: ignore[attr-defined]
+            await asyncio.to_thread(disconnect_everyone, self.harness.url)
 
 
 @pytest.fixture

@@ -24,6 +24,9 @@ from aioresult.states import EXCEPTION_STATES, FAILURE, PENDING, READY_STATES, R
 from .harness import Harness, intercept, until
 from .servers import PostgresServer, RedisServer, TcpProxy, redis_server
 
+#: Sentinels change nothing of this.
+BACKENDS = ["memory", "redis", "postgres", "cluster"]
+
 PROGRESS = "PROGRESS"
 FORGET = "forget"
 Primitive = Callable[..., Awaitable[Any]]

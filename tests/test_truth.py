@@ -33,6 +33,9 @@ from aioresult.exceptions import RemoteTraceback
 from .harness import Gate, Harness, intercept, subscribed, topics_of, until
 from .servers import RedisServer
 
+#: Sentinels change nothing of this.
+BACKENDS = ["memory", "redis", "postgres", "cluster"]
+
 Primitive = Callable[..., Awaitable[Any]]
 Call = Callable[[Backend], Awaitable[Any]]
 
@@ -881,7 +884,7 @@ async def test_callers_of_a_batch_that_fails_have_errors_of_their_own(
 
 
 async def test_calls_that_an_outage_ends_have_errors_of_their_own(harness: Harness) -> None:
-    """Also those of other kinds, which had not had their turn."""
+    """Also those of other kinds, which had not had their turn. The braces keep all ids in one shard."""
     backend = harness.make(retry_for=0)
     backend.store_parallel = 1
     gates = [Gate(backend, name) for name in ("_store", "_chord_steps")]
@@ -891,13 +894,13 @@ async def test_calls_that_an_outage_ends_have_errors_of_their_own(harness: Harne
 
     intercept(backend, "_fetch", break_off)
     await harness.open(backend)
-    under_way: list[asyncio.Task[Any]] = [asyncio.create_task(backend.mark_as_done("first", 1))]
-    under_way += [asyncio.create_task(caught(backend.chord(f"g{number}").progress())) for number in range(2)]
+    under_way: list[asyncio.Task[Any]] = [asyncio.create_task(backend.mark_as_done("{x}first", 1))]
+    under_way += [asyncio.create_task(caught(backend.chord(f"{{x}}g{number}").progress())) for number in range(2)]
     for gate in gates:
         await gate.reached.wait()
-    queued = [asyncio.create_task(caught(backend.mark_as_done(f"t{number}", 1))) for number in range(3)]
+    queued = [asyncio.create_task(caught(backend.mark_as_done(f"{{x}}t{number}", 1))) for number in range(3)]
     await asyncio.sleep(0)
-    reads = [asyncio.create_task(caught(backend.get_task_meta(f"t{number}"))) for number in range(3)]
+    reads = [asyncio.create_task(caught(backend.get_task_meta(f"{{x}}t{number}"))) for number in range(3)]
     errors = await asyncio.gather(*queued, *reads)
     for gate in gates:
         gate.open.set()
