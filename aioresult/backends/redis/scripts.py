@@ -41,6 +41,8 @@ class Scripts:
 
     def channels(self, command: Sequence[str | bytes | int]) -> Sequence[str | bytes | int]:
         """Return the channels of results, outputs, groups and chords on which ``command`` may publish."""
+        if len(command) < 2:  # MULTI, EXEC
+            return []
         name, what, *terms = command
         if name == "EVALSHA" and what not in (self.register, self.forget, self.beat):
             keys = terms[1 : 1 + int(terms[0])]
