@@ -58,7 +58,7 @@ class ClusterBackend(RedisBackend):
         self,
         url: str = "redis+cluster://",
         *,
-        address_remap: Mapping[Any, Any] | Callable[[Address], Address] | None = None,
+        address_remap: Mapping[Any, Any] | Callable[[tuple[str, int]], tuple[str, int]] | None = None,
         topology_refresh: Seconds = 60.0,
         global_keyprefix: str = "",
         connect_options: Mapping[str, Any] | None = None,

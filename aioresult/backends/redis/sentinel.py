@@ -387,7 +387,7 @@ class SentinelBackend(RedisBackend):
         master_name: str | None = None,
         sentinel_kwargs: Mapping[str, Any] | None = None,
         min_other_sentinels: int = 0,
-        address_remap: Mapping[Any, Any] | Callable[[Address], Address] | None = None,
+        address_remap: Mapping[Any, Any] | Callable[[tuple[str, int]], tuple[str, int]] | None = None,
         global_keyprefix: str = "",
         connect_options: Mapping[str, Any] | None = None,
         chord_ordered: bool = True,
