@@ -1,4 +1,4 @@
-"""Groups on a cluster: the group of a result may be in another shard, and holds up nothing that is stored in this one."""
+"""Groups on a cluster: the group of a result may be in another shard, and holds up no store in this one."""
 
 from __future__ import annotations
 
