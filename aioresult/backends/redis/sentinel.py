@@ -140,7 +140,7 @@ class Sentinel(Single):
                 f"the sentinels have replaced the master {self._place.master_name!r}, {place_url('redis', old)}, "
                 f"by {place_url('redis', address)}"
             )
-            logger.warning("%s", reason)
+            logger.warning("%s; its connections are dropped", reason)
             self.node.drop(BackendConnectionError(reason))
 
     async def _greet(self, link: AbstractConnection) -> None:
