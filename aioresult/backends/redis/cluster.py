@@ -120,7 +120,8 @@ class Cluster:
         self._refresher.start()
 
     async def _refuse_if_old(self, node: Node) -> None:
-        (reply,), _ = await node.request([("SPUBLISH", "aioresult", "")])
+        # Without arguments, SPUBLISH is an error that needs no right. Only an old server does not know the command.
+        (reply,), _ = await node.request([("SPUBLISH",)])
         if isinstance(reply, hiredis.ReplyError) and "unknown command" in str(reply):
             raise BackendRefusedError(
                 f"{node.where} is older than Redis 7, and has no sharded pub/sub; use Redis 7 or later, or Valkey"
