@@ -236,11 +236,14 @@ class Hub:
         With ``outage=False`` the listener is still connected: the server alone has ended these subscriptions.
         """
         ids = list(self._topics) if task_ids is None else [task_id for task_id in task_ids if task_id in self._topics]
+        # If only some are lost, the call that is subscribing to them may succeed. Then they must be ended later.
+        coming = () if task_ids is None else self._subscribing
         for task_id in ids:
-            self._topics[task_id].subscribed = False
+            self._topics[task_id].subscribed = task_id in coming
             self._to_subscribe[task_id] = None
         for task_id in tuple(self._to_unsubscribe) if task_ids is None else task_ids:
-            self._to_unsubscribe.pop(task_id, None)
+            if task_id not in coming:
+                self._to_unsubscribe.pop(task_id, None)
         if outage:
             self._health.listener_lost(len(self._to_subscribe))
         self._wake()
@@ -266,6 +269,13 @@ class Hub:
         if self.unheard.timer is None:
             self.unheard.set_timer()
         self._wake()
+
+    def inherit(self, task_id: str) -> bool:
+        """Take over the subscription to an id that another hub gives up. False if the id has no waiters here."""
+        topic = self._topics.get(task_id)
+        if topic is not None:
+            topic.subscribed = True
+        return topic is not None
 
     # -- notifying waiters ------------------------------------------------------------------------------------------
 

@@ -206,7 +206,7 @@ class ClusterBackend(RedisBackend):
             await super()._unsubscribe(task_ids)
             return
         # After a slot was moved, the hub of another shard may wait for an id that this hub gives up.
-        await super()._unsubscribe([topic for topic in task_ids if not self._shard_of(topic).hub.has_waiters(topic)])
+        await super()._unsubscribe([topic for topic in task_ids if not self._shard_of(topic).hub.inherit(topic)])
         self._note_routes([topic for topic in task_ids if self._shard_of(topic).hub.has_waiters(topic)])
 
     # -- commands ---------------------------------------------------------------------------------------------------
