@@ -66,6 +66,12 @@ def backend_from_app(app: Celery, **options: Unpack[ConnectOptions]) -> Backend:
     if not isinstance(name, str) or name.startswith("disabled"):
         raise ImproperlyConfigured(f"the Celery app {app.main!r} has no result backend; set result_backend to a URL")
     _refuse_replaced(app, name)
+    scheme = name.partition("://")[0].lower()
+    if scheme.endswith("+cluster") and scheme.partition("+")[0] in BACKEND_ALIASES:
+        raise ImproperlyConfigured(
+            f"Celery reads {scheme}:// in the result_backend of the app {app.main!r} as the URL of a single Redis; "
+            f"write aioresult.celery:ClusterBackend+ before it, and the workers keep their results in the cluster"
+        )
     url, taken = backend_options(app.conf, backend_url(app.conf, name), options)
     missing = None if "serializer" in options else stand_in(taken)
     backend = connect(url, **cast("ConnectOptions", taken))

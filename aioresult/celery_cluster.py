@@ -53,7 +53,6 @@ if TYPE_CHECKING:
         app: Any
         url: str | None
         expires: int | None
-        connection_errors: tuple[type[Exception], ...]
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
         def get_key_for_group(self, group_id: Any, key: str = "") -> bytes: ...
@@ -87,6 +86,8 @@ class ClusterBackend(_CelerysBackend):
     After an outage or during a failover, each operation is repeated as ``retry_policy`` in
     ``result_backend_transport_options`` says; Celery's default is 20 times, a second apart.
     """
+
+    connection_errors: tuple[type[Exception], ...]
 
     def __init__(self, *args: Any, url: str | None = None, **kwargs: Any) -> None:
         if not hasattr(RedisBackend, "_chord_publish_claim_expires"):
