@@ -26,6 +26,7 @@ __all__ = [
     "RESTART_AFTER",
     "SingleFlight",
     "StandingTask",
+    "all_of",
     "call_from_finalizer",
     "cancellable",
     "chunked",
@@ -81,6 +82,20 @@ async def cancellable(work: Coroutine[Any, Any, T]) -> T:
         _retrieved(task)
         raise
     return task.result()
+
+
+async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all coroutines, each to its end, and return their results. Raises the first error."""
+    several = list(calls)
+    if len(several) == 1:
+        return [await several[0]]
+    outcomes = await asyncio.gather(*several, return_exceptions=True)
+    found: list[T] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        found.append(outcome)
+    return found
 
 
 class StandingTask:

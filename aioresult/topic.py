@@ -20,18 +20,18 @@ class Topic:
         #: All waiters, if the topic has had several: ``{id(waiter): waiter}``, so that removing one is fast.
         self._more: dict[int, Waiter] | None = None
         #: True if the hub has asked for a subscription. The hub must end it when the last waiter leaves.
-        self.subscribed = False
+        self.subscribed: bool = False
         #: The last state that the waiters received, and its mark.
         self.known: Outcome | None = None
         self.mark: Hashable = None
         #: Waiters that joined after that state was delivered, and have not received it yet.
         self.newcomers: list[Waiter] | None = None
         #: The number of messages for this topic. If one arrives during a read, the read may find an older state.
-        self.heard = 0
+        self.heard: int = 0
         #: The number of news items in delivery. A topic with many waiters delivers to some of them at a time.
-        self.queued = 0
+        self.queued: int = 0
         #: How many times a check of `Unheard` has found that nothing is stored under the id.
-        self.looks = 0
+        self.looks: int = 0
 
     def __len__(self) -> int:
         return len(self._more) if self._more is not None else int(self.sole is not None)

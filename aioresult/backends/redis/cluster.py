@@ -22,7 +22,7 @@ import hiredis
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 from ...retry import Backoff
-from ...tasks import EMPTY, StandingTask, spawn
+from ...tasks import EMPTY, StandingTask, all_of, spawn
 from .connection import WAITERS_FIRST, Command, RedisConnection, code_of, is_transient, translate
 from .listener import RedisListener, encoded
 from .node import Node
@@ -94,7 +94,9 @@ class Cluster:
         #: The nodes that know of the last change of an owner: the node that has said MOVED, and the node that it named.
         self._witnesses: tuple[Node, ...] = ()
         self._stale = asyncio.Event()
-        self._refresher = StandingTask(self._keep_fresh, "aioresult-topology", lambda: True)
+        # If code outside the library cancels it, the next doubt or subscription starts it again, and no timer: the loop
+        # may be about to end.
+        self._refresher = StandingTask(self._keep_fresh, "aioresult-topology", lambda: False)
         self._background: set[asyncio.Task[None]] = set()
         #: The nodes that are being probed.
         self._probed: set[Node] = set()
@@ -174,7 +176,7 @@ class Cluster:
             by_node: dict[Node, list[Unit]] = {}
             for unit in pending:
                 by_node.setdefault(unit.asked or self._owner(unit.slot), []).append(unit)
-            await _all(self._send(node, some, commands, replies, first) for node, some in by_node.items())
+            await all_of(self._send(node, some, commands, replies, first) for node, some in by_node.items())
             again = {
                 unit: code
                 for node, some in by_node.items()
@@ -274,13 +276,14 @@ class Cluster:
     # -- subscriptions ----------------------------------------------------------------------------------------------
 
     async def subscribe(self, channels: Sequence[str]) -> Mapping[str, BackendError] | None:
+        self._refresher.start()
         refused: dict[str, BackendError] = {}
         left: Sequence[str] = channels
         for _ in range(_REDIRECTIONS):
             by_node: dict[Node, list[str]] = {}
             for channel in left:
                 by_node.setdefault(self._owner(key_slot(channel)), []).append(channel)
-            missing = await _all(self._subscribe_at(node, some, refused) for node, some in by_node.items())
+            missing = await all_of(self._subscribe_at(node, some, refused) for node, some in by_node.items())
             left = [channel for some in missing for channel in some]
             if not left:
                 return refused or None
@@ -329,7 +332,7 @@ class Cluster:
             for listener in where:
                 if name in listener.subscribed:
                     there.setdefault(listener, []).append(channel)
-        await _all(listener.unsubscribe(self._commands("UNSUBSCRIBE", some)) for listener, some in there.items())
+        await all_of(listener.unsubscribe(self._commands("UNSUBSCRIBE", some)) for listener, some in there.items())
 
     def _commands(self, command: str, channels: Sequence[str]) -> list[Command]:
         """Return SUBSCRIBE or UNSUBSCRIBE for these channels. One command may have only channels of one slot."""
@@ -487,15 +490,3 @@ def _of_some(text: str) -> BackendConnectionError:
     error = BackendConnectionError(text)
     error.in_flight = True
     return error
-
-
-async def _all(calls: Any) -> list[Any]:
-    """Await all coroutines, each to its end, and return their results. Raises the first error."""
-    several = list(calls)
-    if len(several) == 1:
-        return [await several[0]]
-    found = await asyncio.gather(*several, return_exceptions=True)
-    for outcome in found:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return found

@@ -34,7 +34,7 @@ WAITERS_FIRST: Final[Command] = ("PING",)
 
 _NOT_ENOUGH: Final = object()
 #: Return the bytes of a command. A cast, because the annotation in hiredis allows only tuples of one element.
-pack = cast("Callable[[Command], bytes]", pack_command)
+pack: Callable[[Command], bytes] = cast("Callable[[Command], bytes]", pack_command)
 
 #: Replies that mean "not now": the server is starting or busy, has lost its master role, or has lost a script that was
 #: loaded a moment ago.
@@ -100,8 +100,8 @@ class Request:
     __slots__ = ("future", "replies", "want")
 
     def __init__(self, future: asyncio.Future[list[Any]], want: int) -> None:
-        self.future = future
-        self.want = want
+        self.future: asyncio.Future[list[Any]] = future
+        self.want: int = want
         self.replies: list[Any] = []
 
 

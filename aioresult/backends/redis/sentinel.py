@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, Unpack
 
@@ -14,7 +14,13 @@ import hiredis
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
-from ...exceptions import AioResultError, BackendConnectionError, BackendRefusedError, ImproperlyConfigured
+from ...exceptions import (
+    AioResultError,
+    BackendConnectionError,
+    BackendError,
+    BackendRefusedError,
+    ImproperlyConfigured,
+)
 from ...retry import Backoff
 from ...tasks import SingleFlight, StandingTask, copy_of_error, spawn
 from ..base import BackendOptions
@@ -95,9 +101,12 @@ class Sentinel(Single):
             Node(where, self._new_link, heartbeat, scripts, events._replace(on_doubt=self._doubted), self._greet)
         )
         self._watch: RedisListener | None = None
-        self._watcher = StandingTask(self._keep_watching, "aioresult-sentinel", lambda: True)
+        # If code outside the library cancels these two, the next doubt or subscription starts them again, and no timer:
+        # the loop may be about to end.
+        self._watcher = StandingTask(self._keep_watching, "aioresult-sentinel", lambda: False)
         self._doubt = asyncio.Event()
-        self._checker = StandingTask(self._keep_checking, "aioresult-sentinel-check", lambda: True)
+        self._checker = StandingTask(self._keep_checking, "aioresult-sentinel-check", lambda: False)
+        self._is_open = False
 
     async def open(self) -> None:
         try:
@@ -107,8 +116,8 @@ class Sentinel(Single):
                 raise
             await self.node.connect()  # a sentinel has named another server than the master: now all are asked
         self._doubt.clear()
-        self._watcher.start()
-        self._checker.start()
+        self._is_open = True
+        self._keep_up()
 
     async def close(self) -> None:
         await self._watcher.stop()
@@ -251,10 +260,21 @@ class Sentinel(Single):
 
     # -- another master ---------------------------------------------------------------------------------------------
 
+    def _keep_up(self) -> None:
+        """Start the tasks of this object unless they run."""
+        if self._is_open:
+            self._watcher.start()
+            self._checker.start()
+
+    async def subscribe(self, channels: Sequence[str]) -> Mapping[str, BackendError] | None:
+        self._keep_up()
+        return await super().subscribe(channels)
+
     def _doubted(self, node: Node) -> None:
         self._failed = self._failed or node.failing
         self._news = None
         self._doubt.set()
+        self._keep_up()
 
     async def _keep_checking(self) -> None:
         """Ask the sentinels for the master whenever the present one may be away, and for as long as it may be."""

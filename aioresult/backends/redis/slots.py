@@ -41,9 +41,9 @@ class Unit:
 
     def __init__(self, start: int, stop: int, slot: int) -> None:
         #: The commands are ``commands[start:stop]``.
-        self.start = start
-        self.stop = stop
-        self.slot = slot
+        self.start: int = start
+        self.stop: int = stop
+        self.slot: int = slot
         #: During a migration of the slot: the node that executes the commands, and the node that still owns the slot.
         self.asked: Any = None
         self.source: Any = None
