@@ -13,7 +13,6 @@ from typing import Any
 from uuid import uuid4
 
 import celery.exceptions
-import kombu.pools
 import pytest
 import redis
 from celery import Celery, chain, chord
@@ -195,7 +194,8 @@ async def test_members_that_celery_runs_are_counted(worker: Worker, backend: Bac
 
 
 @pytest.fixture
-def new_site(cluster_url: str) -> Iterator[Callable[..., Site]]:
+def new_site(start_worker: StartWorker, cluster_url: str) -> Iterator[Callable[..., Site]]:
+    """Kombu's pools are one for all apps: they are reset when the worker has ended."""
     sites: list[Site] = []
 
     def make(**conf: Any) -> Site:
@@ -205,7 +205,6 @@ def new_site(cluster_url: str) -> Iterator[Callable[..., Site]]:
     yield make
     for site in sites:
         site.close()
-    kombu.pools.reset()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
