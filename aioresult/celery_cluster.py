@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
         def get_key_for_group(self, group_id: Any, key: str = "") -> bytes: ...
+        def wait_for(self, task_id: str, *args: Any, on_interval: Any = None, **kwargs: Any) -> Any: ...
         def __getattr__(self, name: str) -> Any: ...
 
 else:
@@ -197,6 +198,12 @@ class ClusterBackend(_CelerysBackend):
 
     def delete(self, key: bytes) -> None:
         self.run(("DEL", _text(key)))
+
+    def wait_for(self, task_id: str, *args: Any, on_interval: Any = None, **kwargs: Any) -> Any:
+        meta = super().wait_for(task_id, *args, on_interval=on_interval, **kwargs)
+        if on_interval and meta["status"] in states.PROPAGATE_STATES:
+            on_interval()  # `AsyncResult.get` raises a parent's exception here, even if both failed since the last look
+        return meta
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Subscribe to nothing: `AsyncResult.get` polls."""

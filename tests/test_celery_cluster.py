@@ -168,6 +168,14 @@ async def test_celerys_get_reads_until_it_is_there(worker: Worker, backend: Back
     assert worker.app.AsyncResult(result.id).state == states.PENDING
 
 
+def test_parents_are_looked_at_after_a_failure(worker: Worker) -> None:
+    """A parent and its child may both fail between two looks. Celery raises what the parent did."""
+    looks: list[int] = []
+    worker.app.backend.mark_as_failure(task_id := str(uuid4()), ValueError())
+    worker.app.backend.wait_for(task_id, on_interval=lambda: looks.append(1))
+    assert looks == [1]
+
+
 async def test_results_groups_and_failures_expire_as_celery_is_told(worker: Worker, backend: Backend) -> None:
     celerys, client = worker.app.backend, worker.app.backend.client
     done, failed, group_id = (str(uuid4()) for _ in range(3))
