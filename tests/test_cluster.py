@@ -438,6 +438,8 @@ class FakeNode:
         #: What CLUSTER SLOTS says: the ports of the owners, of equal parts.
         self.owners: list[int] = []
         self.port = 0
+        #: It takes connections, and says nothing.
+        self.silent = False
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -455,7 +457,8 @@ class FakeNode:
             parser.feed(data)
             while (words := parser.gets()) is not False:
                 self.asked[words[0]] += 1
-                writer.write(self._reply(words))
+                if not self.silent:
+                    writer.write(self._reply(words))
         writer.close()
 
     def _reply(self, words: list[bytes]) -> bytes:
@@ -510,6 +513,16 @@ async def test_a_redirection_without_sense_is_an_error(said: bytes) -> None:
     async with FakeNode(lambda _: b"-%s\r\n" % said) as node, of_fakes(node) as backend:
         with pytest.raises(BackendConnectionError):
             await backend.mark_as_done("t", 1)
+
+
+async def test_a_start_node_that_does_not_answer_is_not_waited_for() -> None:
+    """However long a connection may take to be made."""
+    async with FakeNode(lambda _: b":1\r\n") as silent, FakeNode(lambda _: b":1\r\n") as node:
+        silent.silent = True
+        patient = {"socket_connect_timeout": 1000}
+        async with of_fakes(silent, node, connect_options=patient, heartbeat=1000) as backend:
+            assert await backend.mark_as_done("t", 1)
+            assert silent.asked
 
 
 async def test_a_node_that_knows_no_slots_any_more_is_not_believed() -> None:

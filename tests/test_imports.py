@@ -94,6 +94,7 @@ ORDER = [
     "backends.redis.url",
     "backends.redis.places",
     "backends.redis.slots",
+    "backends.redis.asking",
     "backends.redis.cluster",
     "backends.redis.blocking",
     "backends.redis.backend",

@@ -20,15 +20,16 @@ from typing import Any, Final
 
 import hiredis
 
-from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
+from ...exceptions import BackendConnectionError, BackendError
 from ...retry import Backoff
 from ...tasks import EMPTY, StandingTask, all_of, spawn
+from .asking import ask, ask_in_turn, ask_several, refuse_if_old
 from .connection import WAITERS_FIRST, Command, RedisConnection, code_of, is_transient, translate
 from .listener import RedisListener, encoded
 from .node import Node
 from .places import Address
 from .scripts import Scripts
-from .slots import SLOTS, SlotMap, Unit, best_map, key_slot, parse_address, parse_map, units
+from .slots import SLOTS, SlotMap, Unit, key_slot, parse_address, units
 from .topology import alone
 
 __all__ = ["NUDGE", "Cluster"]
@@ -40,8 +41,7 @@ NUDGE: Final = b"0-0 "
 _REDIRECTIONS: Final = 8
 #: Seconds to wait before commands are repeated that a migration has made impossible for a moment (TRYAGAIN).
 _MOMENT: Final = 0.02
-#: Seconds that a node has to tell its table, and how many nodes are asked at once.
-_TELL: Final = 1.0
+#: How many nodes are asked for the table at once.
 _ASKED: Final = 3
 #: Seconds from one such question to the next, when something is wrong: half of this, or more. See `Backoff`.
 _PAUSE: Final = 0.2
@@ -104,30 +104,16 @@ class Cluster:
     # -- life -------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        failure: BackendError | None = None
-        for address in self._start:
-            node = self._node(address)
-            try:
-                answer = await self._ask(node)
-                await self._refuse_if_old(node)
-                if answer.ranges:
-                    break
-                failure = BackendConnectionError(f"{node.where} is in no cluster, or in one without slots")
-            except BackendConnectionError as exc:
-                failure = exc
-        else:
-            raise failure or BackendConnectionError("there are no start nodes")
-        self._apply(answer)
+        self._apply(await ask_in_turn(self._ask_first, map(self._node, self._start)))
         self.moved.clear()
         self._refresher.start()
 
-    async def _refuse_if_old(self, node: Node) -> None:
-        # Without arguments, SPUBLISH is an error that needs no right. Only an old server does not know the command.
-        (reply,), _ = await node.request([("SPUBLISH",)])
-        if isinstance(reply, hiredis.ReplyError) and "unknown command" in str(reply):
-            raise BackendRefusedError(
-                f"{node.where} is older than Redis 7, and has no sharded pub/sub; use Redis 7 or later, or Valkey"
-            )
+    async def _ask_first(self, node: Node) -> SlotMap:
+        answer = await self._ask(node)
+        await refuse_if_old(node)
+        if not answer.ranges:
+            raise BackendConnectionError(f"{node.where} is in no cluster, or in one without slots")
+        return answer
 
     async def close(self) -> None:
         await self._refresher.stop()
@@ -396,38 +382,14 @@ class Cluster:
         last = [*(node for node in owners if node.doubtful), *map(self._node, self._start)]
         answers: dict[Node, SlotMap] = {}
         for some in (*rounds, last):
-            if some and (best := await self._best_of(some, answers, final=some is last)) is not None:
+            best = await ask_several(self._ask, some, answers, self._known, final=some is last)
+            if best is not None:
                 self._apply(best)
                 return True
         return False
 
-    async def _best_of(self, nodes: Sequence[Node], answers: dict[Node, SlotMap], final: bool) -> SlotMap | None:
-        asking = {spawn(self._ask(node)): node for node in dict.fromkeys(nodes)}
-        left = set(asking)
-        now = asyncio.get_running_loop().time
-        until = now() + _TELL
-        try:
-            while left and (seconds := until - now()) > 0:
-                done, left = await asyncio.wait(left, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-                answers |= {asking[task]: task.result() for task in done if task.exception() is None}
-                if (best := best_map([*answers.values()], self._known, final=False)) is not None:
-                    return best
-            return best_map([*answers.values()], self._known, final)
-        finally:
-            for task in left:
-                task.cancel()
-            if left:
-                await asyncio.wait(left)
-
     async def _ask(self, node: Node) -> SlotMap:
-        (slots, info), _ = await node.request([("CLUSTER", "SLOTS"), ("CLUSTER", "INFO")])
-        if isinstance(slots, hiredis.ReplyError):
-            if "cluster support disabled" in str(slots):
-                raise BackendRefusedError(
-                    f"{node.where} is not a node of a Redis Cluster: write redis:// instead of redis+cluster://"
-                )
-            raise translate(slots, node.where)
-        return parse_map(slots, info, node.address, self._remap)
+        return await ask(node, self._remap)
 
     def _apply(self, answer: SlotMap) -> None:
         """Put the answer in place of the table, and leave the nodes that own no slot any more."""
