@@ -379,8 +379,9 @@ class ModelCluster:
 
 async def test_no_wait_is_lost_between_the_hubs_of_two_shards() -> None:
     """Waiters come and go, slots move there and back, connections break: in any order."""
-    for _ in range(150):
-        await _wait_and_move(random.Random(random.getrandbits(64)))
+    # The first ones have found mistakes.
+    for seed in (8, 334, 611, 691, *(random.getrandbits(64) for _ in range(120))):
+        await _wait_and_move(random.Random(seed))
 
 
 async def _wait_and_move(chance: random.Random) -> None:
@@ -519,7 +520,7 @@ async def test_a_start_node_that_does_not_answer_is_not_waited_for() -> None:
     """However long a connection may take to be made."""
     async with FakeNode(lambda _: b":1\r\n") as silent, FakeNode(lambda _: b":1\r\n") as node:
         silent.silent = True
-        patient = {"socket_connect_timeout": 1000}
+        patient = {"socket_connect_timeout": 1000, "socket_timeout": 1000}
         async with of_fakes(silent, node, connect_options=patient, heartbeat=1000) as backend:
             assert await backend.mark_as_done("t", 1)
             assert silent.asked
