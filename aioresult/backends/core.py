@@ -78,7 +78,8 @@ class BackendCore(BackendContract):
 
     def _chord_news(self, group_id: str, ready: bool) -> None:
         """A backend calls this with each message about a chord. If ``ready``, a callback may wait to be dispatched."""
-        self.read_again(CHORD_TOPIC + group_id)
+        topic = CHORD_TOPIC + group_id
+        self._shard_of(topic).hub.mark_stale(topic)
         if ready and self._is_id(group_id):
             self._notify_topic(READY_TOPIC, group_id)
 
