@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import random
 import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,59 @@ from aioresult.backends.postgres import PostgresBackend
 from .fault_proxy import postgres_frame, resp_frame
 from .servers import PostgresServer, RedisServer
 
+#: Something that goes wrong, and is over by itself. It must not be cancelled in the middle.
+Trouble = Callable[[], Awaitable[None]]
 
-class Site:
-    """A server of the test's own, and how to look at it and trouble it from outside the library."""
+
+class Place:
+    """What the soak needs to know of a server, or of servers that work together."""
 
     name: str
+    #: Whether a crash, as the soak causes it, may lose what has been confirmed of an output.
+    may_lose = False
+
+    def start(self) -> None:
+        """Blocks until it can be used."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        raise NotImplementedError
+
+    def ports(self) -> Sequence[int]:
+        """Of everything that a backend connects to."""
+        raise NotImplementedError
+
+    def through(self, proxies: Mapping[int, int]) -> tuple[str, dict[str, Any]]:
+        """The URL and the options, as JSON can hold them, of a backend that connects to proxies, given by port."""
+        raise NotImplementedError
+
+    def backend(self) -> Backend:
+        """A backend that is not open yet, and connects without proxies."""
+        raise NotImplementedError
+
+    def troubles(self, chance: random.Random) -> Sequence[Trouble]:
+        """What may happen to the servers. The network is not among it."""
+        raise NotImplementedError
+
+    def rearrangements(self, chance: random.Random, ids: Callable[[], Sequence[str]]) -> Sequence[Trouble]:
+        """What an operator does to servers that work together, one after the other, whatever else happens meanwhile.
+
+        ``ids`` gives tasks that are under way.
+        """
+        return []
+
+    async def connections(self) -> int:
+        """How many there are, but for ours."""
+        raise NotImplementedError
+
+    async def without_expiry(self) -> int:
+        """How many results are kept for ever."""
+        raise NotImplementedError
+
+
+class Site(Place):
+    """A server of the test's own, and how to look at it and trouble it from outside the library."""
+
     server: RedisServer | PostgresServer
     #: How many connections two backends, one of which only stores, may have between them.
     connections_of_two: int
@@ -44,23 +93,43 @@ class Site:
         """A backend that is not open yet; ``port`` is a proxy's. It is quick to notice and to recover."""
         return aioresult.connect(self.url(port), **{"heartbeat": 0.5, **options})
 
+    def start(self) -> None:
+        self.server.start()
+
     def stop(self, how: str) -> None:
         raise NotImplementedError
+
+    def remove(self) -> None:
+        self.server.remove()
+
+    def ports(self) -> Sequence[int]:
+        return [self.server.port]
+
+    def through(self, proxies: Mapping[int, int]) -> tuple[str, dict[str, Any]]:
+        return self.url(proxies[self.server.port]), {}
+
+    def troubles(self, chance: random.Random) -> Sequence[Trouble]:
+        async def kill() -> None:
+            await self.kill(chance.choice(["all", "commands", "subscriptions"]))
+
+        async def freeze() -> None:
+            self.server.freeze()
+            await asyncio.sleep(chance.uniform(0.1, 1.5))
+            self.server.thaw()
+
+        async def restart() -> None:
+            await asyncio.to_thread(self.stop, chance.choice(self.stops))
+            await asyncio.sleep(chance.uniform(0.1, 1))
+            await asyncio.to_thread(self.start)
+
+        return [kill, freeze, restart]
 
     async def empty(self) -> None:
         """Nothing is stored."""
         raise NotImplementedError
 
-    async def connections(self) -> int:
-        """How many there are, but for ours."""
-        raise NotImplementedError
-
     async def subscriptions(self, of: Backend) -> int:
         """How many channels a backend listens to, as the server counts them."""
-        raise NotImplementedError
-
-    async def without_expiry(self) -> int:
-        """How many results are kept for ever."""
         raise NotImplementedError
 
     async def kill(self, which: str) -> None:
@@ -125,6 +194,7 @@ class PostgresSite(Site):
     connections_of_two = 13  # two pools of six, and a listener
     frame = staticmethod(postgres_frame)
     stops = ("fast", "immediate")
+    may_lose = True
 
     def __init__(self) -> None:
         self.server = PostgresServer(durable=True)
@@ -137,6 +207,10 @@ class PostgresSite(Site):
     def backend(self, port: int | None = None, **options: Any) -> Backend:
         # The name lets `kill` find it; else it is the connection that is made anyhow.
         return super().backend(port, listen_dsn=self.url(port, "subscriptions"), **options)
+
+    def through(self, proxies: Mapping[int, int]) -> tuple[str, dict[str, Any]]:
+        port = proxies[self.server.port]
+        return self.url(port), {"listen_dsn": self.url(port, "subscriptions")}
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[asyncpg.Connection[Any]]:

@@ -1,10 +1,10 @@
 """Three processes store, run, wait, read, cancel, revoke, forget and die at random, while network and server fail.
 
-``python -m tests.soak --minutes 60 [--seconds 10] [--backend redis|postgres] [--seed 1]`` prints a table, and ends with
-an exit code other than 0 if anything that docs/guarantees.md promises did not hold:
+``python -m tests.soak --minutes 60 [--seconds 10] [--backend redis|postgres|cluster|sentinel] [--seed 1]`` prints a
+table, and ends with an exit code other than 0 if anything that docs/guarantees.md promises did not hold:
 
 - every result that was reported as stored is there, with its value, until it is forgotten or expires
-- every waiter got the value, however often it was cancelled or its process killed and started again
+- every waiter got the value, however often it was cancelled or its process killed and started again, and got it soon
 - every reader of an output got each chunk once and in order, however often it left, its worker died, or it was killed
 - every task that was revoked, and none other, is REVOKED, unless it had ended before
 - nothing is kept without an expiry; no subscription and no connection outlives the processes
@@ -16,17 +16,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import math
 import os
 import random
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -41,12 +43,18 @@ from aioresult import (
     WorkerLostError,
 )
 
+from .cluster_places import ClusterPlace, SentinelPlace
 from .fault_proxy import Behaviour, FaultProxy, cut_anywhere, late_subscriptions, trickle
-from .sites import PostgresSite, RedisSite, Site, eventually
+from .sites import Place, PostgresSite, RedisSite, eventually
 
-SITES: dict[str, type[Site]] = {"redis": RedisSite, "postgres": PostgresSite}
-#: Those that have running tasks.
-RUNNING = ("redis", "postgres")
+T = TypeVar("T")
+
+SITES: dict[str, Callable[[], Place]] = {
+    "redis": RedisSite,
+    "postgres": PostgresSite,
+    "cluster": ClusterPlace,
+    "sentinel": SentinelPlace,
+}
 PROCESSES = 3
 #: How many ids are under way at once.
 UNDER_WAY = 300
@@ -54,6 +62,9 @@ EXPIRES = 7200.0
 LEASE = 2.0
 #: Of runs shorter than so many seconds the memory is reported, and not judged.
 WARMED_UP = 120.0
+#: So many seconds after a result was stored its waiters have been told, whatever goes wrong, unless their process was
+#: killed. It is less than the longest time for which they wait: then they would look again, and find what was stored.
+SOON = 30.0
 MEGABYTE = 2**20
 
 
@@ -203,14 +214,12 @@ class Worker:
         await self._backend.result(task_id).revoke("soak")
 
 
-async def work(url: str, listen: str) -> None:
-    options: dict[str, Any] = {"heartbeat": 0.3, "expires": EXPIRES, "retry_for": 5.0, "lease": LEASE}
-    if listen:
-        options["listen_dsn"] = listen
+async def work(url: str, further: str, may_lose: str) -> None:
+    options = {"heartbeat": 0.3, "expires": EXPIRES, "retry_for": 5.0, "lease": LEASE, **json.loads(further)}
     while True:
         with contextlib.suppress(BackendConnectionError):  # until it can be reached
             async with aioresult.connect(url, **options) as backend:
-                await Worker(backend, may_lose=bool(listen)).run()
+                await Worker(backend, bool(may_lose)).run()
                 return
 
 
@@ -257,9 +266,9 @@ HEADER = ("server", "ids", "per s", "kills", "faults", "cuts", "connections", "M
 
 
 class Soak:
-    """One server, three processes; `run` for so many seconds, then let all that was begun come to its end."""
+    """One place, three processes; `run` for so many seconds, then let all that was begun come to its end."""
 
-    def __init__(self, site: Site, seconds: float, seed: int) -> None:
+    def __init__(self, site: Place, seconds: float, seed: int) -> None:
         self._site, self._seconds = site, seconds
         self._chance = random.Random(seed)
         self.report = Report(site.name)
@@ -269,19 +278,27 @@ class Soak:
         self._told: list[dict[tuple[str, str], None]] = [{} for _ in range(PROCESSES)]
         #: By id, how many things are left to be done before it is over, or may be forgotten.
         self._left: dict[str, int] = {}
+        #: By process, when it was started, for the last time.
+        self._started = [0.0] * PROCESSES
+        #: By id, when it was stored.
+        self._stored: dict[str, float] = {}
         self._kept: set[str] = set()
         self._forgotten: list[str] = []
         self._progress = asyncio.Event()
-        self._steps: set[asyncio.Task[None]] = set()
+        self._steps: set[asyncio.Future[Any]] = set()
 
     async def run(self) -> Report:
         try:
-            await asyncio.to_thread(self._site.server.start)
+            await asyncio.to_thread(self._site.start)
             async with self._site.backend() as backend:  # which makes the tables, where there are any
                 assert await backend.get_many(["a"])
-            async with FaultProxy(self._site.server.port) as proxy:
-                await self._soak(proxy)
-                self.report.cuts, self.report.connections = proxy.cuts, proxy.accepted
+            async with contextlib.AsyncExitStack() as stack:
+                ports = self._site.ports()
+                proxies = [await stack.enter_async_context(FaultProxy(port)) for port in ports]
+                self._place = self._site.through(dict(zip(ports, (proxy.port for proxy in proxies), strict=True)))
+                await self._soak(proxies)
+                self.report.cuts = sum(proxy.cuts for proxy in proxies)
+                self.report.connections = sum(proxy.accepted for proxy in proxies)
             await self._look_at_what_is_left()
         finally:
             for process in self._processes:
@@ -290,15 +307,15 @@ class Soak:
             try:
                 await self._mend()
             finally:
-                self._site.server.remove()
+                self._site.remove()
         return self.report
 
-    async def _soak(self, proxy: FaultProxy) -> None:
-        self._proxy = proxy
+    async def _soak(self, proxies: Sequence[FaultProxy]) -> None:
         for index in range(PROCESSES):
             await self._start(index)
         started = time.monotonic()
-        disturbing = [asyncio.create_task(each) for each in (self._fail(), self._kill(), self._measure())]
+        disturbers = (self._fail(proxies), self._kill(), self._rearrange(), self._measure())
+        disturbing = [asyncio.create_task(each) for each in disturbers]
         try:
             async with asyncio.timeout(self._seconds):
                 await self._feed()
@@ -310,7 +327,8 @@ class Soak:
         for outcome in await asyncio.gather(*disturbing, return_exceptions=True):
             if isinstance(outcome, Exception):
                 self.report.violations.append(f"the soak itself failed: {outcome!r}")
-        proxy.behaviour = None
+        for proxy in proxies:
+            proxy.behaviour = None
         await self._mend()
         try:
             async with asyncio.timeout(60):
@@ -330,16 +348,17 @@ class Soak:
     # -- the processes ------------------------------------------------------------------------------------------------
 
     async def _start(self, index: int) -> None:
-        port = self._proxy.port
-        listen = self._site.url(port, "subscriptions") if isinstance(self._site, PostgresSite) else ""
+        url, options = self._place
+        words = (url, json.dumps(options), "may lose" if self._site.may_lose else "")
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.soak", "--worker", self._site.url(port), listen),
+            *(sys.executable, "-m", "tests.soak", "--worker", *words),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             cwd=Path(__file__).parent.parent,
         )
         self._processes[index : index + 1] = [process]
+        self._started[index] = time.monotonic()
         self._readers.append(asyncio.create_task(self._listen_to(index, process)))
         self._send(index, *self._told[index])
 
@@ -364,9 +383,15 @@ class Soak:
             del self._told[index][what, task_id]
             if status == "failed":
                 self.report.violations.append(f"{what} {task_id}: {''.join(error)}")
-            self._done(what, task_id)
+            self._done(what, task_id, index)
 
-    def _done(self, what: str, task_id: str) -> None:
+    def _done(self, what: str, task_id: str, index: int) -> None:
+        if what in ("store", "run"):
+            self._stored[task_id] = time.monotonic()
+        elif what not in ("revoke", "forget"):
+            late = time.monotonic() - max(self._stored.get(task_id, math.inf), self._started[index])
+            if late > SOON:
+                self.report.violations.append(f"{what} {task_id} ended {late:.0f} s after it was stored")
         self._left[task_id] -= 1
         if not self._left[task_id]:
             if what != "forget" and self._chance.random() < 0.95:
@@ -374,6 +399,7 @@ class Soak:
                 self._tell("forget", task_id, self._chance.randrange(PROCESSES))
                 return
             del self._left[task_id]
+            self._stored.pop(task_id, None)
             self.report.ids += 1
             if what == "forget":
                 self._forgotten = [*self._forgotten[-1000:], task_id]
@@ -384,7 +410,7 @@ class Soak:
     def _next(self, number: int) -> tuple[str, list[str]]:
         """An id, and what is to be done with it."""
         others = self._chance.randrange(1, 4)
-        if self._site.name not in RUNNING or self._chance.random() < 0.5:
+        if self._chance.random() < 0.5:
             return f"id-{number}", ["store", *["wait"] * others]
         task_id = f"run-{number}"
         return task_id, ["run", *["read"] * others, "follow", *["revoke"] * is_revoked(task_id)]
@@ -418,48 +444,48 @@ class Soak:
         await self._processes[index].wait()
         await self._start(index)
 
-    async def _fail(self) -> None:
+    async def _fail(self, proxies: Sequence[FaultProxy]) -> None:
         behaviours: list[Behaviour] = [cut_anywhere(self._chance), trickle(self._chance, 50), late_subscriptions(0.1)]
-        mine = asyncio.current_task()
-        assert mine is not None
-        while not mine.cancelling():  # up to Python 3.11 the clients of `kill` may swallow it, in `asyncio.wait_for`
+        troubles = self._site.troubles(self._chance)
+        while True:
             await asyncio.sleep(self._chance.uniform(0.1, 1))
             self.report.faults += 1
-            match self._chance.choice(["behaviour"] * 4 + ["cut", "swallow", "kill", "freeze", "restart"]):
+            some = self._chance.sample(proxies, self._chance.randint(1, len(proxies)))
+            match self._chance.choice([*["behaviour"] * 4, "cut", "swallow", *troubles]):
                 case "behaviour":
-                    self._proxy.behaviour = self._chance.choice(behaviours)
+                    behaviour = self._chance.choice(behaviours)
+                    for proxy in some:
+                        proxy.behaviour = behaviour
                     await asyncio.sleep(self._chance.uniform(0.1, 1))
-                    self._proxy.behaviour = None
+                    for proxy in some:
+                        proxy.behaviour = None
                 case "cut":
-                    self._proxy.cut()
+                    for proxy in some:
+                        proxy.cut()
                 case "swallow":
-                    self._proxy.swallow()
-                case "kill":
-                    await self._site.kill(self._chance.choice(["all", "commands", "subscriptions"]))
-                case "freeze":
-                    self._site.server.freeze()
-                    await asyncio.sleep(self._chance.uniform(0.1, 1.5))
-                    self._site.server.thaw()
-                case "restart":
-                    await self._whole(self._restart(self._chance.choice(self._site.stops)))
+                    for proxy in some:
+                        proxy.swallow()
+                case trouble:
+                    assert callable(trouble)
+                    await self._whole(trouble())
 
-    async def _restart(self, how: str) -> None:
-        await asyncio.to_thread(self._site.stop, how)
-        await asyncio.sleep(self._chance.uniform(0.1, 1))
-        await asyncio.to_thread(self._site.server.start)
+    async def _rearrange(self) -> None:
+        rearrangements = self._site.rearrangements(self._chance, lambda: list(self._left))
+        while rearrangements:
+            await asyncio.sleep(self._chance.uniform(0, 3))  # for what has been held up
+            self.report.faults += 1
+            await self._whole(self._chance.choice(rearrangements)())
 
-    async def _whole(self, step: Coroutine[Any, Any, None]) -> None:
+    async def _whole(self, step: Awaitable[T]) -> T:
         """Do what must not be left half done: to cancel this is to go on, and `_mend` awaits the end of it."""
-        task = asyncio.create_task(step)
+        task = asyncio.ensure_future(step)
         self._steps.add(task)
         task.add_done_callback(self._steps.discard)
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
 
     async def _mend(self) -> None:
-        """Whatever `_fail` and `_kill` were in the middle of."""
+        """Whatever `_fail`, `_kill` and `_rearrange` were in the middle of."""
         await asyncio.gather(*self._steps)
-        with contextlib.suppress(AssertionError):  # it never ran
-            self._site.server.thaw()
 
     async def _measure(self) -> None:
         process = psutil.Process(self._processes[0].pid)
