@@ -3,7 +3,8 @@
 See docs/benchmarks.md; and ``python -m benchmarks stalls`` for the longest turn of the event loop during cancellations,
 wake-ups, closing, forgetting and large reads, beside that of a bare `asyncio.gather` (`benchmarks.stalls`); and
 ``python -m benchmarks running`` for running tasks, by themselves (`benchmarks.running`); and
-``python -m benchmarks service`` for a web service beside other ways to wait (`benchmarks.service`).
+``python -m benchmarks service`` for a web service beside other ways to wait (`benchmarks.service`); and
+``python -m benchmarks cluster`` for a Redis Cluster beside a single server (`benchmarks.cluster`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import running, service, stalls
+from . import cluster, running, service, stalls
 from .facts import facts
 from .progress import Progress
 from .report import as_data, table
@@ -26,7 +27,7 @@ from .servers import start
 from .suite import BENCHMARK_NAMES, Entry, suite
 
 #: What is measured by itself, and prints a table of its own.
-_ALONE = {"running": running, "service": service}
+_ALONE = {"running": running, "service": service, "cluster": cluster}
 _NAMES = ", ".join(BENCHMARK_NAMES)
 _ALONE_NAMES = " alone, or ".join(_ALONE) + " alone"
 
@@ -94,8 +95,8 @@ def _alone(names: list[str]) -> str | None:
 
 
 def _run_alone(name: str, arguments: argparse.Namespace) -> None:
-    if name == "service" and arguments.backend != "redis":
-        sys.exit("service compares with Celery's own waiting on Redis: leave --backend out")
+    if name != "running" and arguments.backend != "redis":
+        sys.exit(f"{name} runs on Redis: leave --backend out")
     with start(arguments.backend, durable=True) as server:
         data: dict[str, Any] = {"backend": arguments.backend, "facts": facts(server)}
         print(", ".join(f"{name} {value}" for name, value in data["facts"].items() if value), end="\n\n", flush=True)
