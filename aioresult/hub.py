@@ -34,7 +34,7 @@ from typing import Protocol, TypeAlias
 
 from .exceptions import AioResultError, BackendConnectionError, BackendError
 from .health import Health
-from .retry import Backoff, affects_whole_batch
+from .retry import Backoff, Pauses, affects_whole_batch
 from .tasks import CALLBACKS_PER_TURN, EMPTY, StandingTask, chunked, copy_of_error
 from .topic import Topic
 from .unheard import Unheard
@@ -70,8 +70,8 @@ class Hub:
     """Connects waiters to ``source``, a backend, with one asyncio task that subscribes and reads for all waiters.
 
     The hub passes at most ``chunk`` ids to one call of the source. Every ``recheck`` seconds the hub reads all ids with
-    waiters again, in case a message was lost; 0 turns this off. ``health`` records outages and their ends. ``where``
-    names the whole store in warnings.
+    waiters again, in case a message was lost; 0 turns this off. ``pauses`` are those between attempts in an outage.
+    ``health`` records outages and their ends. ``where`` names the whole store in warnings.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Hub:
         chunk: int = 500,
         recheck: float = 0.0,
         backoff: Backoff | None = None,
+        pauses: Pauses | None = None,
         health: Health | None = None,
         where: str = "the store",
     ) -> None:
@@ -92,6 +93,7 @@ class Hub:
         self._recheck = recheck
         self._timer: asyncio.TimerHandle | None = None
         self._backoff = backoff or Backoff()
+        self._pauses = pauses or Pauses()
         self._health = health or Health("the store")
         self._topics: dict[str, Topic] = {}
         # Dicts serve as ordered sets: the ids are served in order of arrival.
@@ -381,7 +383,7 @@ class Hub:
                 if self._topics or self._to_unsubscribe:
                     pause = self._backoff.pause()
                     logger.warning("cannot read or subscribe to results (%s); trying again in %.2f s", exc, pause)
-                    await asyncio.sleep(pause)
+                    await self._pauses.sleep(pause)
             except Exception as exc:
                 # The server refuses and a retry will not help, or there is a bug. End all waits, so that none hangs.
                 error = _named(exc)

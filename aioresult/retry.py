@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from .exceptions import BackendConnectionError, BackendError, ImproperlyConfigured, UsageError
 from .health import Health
+from .tasks import EMPTY
 
-__all__ = ["Backoff", "Persistence", "affects_whole_batch", "retry_outages"]
+__all__ = ["Backoff", "Pauses", "Persistence", "affects_whole_batch", "retry_outages"]
 
 Item = TypeVar("Item")
 Out = TypeVar("Out")
@@ -36,6 +37,35 @@ class Backoff:
         """Return the next pause in seconds: a random part, from half to all, of a value that doubles each time."""
         pause, self._next = self._next, min(self._next * 2, self._cap)
         return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
+
+
+class Pauses:
+    """The pauses between attempts. `end` cuts them short, because the server may be back."""
+
+    def __init__(self) -> None:
+        self._sleepers: set[asyncio.Future[None]] = set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Return after so many seconds, or when `end` is called."""
+        loop = asyncio.get_running_loop()
+        sleeper: asyncio.Future[None] = loop.create_future()
+        self._sleepers.add(sleeper)
+        timer = loop.call_later(seconds, _wake, sleeper, context=EMPTY.context)
+        try:
+            await sleeper
+        finally:
+            timer.cancel()
+            self._sleepers.discard(sleeper)
+
+    def end(self) -> None:
+        """End every pause now."""
+        for sleeper in tuple(self._sleepers):
+            _wake(sleeper)
+
+
+def _wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
 
 
 async def retry_outages(operation: Callable[[], Awaitable[Out]]) -> Out:
@@ -72,6 +102,8 @@ class Persistence:
         self._retry_for = retry_for
         self._health = health or Health("")
         self._on_outage = on_outage
+        #: The pauses between the attempts.
+        self.pauses: Pauses = Pauses()
         self._down_since: float | None = None
         self._down_at = 0.0
 
@@ -148,7 +180,7 @@ class Persistence:
                         continue
                 else:
                     parts.append(part)
-                await asyncio.sleep(backoff.pause())
+                await self.pauses.sleep(backoff.pause())
                 parts = [kept for part in parts if (kept := [index for index in part if wanted(index)])]
             except Exception as exc:
                 if affects_whole_batch(exc):

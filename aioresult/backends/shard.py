@@ -55,7 +55,12 @@ class Shard:
         self.health: Health = Health(where)
         self.persistence: Persistence = Persistence(backend.retry_for, self._outage, self.health)
         self.hub: Hub = Hub(
-            self, chunk=backend.fetch_chunk, recheck=backend.recheck, health=self.health, where=backend.as_uri()
+            self,
+            chunk=backend.fetch_chunk,
+            recheck=backend.recheck,
+            pauses=self.persistence.pauses,
+            health=self.health,
+            where=backend.as_uri(),
         )
         #: The estimated size of a stored value. It decides how many ids go into a read, to stay within `chunk_bytes`.
         self._value_size = backend.chunk_bytes / _FIRST_READ
@@ -112,6 +117,10 @@ class Shard:
     def failing(self) -> bool:
         """True if the store could not be reached when it was last tried."""
         return self.persistence.down_since is not None or self.health.outage is not None
+
+    def try_again(self) -> None:
+        """Try again now what waits for its next attempt, because another server has taken over."""
+        self.persistence.pauses.end()
 
     def listener_lost(self, reason: BaseException, topics: Sequence[str] | None = None) -> None:
         """Restore the subscriptions to these topics, by default to all, because the listener has broken."""

@@ -80,7 +80,9 @@ class Sentinel(Single):
         heartbeat: float,
         scripts: Scripts,
         events: NodeEvents,
+        on_switch: Callable[[], None],
     ) -> None:
+        self._on_switch = on_switch
         self._place = place
         self._remap = remap
         self._min_others = min_other_sentinels
@@ -151,6 +153,7 @@ class Sentinel(Single):
             )
             logger.warning("%s; its connections are dropped", reason)
             self.node.drop(BackendConnectionError(reason))
+            self._on_switch()
 
     async def _greet(self, link: AbstractConnection) -> None:
         """Raise unless the server is a master."""
@@ -436,5 +439,16 @@ class SentinelBackend(RedisBackend):
     def _new_topology(self) -> Sentinel:
         events = NodeEvents(self._published, _ignore, self._lost_by_node, _ignore)
         return Sentinel(
-            self._place, self.as_uri(), self._remap, self._min_others, self.heartbeat, self._scripts, events
+            self._place,
+            self.as_uri(),
+            self._remap,
+            self._min_others,
+            self.heartbeat,
+            self._scripts,
+            events,
+            self._try_again,
         )
+
+    def _try_again(self) -> None:
+        for shard in self._shards:
+            shard.try_again()
