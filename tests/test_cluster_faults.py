@@ -568,7 +568,9 @@ async def test_connections_that_are_ended_by_the_server(cluster: RedisCluster) -
         await told(waiting)
         await channels(cluster, 0)
         for node in cluster.masters():
-            node.ask("CLIENT", "KILL", "TYPE", "pubsub")
+            node.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        listeners = [node.listener for node in web._topology.owners()]
+        await until(lambda: all(listener is not None and listener.closed for listener in listeners))
 
 
 async def test_storms_of_cancellations_leave_nothing(cluster: RedisCluster) -> None:
