@@ -29,7 +29,7 @@ pytestmark = pytest.mark.xdist_group("cluster faults")
 #: The name of the connections that must be gone at the end.
 NAME = "of-the-test"
 #: How often a slot goes from one master to the other.
-ROUNDS = 100 if os.environ.get("AIORESULT_TEST_THOROUGH") == "1" else 20
+ROUNDS = 100 if os.environ.get("AIORESULT_TEST_THOROUGH") == "1" else 12
 #: Of servers that are fast to replace each other.
 NODE_TIMEOUT = 1000
 
@@ -273,7 +273,7 @@ async def test_a_frozen_master_is_left_as_soon_as_the_others_have_replaced_it(
     """A heartbeat is long here: nothing waits for three of them. The old master gets nothing more."""
     frozen = cluster.masters()[0]
     before, after = cluster.ids_on(frozen, 60), cluster.ids_on(frozen, 200, "after")
-    async with opened(cluster, heartbeat=4) as web, opened(cluster, heartbeat=4) as worker:
+    async with opened(cluster, heartbeat=3) as web, opened(cluster, heartbeat=3) as worker:
         waiting = waits(web, [*before, *after])
         await channels(cluster, 260)
         done = _executed(frozen)
