@@ -138,14 +138,15 @@ class ClusterBackend(RedisBackend):
         return super()._is_away(shard) or self._topology.is_doubtful(self._shards.index(shard))
 
     def _sharded_anew(self) -> None:
-        """Make a shard for each master that is new, and try again at once what waits for a master that is away."""
+        """Make a shard for each master that is new. Try again at once what waits for a master that was replaced."""
         for index, name in enumerate(self._shard_names() if self._shards else ()):
             if index == len(self._shards):
                 self._shards.append(Shard(self, name))
                 if self._loop is not None:
                     self._shards[index].start()
-            self._shards[index].health.where = name
-            self._shards[index].try_again()
+            if self._shards[index].health.where != name:  # another node is the master
+                self._shards[index].health.where = name
+                self._shards[index].try_again()
 
     # -- messages, and the ends of subscriptions --------------------------------------------------------------------
 
