@@ -13,10 +13,10 @@ from aioresult.backends.memory import MemoryBackend
 from aioresult.batch import Batcher
 from aioresult.hub import Finding, Hub
 from aioresult.meta import TaskMeta
-from aioresult.retry import Persistence
+from aioresult.retry import Backoff, Persistence
 from aioresult.waiter import Outcome, SingleWaiter
 
-from .harness import until
+from .harness import intercept, until
 
 
 def broken(in_flight: bool = False) -> BackendConnectionError:
@@ -162,3 +162,27 @@ async def test_an_id_that_cannot_be_read_keeps_nothing_from_the_others_of_its_re
     assert (await good.future).result == 1
     assert not bad.future.done()
     await hub.close(BackendConnectionError("closed"))
+
+
+async def test_a_server_that_has_taken_over_ends_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backoff, "pause", lambda self: 3600.0)
+    backend = MemoryBackend()
+    away = {"_store", "_fetch"}
+
+    async def refuse(original: Any, primitive: str, *args: Any) -> Any:
+        if primitive in away:
+            away.discard(primitive)
+            raise broken()
+        return await original(*args)
+
+    for primitive in tuple(away):
+        intercept(backend, primitive, lambda original, *args, primitive=primitive: refuse(original, primitive, *args))
+    async with backend:
+        (shard,) = backend._shards
+        waiting = asyncio.create_task(backend.wait_for("t"))
+        storing = asyncio.create_task(backend.mark_as_done("t", 1))
+        await until(lambda: not away and len(shard.persistence.pauses._sleepers) == 2)
+        shard.try_again()
+        assert await storing
+        assert (await waiting).result == 1
+    assert not shard.persistence.pauses._sleepers
