@@ -71,7 +71,8 @@ class Hub:
 
     The hub passes at most ``chunk`` ids to one call of the source. Every ``recheck`` seconds the hub reads all ids with
     waiters again, in case a message was lost; 0 turns this off. ``pauses`` are those between attempts in an outage.
-    ``health`` records outages and their ends. ``where`` names the whole store in warnings.
+    ``health`` records outages and their ends. ``where`` names the whole store in warnings. ``hand_over(ids)`` is called
+    with the ids that the hub is about to read or subscribe to; it may `release` what another hub serves now.
     """
 
     def __init__(
@@ -84,16 +85,16 @@ class Hub:
         pauses: Pauses | None = None,
         health: Health | None = None,
         where: str = "the store",
+        hand_over: Callable[[Sequence[str]], None] = lambda _: None,
     ) -> None:
-        self._source = source
+        self._source, self._hand_over = source, hand_over
         self._chunk = chunk
         #: The most ids for one call at present. It shrinks while connections die: one of the ids may be the cause.
         self._limit = chunk
         self._deaths = 0
         self._recheck = recheck
         self._timer: asyncio.TimerHandle | None = None
-        self._backoff = backoff or Backoff()
-        self._pauses = pauses or Pauses()
+        self._backoff, self._pauses = backoff or Backoff(), pauses or Pauses()
         self._health = health or Health("the store")
         self._topics: dict[str, Topic] = {}
         # Dicts serve as ordered sets: the ids are served in order of arrival.
@@ -251,7 +252,7 @@ class Hub:
         self._wake()
 
     def release(self, task_id: str) -> Topic | None:
-        """Give up an id whose subscription is lost, and return its topic, so that another hub can `adopt` it.
+        """Give up an id, and return its topic, so that another hub can `adopt` it.
 
         Returns ``None``, and keeps the id, if news is being delivered: what the other hub delivers could overtake it.
         The same if a subscription is being made, which the other hub would not know of.
@@ -264,7 +265,6 @@ class Hub:
 
     def adopt(self, task_id: str, topic: Topic) -> None:
         """Serve an id from now on that another hub has released: subscribe to it, and read it."""
-        topic.subscribed = False
         self._to_unsubscribe.pop(task_id, None)
         self._topics[task_id] = topic
         self._to_subscribe[task_id] = None
@@ -362,7 +362,7 @@ class Hub:
             try:
                 while self._has_work():
                     # Do one chunk of each kind of work in turn, so that a flood of one kind does not delay the others.
-                    await self._read(self._take(self._to_read))
+                    await self._read(self._still_here(self._take(self._to_read)))
                     await self._read_first()
                     await self._add()
                     await self._drop()
@@ -397,13 +397,13 @@ class Hub:
         return bool(queued) or self.unheard.due
 
     async def _read_first(self) -> None:
-        ids = self._take(self._to_read_first)
+        ids = self._still_here(self._take(self._to_read_first))
         await self._read(ids)
         self._to_subscribe.update((task_id, None) for task_id in ids if task_id in self._topics)
 
     async def _add(self) -> None:
-        ids, outage = self._take(self._to_subscribe), self._health.outage
-        if ids:
+        taken, outage = self._take(self._to_subscribe), self._health.outage
+        if ids := self._still_here(taken):
             for task_id in ids:
                 self._topics[task_id].subscribed = True
             self._subscribing = set(ids)
@@ -412,8 +412,8 @@ class Hub:
             finally:
                 self._subscribing = set()
             await self._read(ids)
-            if outage is not None:
-                self._health.subscribed(outage, len(ids))
+        if taken and outage is not None:  # what was handed over is missing here no more
+            self._health.subscribed(outage, len(taken))
 
     async def _subscribe(self, ids: Sequence[str]) -> None:
         refused = await self._source.subscribe(ids)
@@ -483,6 +483,11 @@ class Hub:
         for task_id in taken:
             del ids[task_id]
         return taken
+
+    def _still_here(self, ids: Sequence[str]) -> Sequence[str]:
+        """Return the ids that no other hub serves. The others would wait here for a server that may be away."""
+        self._hand_over(ids)
+        return [task_id for task_id in ids if task_id in self._topics]
 
 
 def _named(error: Exception) -> Exception:

@@ -24,7 +24,6 @@ from aioresult.backends.redis import ClusterBackend
 from aioresult.backends.redis.connection import Command
 from aioresult.backends.redis.listener import RedisListener, encoded
 from aioresult.backends.redis.slots import SLOTS, SlotMap, best_map, key_slot, parse_address, parse_map, units
-from aioresult.backends.shard import Shard
 from aioresult.exceptions import BackendClosedError, BackendError
 from aioresult.retry import Backoff
 from aioresult.waiter import SingleWaiter
@@ -315,6 +314,8 @@ class ModelCluster:
         self.owners: dict[int, int] = {}
         self.stored: dict[str, bytes] = {}
         self.subscribed: tuple[set[str], set[str]] = (set(), set())
+        #: The masters that cannot be reached.
+        self.away: set[int] = set()
 
     def doubt(self) -> None:
         pass
@@ -356,6 +357,9 @@ class ModelCluster:
         await self._pause()
         if self._chance.random() < 0.1:
             raise BackendConnectionError("not now")
+        if self.away.intersection(self.owners.get(key_slot(channel), 0) for channel in channels):
+            self.learn()
+            raise BackendConnectionError("away")
         for channel in channels:
             self.subscribed[self.owners.get(key_slot(channel), 0)].add(channel)
         self.learn()
@@ -384,15 +388,50 @@ async def test_no_wait_is_lost_between_the_hubs_of_two_shards() -> None:
         await _wait_and_move(random.Random(seed))
 
 
-async def _wait_and_move(chance: random.Random) -> None:
+def _of_model(chance: random.Random) -> tuple[ClusterBackend, ModelCluster]:
     backend = ClusterBackend("redis+cluster://h")
     cluster = ModelCluster(chance, backend)
     backend._topology = cluster  # type: ignore[assignment]
     backend._loop = asyncio.get_running_loop()
-    backend._shards = [Shard(backend, "0"), Shard(backend, "1")]
+    backend._shards = [backend._new_shard("0"), backend._new_shard("1")]
     for shard in backend._shards:
         shard.hub._backoff = Backoff(0, 0)
         shard.start()
+    return backend, cluster
+
+
+async def _close_model(backend: ClusterBackend) -> None:
+    backend._loop = None
+    for shard in backend._shards:
+        await shard.close(BackendClosedError("closed"))
+
+
+async def test_ids_whose_slots_moved_to_a_master_that_died_hold_up_no_others() -> None:
+    backend, cluster = _of_model(random.Random(0))
+    moved, stays, late = (SingleWaiter(task_id, None) for task_id in "abc")
+    backend._shard_of("a").hub.watch("a", moved)
+    backend._shard_of("b").hub.watch("b", stays)
+    channels = {task_id: backend._channel(task_id) for task_id in "abc"}
+    await until(lambda: cluster.subscribed[0] == {channels["a"], channels["b"]})
+    # The master dies before the waiters of the slot have subscribed there.
+    cluster.away.add(1)
+    cluster.owners[key_slot(channels["a"])] = 1
+    cluster.subscribed[0].discard(channels["a"])
+    backend._ended(channels["a"].encode())
+    backend._shard_of("c").hub.watch("c", late)
+    await until(lambda: cluster.subscribed[0] == {channels["b"], channels["c"]})
+    for task_id in "abc":
+        cluster.store(channels[task_id], VALUE)
+    await asyncio.wait_for(asyncio.gather(stays.future, late.future), 5)
+    assert not moved.future.done()
+    cluster.away.clear()
+    await asyncio.wait_for(moved.future, 5)
+    await until(lambda: cluster.subscribed == (set(), set()))
+    await _close_model(backend)
+
+
+async def _wait_and_move(chance: random.Random) -> None:
+    backend, cluster = _of_model(chance)
     waiting: list[tuple[str, SingleWaiter]] = []
     for _ in range(60):
         task_id = chance.choice("ab")
@@ -421,9 +460,7 @@ async def _wait_and_move(chance: random.Random) -> None:
     assert [task_id for task_id, waiter in waiting if not waiter.future.done()] == []
     await until(lambda: not any(shard.hub._to_unsubscribe or len(shard.hub) for shard in backend._shards))
     await until(lambda: cluster.subscribed == (set(), set()))
-    backend._loop = None
-    for shard in backend._shards:
-        await shard.close(BackendClosedError("closed"))
+    await _close_model(backend)
 
 
 # -- nodes that lie --------------------------------------------------------------------------------------------------

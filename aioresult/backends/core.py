@@ -118,6 +118,9 @@ class BackendCore(BackendContract):
         """Return a URL without a password for each shard that the store has when it is opened."""
         return [self.as_uri()]
 
+    def _new_shard(self, where: str) -> Shard:
+        return Shard(self, where)
+
     def _shard_of(self, topic: str) -> Shard:
         """Return the shard that serves ``topic``."""
         return self._shards[0]
@@ -223,7 +226,7 @@ class BackendCore(BackendContract):
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._shards = [Shard(self, where) for where in self._shard_names()]
+        self._shards = [self._new_shard(where) for where in self._shard_names()]
         for shard in self._shards:
             shard.start()
 

@@ -47,10 +47,12 @@ class Shard:
     """Adds batches, retries and one hub to the primitives of ``backend``, for the ids in one part of its store.
 
     A *primitive* is a method that the author of a backend writes; see `contract`. ``where`` names the part in errors
-    and logs: it is a URL without a password.
+    and logs: it is a URL without a password. ``hand_over(shard, topics)`` gives topics to other shards; see `Hub`.
     """
 
-    def __init__(self, backend: BackendContract, where: str) -> None:
+    def __init__(
+        self, backend: BackendContract, where: str, hand_over: Callable[[Shard, Sequence[str]], None] | None = None
+    ) -> None:
         self._backend = backend
         self.health: Health = Health(where)
         self.persistence: Persistence = Persistence(backend.retry_for, self._outage, self.health)
@@ -61,6 +63,7 @@ class Shard:
             pauses=self.persistence.pauses,
             health=self.health,
             where=backend.as_uri(),
+            hand_over=(lambda _: None) if hand_over is None else partial(hand_over, self),
         )
         #: The estimated size of a stored value. It decides how many ids go into a read, to stay within `chunk_bytes`.
         self._value_size = backend.chunk_bytes / _FIRST_READ

@@ -117,6 +117,25 @@ class ClusterBackend(RedisBackend):
     def _shard_names(self) -> Sequence[str]:
         return [self._shown(address) for address in self._topology.shards]
 
+    def _new_shard(self, where: str) -> Shard:
+        return Shard(self, where, self._hand_over)
+
+    def _hand_over(self, shard: Shard, topics: Sequence[str]) -> None:
+        """Give those of the topics whose slots have moved to the hubs of the shards that own the slots now.
+
+        Otherwise ``shard`` would wait for another master, which may be away.
+        """
+        if self._topology.moved and self._loop is not None:
+            for topic in topics:
+                self._give(topic, shard, self._owner_of(topic))
+
+    def _give(self, topic: str, shard: Shard, owner: Shard) -> bool:
+        """Move the waiters of a topic from one shard to another. False if they must stay."""
+        if shard is owner or shard.is_changing(topic) or (moved := shard.hub.release(topic)) is None:
+            return False
+        owner.hub.adopt(topic, moved)
+        return True
+
     def _shard_of(self, topic: str) -> Shard:
         return self._owner_of(topic, and_now=True)
 
@@ -141,7 +160,7 @@ class ClusterBackend(RedisBackend):
         """Make a shard for each master that is new. Try again at once what waits for a master that was replaced."""
         for index, name in enumerate(self._shard_names() if self._shards else ()):
             if index == len(self._shards):
-                self._shards.append(Shard(self, name))
+                self._shards.append(self._new_shard(name))
                 if self._loop is not None:
                     self._shards[index].start()
             if self._shards[index].health.where != name:  # another node is the master
@@ -177,26 +196,28 @@ class ClusterBackend(RedisBackend):
     def _ended(self, channel: bytes) -> None:
         """Subscribe again, because the node that owned the channel's slot has ended the subscription."""
         self._topology.doubt()
-        self._lose(self._topics_of(channel), None)
+        self._lose([channel], None)
 
     def _lost_by_node(self, node: Node, reason: BackendError, channels: Sequence[bytes]) -> None:
-        self._lose([topic for channel in channels for topic in self._topics_of(channel)], reason)
+        self._lose(channels, reason)
 
-    def _lose(self, topics: Iterable[str], reason: BackendError | None) -> None:
-        """Have these topics subscribed again, each by the hub of the shard that owns it now.
+    def _lose(self, channels: Iterable[bytes], reason: BackendError | None) -> None:
+        """Have the topics of these channels subscribed again, each by the hub of the shard that owns it now.
 
         Without a ``reason``, the connection on which they were subscribed is still open.
         """
         if self._loop is None:
             return
         lost: dict[Shard, list[str]] = {}
-        for topic in topics:
-            shard, owner = self._shard_of(topic), self._owner_of(topic)
-            movable = shard is not owner and not shard.is_changing(topic)
-            if movable and (moved := shard.hub.release(topic)) is not None:
-                owner.hub.adopt(topic, moved)
-            else:
-                lost.setdefault(shard, []).append(topic)
+        moved = self._topology.moved
+        for channel in channels:  # there may be 100,000 of them, and the event loop waits meanwhile
+            slot = key_slot(channel)
+            shard = owner = self._shards[self._topology.homes[slot]]
+            for topic in self._topics_of(channel):
+                if slot in moved:
+                    shard = self._shard_of(topic)
+                if shard is owner or not self._give(topic, shard, owner):
+                    lost.setdefault(shard, []).append(topic)
         for shard, some in lost.items():
             if reason is None:
                 shard.hub.lost(some, outage=False)
