@@ -478,6 +478,7 @@ class FakeNode:
         self.port = 0
         #: It takes connections, and says nothing.
         self.silent = False
+        self.pong = b"+OK\r\n"
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -512,7 +513,9 @@ class FakeNode:
                 return b"$25\r\ncluster_current_epoch:5\r\n\r\n"
             case [b"SPUBLISH", *_]:
                 return b":0\r\n"
-            case [b"PING" | b"SCRIPT" | b"CLIENT" | b"ASKING", *_]:
+            case [b"PING", *_]:
+                return self.pong
+            case [b"SCRIPT" | b"CLIENT" | b"ASKING", *_]:
                 return b"+OK\r\n"
         return self._answer(words)
 
@@ -577,6 +580,21 @@ async def test_a_node_that_knows_no_slots_any_more_is_not_believed() -> None:
             await until(lambda: second.asked[b"CLUSTER"] > asked + 2)
             assert await backend.mark_as_done("still", 1)
             assert len(backend._topology.owners()) == 2
+
+
+@pytest.mark.parametrize(
+    ("pong", "error"),
+    [(b"-BUSY a script\r\n", BackendConnectionError), (b"-NOPERM ping\r\n", BackendRefusedError)],
+    ids=["busy", "refused"],
+)
+async def test_a_ping_that_one_master_refuses_is_an_error(pong: bytes, error: type[BackendError]) -> None:
+    async with FakeNode(lambda words: b"-ERR\r\n") as one, FakeNode(lambda words: b"-ERR\r\n") as two:
+        one.owners = two.owners = [one.port, two.port]
+        async with of_fakes(one, two) as backend:
+            await backend.ping()
+            two.pong = pong
+            with pytest.raises(error, match=str(two.port)):
+                await backend.ping()
 
 
 async def test_the_table_is_asked_for_ten_times_in_a_second_at_most() -> None:

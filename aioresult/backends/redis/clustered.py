@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -15,12 +14,13 @@ from ...log import OUTPUT_TOPIC
 from ...progress import GROUP_TOPIC
 from ...record import Record
 from ...seconds import Seconds, checked_seconds
+from ...tasks import all_of
 from ..base import BackendOptions
 from ..keyvalue import sibling
 from ..shard import Shard
 from .backend import RedisBackend
 from .cluster import NUDGE, Cluster
-from .connection import Command, code_of
+from .connection import Command, code_of, translate
 from .node import Node, NodeEvents
 from .places import Address, checked_remap, cluster_place, place_url
 from .scripts import SHARDED, Scripts
@@ -236,7 +236,11 @@ class ClusterBackend(RedisBackend):
 
     async def _ping(self) -> None:
         """Every master must answer."""
-        await asyncio.gather(*(node.request([("PING",)]) for node in self._topology.owners()))
+        owners = self._topology.owners()
+        answers = await all_of(node.request([("PING",)]) for node in owners)
+        for node, ((reply,), refused) in zip(owners, answers, strict=True):
+            if refused:
+                raise translate(reply, node.where)
 
     async def _execute_in_turn(self, first: Sequence[Command], then: Sequence[Command]) -> list[Any]:
         if first:  # other nodes may execute them
