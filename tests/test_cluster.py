@@ -24,6 +24,7 @@ from aioresult.backends.redis import ClusterBackend
 from aioresult.backends.redis.connection import Command
 from aioresult.backends.redis.listener import RedisListener, encoded
 from aioresult.backends.redis.slots import SLOTS, SlotMap, best_map, key_slot, parse_address, parse_map, units
+from aioresult.backends.redis.topology import alone
 from aioresult.exceptions import BackendClosedError, BackendError
 from aioresult.retry import Backoff
 from aioresult.waiter import SingleWaiter
@@ -295,6 +296,22 @@ async def _play(chance: random.Random, push: bool) -> None:
     assert not listener._leaving
     # What the server ended by itself is news. It may be news, too, if a command was on its way to end it.
     assert all(ended[channel] >= times for channel, times in server.ended.items())
+
+
+async def test_channels_of_which_one_is_refused_are_tried_in_one_round_trip() -> None:
+    class Listener:
+        begun = 0
+
+        async def subscribe(self, commands: Sequence[Command]) -> tuple[list[Any], list[tuple[str, str]]]:
+            self.begun += 1
+            await until(lambda: self.begun == 3)
+            ((command, channel),) = commands
+            refused = [(str(command), str(channel))] if channel == "b" else []
+            return [hiredis.ReplyError("NOPERM")] * len(refused), refused
+
+    listener: Any = Listener()
+    async with asyncio.timeout(5):
+        assert list(await alone(listener, [("SUBSCRIBE", channel) for channel in "abc"])) == ["b"]
 
 
 # -- hubs of several shards, against a model of the cluster ----------------------------------------------------------

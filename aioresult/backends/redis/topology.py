@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import hiredis
 
 from ...exceptions import BackendConnectionError, BackendError
+from ...tasks import all_of
 from .connection import Command, RedisConnection, code_of, is_transient, translate
 from .listener import RedisListener
 from .node import Node
@@ -103,9 +104,7 @@ async def alone(listener: RedisListener, missing: Sequence[tuple[str, str]]) -> 
 
     ``missing`` is as `RedisListener.subscribe` returns it. Returns the error for each channel that is refused.
     """
-    refused: dict[str, hiredis.ReplyError] = {}
-    for command, channel in missing:
-        errors, still = await listener.subscribe([(command, channel)])
-        if still and errors:
-            refused[channel] = errors[0]
-    return refused
+    outcomes = await all_of(listener.subscribe([(command, channel)]) for command, channel in missing)  # one round trip
+    return {
+        channel: errors[0] for (_, channel), (errors, still) in zip(missing, outcomes, strict=True) if still and errors
+    }
