@@ -599,6 +599,19 @@ async def test_a_node_that_knows_no_slots_any_more_is_not_believed() -> None:
             assert len(backend._topology.owners()) == 2
 
 
+async def test_a_master_that_left_while_it_failed_does_not_count_as_missing() -> None:
+    loading = b"-LOADING\r\n"
+    async with FakeNode(lambda words: b"$-1\r\n") as one, FakeNode(lambda words: loading) as two:
+        one.owners = two.owners = [one.port, two.port]
+        task_id = next(each for each in map(str, range(100)) if slot_of(each) >= SLOTS // 2)
+        async with of_fakes(one, two) as backend:
+            with pytest.raises(BackendConnectionError, match="LOADING"):
+                await backend.get_task_meta(task_id)
+            assert not backend.stats().connected
+            one.owners = two.owners = [one.port]
+            await until(lambda: backend.stats().connected)
+
+
 @pytest.mark.parametrize(
     ("pong", "error"),
     [(b"-BUSY a script\r\n", BackendConnectionError), (b"-NOPERM ping\r\n", BackendRefusedError)],

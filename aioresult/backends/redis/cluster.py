@@ -145,6 +145,10 @@ class Cluster:
         node = self._nodes.get(self.shards[shard])
         return node is None or node.doubtful
 
+    def is_vacant(self, shard: int) -> bool:
+        """True if the shard has no master: its slots have gone to others."""
+        return shard not in self._shard_of.values()
+
     def connection_for(self, key: str) -> RedisConnection | None:
         node = self._table[key_slot(key)]
         connection = None if node is None else node.commands

@@ -163,6 +163,8 @@ class ClusterBackend(RedisBackend):
                 self._shards.append(self._new_shard(name))
                 if self._loop is not None:
                     self._shards[index].start()
+            if self._topology.is_vacant(index):
+                self._shards[index].health.connected = True  # its last master is not missed
             if self._shards[index].health.where != name:  # another node is the master
                 self._shards[index].health.where = name
                 self._shards[index].try_again()
