@@ -612,6 +612,20 @@ async def test_a_master_that_left_while_it_failed_does_not_count_as_missing() ->
             await until(lambda: backend.stats().connected)
 
 
+async def test_a_join_does_not_wait_for_a_master_that_refuses_its_first_connection() -> None:
+    done = b"$%d\r\n%s\r\n" % (len(VALUE), VALUE)
+    async with FakeNode(lambda words: done) as one:
+        async with FakeNode(lambda words: done) as gone:
+            one.owners = [one.port, gone.port]
+        here, there = (
+            next(each for each in map(str, range(100)) if (slot_of(each) >= SLOTS // 2) is second)
+            for second in (False, True)
+        )
+        async with of_fakes(one, heartbeat=60, retry_for=60) as backend, asyncio.timeout(5):
+            both = backend.result(here), backend.result(there)
+            assert await aioresult.wait(both, return_when=asyncio.FIRST_COMPLETED) == ({both[0]}, {both[1]})
+
+
 @pytest.mark.parametrize(
     ("pong", "error"),
     [(b"-BUSY a script\r\n", BackendConnectionError), (b"-NOPERM ping\r\n", BackendRefusedError)],

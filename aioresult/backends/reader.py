@@ -23,6 +23,8 @@ __all__ = ["ReaderSide"]
 
 #: So few results are read in one round trip with those that other calls read at the same time.
 _FEW = 100
+#: Seconds from one look to the next at whether a shard has turned out to be away while it is read.
+_LOOK = 0.02
 
 
 class ReaderSide(WorkerSide):
@@ -85,7 +87,7 @@ class ReaderSide(WorkerSide):
         by_shard = {shard: some for shard, some in self._by_shard(ids).items() if not self._is_away(shard)}
         reads = {shard: self._begin_read(shard, some, few=len(ids) <= _FEW) for shard, some in by_shard.items()}
         while pending := [read for shard, read in reads.items() if not read.done() and not self._is_away(shard)]:
-            await asyncio.wait(pending, timeout=self.heartbeat / 4)
+            await asyncio.wait(pending, timeout=min(_LOOK, self.heartbeat / 4))
         found: dict[str, Outcome | BaseException | None] = {}
         for shard, read in reads.items():
             if read.done() and read.exception() is None:
