@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import ssl
 from collections import Counter
@@ -624,6 +625,26 @@ async def test_a_join_does_not_wait_for_a_master_that_refuses_its_first_connecti
         async with of_fakes(one, heartbeat=60, retry_for=60) as backend, asyncio.timeout(5):
             both = backend.result(here), backend.result(there)
             assert await aioresult.wait(both, return_when=asyncio.FIRST_COMPLETED) == ({both[0]}, {both[1]})
+
+
+async def test_a_credential_provider_that_fails_is_not_logged_by_asyncio(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeNode(lambda words: b"-ERR\r\n") as one, FakeNode(lambda words: b"-ERR\r\n") as two:
+        one.owners = two.owners = [one.port, two.port]
+        async with of_fakes(one, two) as backend:
+            await backend.ping()
+            tried = 0
+
+            async def provide() -> Any:
+                nonlocal tried
+                tried += 1
+                raise LookupError("no credentials")
+
+            node = next(node for node in backend._topology.owners() if node.address[1] == two.port)
+            node._new_link = provide
+            node.drop(BackendConnectionError("cut by the test"))
+            await until(lambda: tried > 2)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import hiredis
@@ -363,9 +364,8 @@ class Cluster:
         """Find out whether a node is away. A lost connection is made anew."""
         self._probed.add(node)
         try:
-            await node.request([("PING",)])
-        except BackendError:
-            pass  # then it is still doubtful
+            with suppress(Exception):  # then it is still doubtful; the error may be that of a credential provider
+                await node.request([("PING",)])
         finally:
             self._probed.discard(node)
 
