@@ -131,6 +131,8 @@ class BackendConnectionError(BackendError, ConnectionError):
     of_server = True
     #: True if the connection was lost during the call. If that happens twice, the call itself may be the cause.
     in_flight: bool = False
+    #: True if the server answers, and only cannot serve these ids now. The calls for other ids are not affected.
+    partial: bool = False
 
 
 class BackendRefusedError(BackendError):

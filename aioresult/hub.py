@@ -28,42 +28,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from functools import partial
 from itertools import islice
-from typing import Protocol, TypeAlias
+from typing import TypeVar
 
 from .exceptions import AioResultError, BackendConnectionError, BackendError
 from .health import Health
 from .retry import Backoff, Pauses, affects_whole_batch
+from .source import Source
 from .tasks import CALLBACKS_PER_TURN, EMPTY, StandingTask, chunked, copy_of_error
 from .topic import Topic
 from .unheard import Unheard
 from .waiter import Outcome, Waiter
 
-__all__ = ["Finding", "Hub", "Source", "chunked"]
+__all__ = ["Hub", "chunked"]
 
 logger: logging.Logger = logging.getLogger("aioresult")
 
-#: What a read finds: ``(outcome, mark)``. Two outcomes with equal marks are the same state. A mark of ``None`` is
-#: unknown, and never counts as equal.
-Finding: TypeAlias = tuple[Outcome, Hashable]
+T = TypeVar("T")
 
-
-class Source(Protocol):
-    """The methods of a backend that the hub calls. Each method raises `BackendConnectionError` if a retry may help."""
-
-    async def subscribe(self, task_ids: Sequence[str]) -> Mapping[str, Exception] | None:
-        """Pass all later news of these ids to `Hub.receive`. Return when the server has confirmed the subscriptions.
-
-        Connects the listener (the connection that carries messages), if it is not connected. Ids that are subscribed
-        already are confirmed again. If the server refuses single ids, returns a mapping of these ids to their errors.
-        """
-
-    async def unsubscribe(self, task_ids: Sequence[str]) -> None:
-        """End the subscriptions to these ids. Ids that are not subscribed are ignored."""
-
-    async def read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
-        """Return the state of each id, in order. ``None``: nothing is stored. An error: the state cannot be read."""
+#: After so many seconds the hub tries again for an id that the server cannot serve now, while it serves others.
+_LATER = 1.0
 
 
 class Hub:
@@ -418,7 +404,14 @@ class Hub:
     async def _subscribe(self, ids: Sequence[str]) -> None:
         refused = await self._source.subscribe(ids)
         for task_id, error in (refused or {}).items():
-            self._refuse(task_id, error)
+            if isinstance(error, BackendConnectionError):
+                self._later(partial(self.lost, outage=False), [task_id])
+            else:
+                self._refuse(task_id, error)
+
+    @staticmethod
+    def _later(callback: Callable[[T], None], argument: T) -> None:
+        asyncio.get_running_loop().call_later(_LATER, callback, argument, context=EMPTY.context)
 
     async def _drop(self) -> None:
         ids = self._take(self._to_unsubscribe)
@@ -449,7 +442,10 @@ class Hub:
                 continue
             outcome, mark = finding
             if isinstance(outcome, BackendConnectionError):  # the waiters of the id wait until the outage ends
-                broken = outcome
+                if outcome.partial:
+                    self._later(self.mark_stale, task_id)
+                else:
+                    broken = outcome
                 continue
             # A message during the read is at least as new as the state that was read. Only a final state still counts.
             if topic.heard == before or isinstance(outcome, Exception) or outcome.ready:

@@ -118,8 +118,8 @@ class Persistence:
             self._down_since = None
             self._health.back()
 
-    def not_reached(self, error: BaseException, began: float | None = None) -> tuple[float, float]:
-        """Note that a call failed with ``error``; return the time now and the start of the outage.
+    def not_reached(self, error: BaseException, began: float | None = None) -> float:
+        """Note that a call failed with ``error``; return the start of the outage.
 
         ``began`` is the time at which the attempt began. If that was more than ``retry_for`` seconds after the last
         failure, the server may have been reachable in between, so a new outage begins now.
@@ -129,7 +129,7 @@ class Persistence:
             self._down_since = now
         self._down_at = now
         self._health.lost(error)
-        return now, self._down_since
+        return self._down_since
 
     async def perform(
         self,
@@ -138,12 +138,14 @@ class Persistence:
         settle: Callable[[Sequence[int], Sequence[Out | BaseException]], None],
         wanted: Callable[[int], bool],
         key: Callable[[int], Hashable] = lambda _: None,
+        patient: bool = True,
     ) -> None:
         """Have ``run`` process all ``items``, and report the outcomes through ``settle(indexes, outcomes)``.
 
         Each call of ``settle`` passes the outcomes of some items; each index is passed only one time. An item for which
         ``wanted(index)`` is false is neither sent again nor settled. Items with the same ``key(index)`` are processed
-        in order, unless the key is ``None``. An item that has to be repeated alone does not delay the others.
+        in order, unless the key is ``None``. An item that has to be repeated alone does not delay the others. Without
+        ``patient``, an item that the server alone cannot serve now is settled with that error, and not repeated.
         """
         parts: list[Sequence[int]] = [range(len(items))]
         backoff: Backoff | None = None
@@ -157,7 +159,8 @@ class Persistence:
                 if len(outcomes) != len(part):  # otherwise callers without an outcome would wait for ever
                     raise _miscounted(len(outcomes), len(part))
             except BackendConnectionError as exc:
-                now, down_since = self.not_reached(exc, began)
+                now = asyncio.get_running_loop().time()
+                down_since = now if exc.partial else self.not_reached(exc, began)
                 if backoff is None:
                     backoff, first = Backoff(), now
                 if now - down_since >= self._retry_for:
@@ -165,15 +168,17 @@ class Persistence:
                     for failed in (part, *parts):
                         settle(failed, [exc] * len(failed))
                     return
-                if now - first >= self._retry_for:  # the server answers other calls, but fails on this part
+                # The server answers other calls, but fails on this part.
+                if now - first >= self._retry_for or (exc.partial and not patient and len(part) == 1):
                     settle(part, [exc] * len(part))
                     backoff = None
                     continue
                 deaths += exc.in_flight
-                if exc.in_flight and deaths > 1 and len(part) > 1:
+                one_is_the_cause = exc.partial or (exc.in_flight and deaths > 1)
+                if one_is_the_cause and len(part) > 1:
                     parts += _halves([index for index in part if wanted(index)])
                     continue
-                if exc.in_flight and deaths > 1 and parts:
+                if one_is_the_cause and parts:
                     _put_off(part[0], parts, key)
                     if part[0] not in late:  # the first time there is no pause: the other items have waited long enough
                         late.add(part[0])
@@ -194,11 +199,14 @@ class Persistence:
                 settle(part, outcomes)
 
     async def collect(
-        self, run: Callable[[Sequence[Item]], Awaitable[Sequence[Out | BaseException]]], items: Sequence[Item]
+        self,
+        run: Callable[[Sequence[Item]], Awaitable[Sequence[Out | BaseException]]],
+        items: Sequence[Item],
+        patient: bool = True,
     ) -> list[Out | BaseException]:
         """Call `perform` and return all outcomes, in the order of ``items``.
 
-        Raises `BackendConnectionError` if that is the outcome of every item.
+        Raises `BackendConnectionError` if every item has that outcome because the server is away.
         """
         found: list[Any] = [None] * len(items)
 
@@ -209,8 +217,8 @@ class Persistence:
                 for index, outcome in zip(indexes, outcomes, strict=True):
                     found[index] = outcome
 
-        await self.perform(run, items, settle, lambda _: True)
-        if found and all(isinstance(outcome, BackendConnectionError) for outcome in found):
+        await self.perform(run, items, settle, lambda _: True, patient=patient)
+        if found and all(isinstance(outcome, BackendConnectionError) and not outcome.partial for outcome in found):
             raise found[0]
         return found
 

@@ -182,20 +182,25 @@ def postgres_site() -> Iterator[PostgresSite]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that asks for a store on the backends of its module, unless its marks name others."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "new_harness" in metafunc.fixturenames and "new_harness" not in named:
-        metafunc.parametrize("new_harness", getattr(metafunc.module, "BACKENDS", BACKENDS), indirect=True)
+    if "store_name" in metafunc.fixturenames and "store_name" not in named:
+        metafunc.parametrize("store_name", getattr(metafunc.module, "BACKENDS", BACKENDS), indirect=True)
 
 
 @pytest.fixture
-def new_harness(request: pytest.FixtureRequest) -> Harness:
-    if request.param == "postgres":
+def store_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def new_harness(request: pytest.FixtureRequest, store_name: str) -> Harness:
+    if store_name == "postgres":
         return PostgresHarness(request.getfixturevalue("postgres_url"))
-    if request.param == "redis":
+    if store_name == "redis":
         return RedisHarness(request.getfixturevalue("redis_url"))
-    if request.param == "cluster":
+    if store_name == "cluster":
         request.getfixturevalue("cluster_url")
         return ClusterHarness(request.getfixturevalue("own_cluster"))
-    if request.param == "sentinel":
+    if store_name == "sentinel":
         request.getfixturevalue("sentinel_url")
         return SentinelHarness(request.getfixturevalue("own_sentinel"))
     return MemoryHarness()

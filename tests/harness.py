@@ -33,7 +33,7 @@ class Harness:
 
     name: str
     #: A URL of such a store; braces stand for the credentials and the host.
-    example: str
+    example: str = "store://{}"
     #: By which another process opens it. Only a memory store has none.
     url: str
     #: Ids that this store can hold and some other cannot.

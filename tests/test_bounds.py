@@ -34,7 +34,7 @@ BACKENDS = ["memory", "redis", "postgres"]
 PROGRESS = "PROGRESS"
 Primitive = Callable[..., Awaitable[Any]]
 
-memory_only = pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+memory_only = pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 
 
 class Ticker:
@@ -728,7 +728,7 @@ async def dispatch_one(backend: Backend) -> str:
     raise AssertionError("it ended")
 
 
-@pytest.mark.parametrize("new_harness", ["memory", "redis"], indirect=True)  # PostgreSQL lists complete chords only
+@pytest.mark.parametrize("store_name", ["memory", "redis"], indirect=True)  # PostgreSQL lists complete chords only
 async def test_a_chord_that_is_announced_is_claimed_before_the_open_ones_are_looked_at(harness: Harness) -> None:
     worker, backend = await harness.connect(), harness.make()
     steps = Steps(backend)

@@ -11,11 +11,11 @@ import pytest
 from .harness import Harness
 
 #: Fewer where only the topology is another.
-CHORDS = {"redis": 200, "postgres": 200, "cluster": 40, "sentinel": 40}
+CHORDS = {"redis": 200, "postgres": 200, "cluster": 15, "sentinel": 15}
 PARTS, PROCESSES = 50, 4
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.parametrize("new_harness", CHORDS, indirect=True)
+pytestmark = pytest.mark.parametrize("store_name", CHORDS, indirect=True)
 
 
 async def child(harness: Harness, *words: object) -> asyncio.subprocess.Process:

@@ -24,7 +24,7 @@ from aioresult.states import FAILURE, SUCCESS
 from .harness import Harness, MemoryHarness, until
 
 #: Sentinels change nothing of this.
-BACKENDS = ["memory", "redis", "postgres", "cluster"]
+BACKENDS = ["memory", "redis", "postgres"]
 
 #: Longer than any test takes, in seconds.
 LONG = 1000.0
@@ -329,14 +329,14 @@ async def test_any_story(new_world: Callable[[], World], story: list[Event]) -> 
     await new_world().run(story)
 
 
-@pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @given(story=st.lists(st.one_of(EVENTS, st.just(("expire",))), min_size=20, max_size=60))
 @settings(unhurried, max_examples=150)
 async def test_any_long_story_in_which_things_expire(new_world: Callable[[], World], story: list[Event]) -> None:
     await new_world().run(story)
 
 
-@pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @pytest.mark.parametrize(
     ("beginning", "length"), [([], 3), ([("create", "body", 2), ("part", ("a", 0), False, True)], 4)]
 )

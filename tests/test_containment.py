@@ -48,7 +48,7 @@ from .harness import Harness, MemoryHarness, intercept, topics_of, until
 from .servers import RedisServer, redis_server
 
 #: Sentinels change nothing of this.
-BACKENDS = ["memory", "redis", "postgres", "cluster"]
+BACKENDS = ["memory", "redis", "postgres"]
 
 T = TypeVar("T")
 Primitive = Callable[..., Awaitable[Any]]

@@ -16,9 +16,10 @@ from aioresult.exceptions import (
     BackendRefusedError,
     DecodeError,
 )
-from aioresult.hub import Finding, Hub
+from aioresult.hub import Hub
 from aioresult.meta import TaskMeta
 from aioresult.retry import Backoff
+from aioresult.source import Finding
 from aioresult.states import STARTED, SUCCESS
 from aioresult.waiter import Outcome, SingleWaiter
 

@@ -45,6 +45,7 @@ ORDER = [
     "waiter",
     "topic",
     "unheard",
+    "source",
     "hub",
     "liveness",
     "handle",

@@ -31,7 +31,7 @@ PROGRESS = "PROGRESS"
 FORGET = "forget"
 Primitive = Callable[..., Awaitable[Any]]
 
-servers = pytest.mark.parametrize("new_harness", ["redis", "postgres"], indirect=True)
+servers = pytest.mark.parametrize("store_name", ["redis", "postgres"], indirect=True)
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ async def try_to_replace(backend: Backend, what: str) -> bool:
     return await backend.store_result("x", value, what)
 
 
-@pytest.mark.parametrize("new_harness", ["memory", "redis"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory", "redis"], indirect=True)
 @pytest.mark.parametrize("what", [STARTED, PROGRESS, RETRY, FAILURE, REVOKED, SUCCESS])
 @pytest.mark.parametrize("kind", UNREADABLE)
 async def test_a_success_that_this_process_cannot_read_is_not_overwritten(
@@ -489,7 +489,7 @@ async def test_a_success_that_this_process_cannot_read_is_not_overwritten(
     assert await try_to_replace(backend, what) is True
 
 
-@pytest.mark.parametrize("new_harness", ["memory", "redis"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory", "redis"], indirect=True)
 @pytest.mark.parametrize("what", [STARTED, PROGRESS, FAILURE, SUCCESS])
 @pytest.mark.parametrize(
     "data",

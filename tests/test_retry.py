@@ -11,9 +11,10 @@ import pytest
 from aioresult import BackendConnectionError, BackendStoreError, ImproperlyConfigured
 from aioresult.backends.memory import MemoryBackend
 from aioresult.batch import Batcher
-from aioresult.hub import Finding, Hub
+from aioresult.hub import Hub
 from aioresult.meta import TaskMeta
 from aioresult.retry import Backoff, Persistence
+from aioresult.source import Finding
 from aioresult.waiter import Outcome, SingleWaiter
 
 from .harness import intercept, until

@@ -205,7 +205,7 @@ async def test_an_attempt_to_connect_to_a_frozen_master_ends_when_another_takes_
         old.freeze()
         node.drop(BackendConnectionError("cut by the test"))
         storing = asyncio.create_task(backend.mark_as_done("task", 1))
-        await until(lambda: node.connect.running and node.listen.running)
+        await until(lambda: node.connect.running)  # and the hub waits for one of the two connections
         await asyncio.to_thread(setup.failover)
         await storing
         assert await waiter == 1
@@ -329,9 +329,7 @@ async def test_without_a_quorum_calls_fail_and_waiters_wait(
         times = [time for sentinel, time in asked if sentinel == setup.sentinels[0].address]
         assert len(times) > 2
         assert all(later - earlier > 0.09 for earlier, later in pairwise(times[1:]))
-        await asyncio.to_thread(setup.failover)  # by order, for which a sentinel needs no others
-        await until(partial(_stored, backend, "task", 2))
-        assert await waiter == 2
+        assert not waiter.done()
 
 
 @pytest.fixture
@@ -430,7 +428,7 @@ async def test_an_announcement_is_followed_at_once_and_the_server_is_asked_for_i
         (b"-ERR unknown command 'SENTINEL'\r\n", "is no sentinel: .* port 26379"),
         (b"$-1\r\n", "watches no master 'mymaster'; check master_name"),
         (b"-IDONTKNOW what\r\n", "says: IDONTKNOW what"),
-        (b"*1\r\n", "none answers within 1 s"),
+        (b"*1\r\n", "none answers within 3 s"),
     ],
     ids=["text", "no fields", "a Redis", "nothing", "an error", "silence"],
 )

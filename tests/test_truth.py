@@ -34,7 +34,7 @@ from .harness import Gate, Harness, intercept, subscribed, topics_of, until
 from .servers import RedisServer
 
 #: Sentinels change nothing of this.
-BACKENDS = ["memory", "redis", "postgres", "cluster"]
+BACKENDS = ["memory", "redis", "postgres"]
 
 Primitive = Callable[..., Awaitable[Any]]
 Call = Callable[[Backend], Awaitable[Any]]
@@ -664,7 +664,7 @@ def check_apart(errors: Sequence[BaseException]) -> None:
     assert errors[0].__context__ is None or errors[0].__context__ is causes[0]
 
 
-@pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
 @pytest.mark.parametrize("way", [*WAYS, *READS])
 async def test_each_reader_of_a_failed_task_has_an_exception_of_its_own(
@@ -680,7 +680,7 @@ async def test_each_reader_of_a_failed_task_has_an_exception_of_its_own(
     await harness.subscribed(0)
 
 
-@pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @pytest.mark.parametrize("way", WAYS)
 async def test_each_waiter_that_one_message_tells_has_an_exception_of_its_own(harness: Harness, way: str) -> None:
     worker, reader = await harness.pair()
@@ -736,7 +736,7 @@ async def wait_with_a_local(awaitable: Callable[[], Awaitable[Any]]) -> weakref.
 KEPT = ["result", "group", "nested group", "gathered", "propagate=False"]
 
 
-@pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("when", ["before", "during the wait"])
 @pytest.mark.parametrize("outcome", ["failure", "undecodable"])
@@ -812,7 +812,7 @@ async def test_those_that_wait_when_a_backend_closes_have_errors_of_their_own(ha
     check_distinct(errors, BackendClosedError)
 
 
-@pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @pytest.mark.parametrize("in_flight", [True, False], ids=["in flight", "queued"])
 async def test_calls_that_end_with_the_backend_have_errors_of_their_own(harness: Harness, in_flight: bool) -> None:
     backend = harness.make()
@@ -858,7 +858,7 @@ BATCHED: dict[str, tuple[str, Callable[[Backend, int], Awaitable[Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("new_harness", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @pytest.mark.parametrize("name", BATCHED)
 @pytest.mark.parametrize("kind", [BackendRefusedError, BackendConnectionError, BackendError])
 async def test_callers_of_a_batch_that_fails_have_errors_of_their_own(

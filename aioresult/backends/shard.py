@@ -17,13 +17,14 @@ from ..batch import Batcher
 from ..chord import CHORD_TOPIC, ChordOp, ChordState, ChordStep, chord_meta
 from ..exceptions import AioResultError, BackendConnectionError, BackendError
 from ..health import Health
-from ..hub import Finding, Hub
+from ..hub import Hub
 from ..log import Flush, Page, PageRequest
 from ..meta import TaskMeta
 from ..record import Record
 from ..retry import Persistence
 from ..run import RunState, RunStep
 from ..serialization import unreadable
+from ..source import Finding
 from ..states import EXCEPTION_STATES
 from ..tasks import LONGEST_STEP, copy_of_error
 from ..waiter import Outcome
@@ -223,16 +224,23 @@ class Shard:
         return [errors.get(removal, True) for removal in removals]
 
     async def outcomes(self, task_ids: Sequence[str]) -> Sequence[Outcome | None]:
-        return [None if finding is None else finding[0] for finding in await self.read(task_ids)]
+        return [None if finding is None else finding[0] for finding in await self._read(task_ids, patient=True)]
 
     async def read(self, task_ids: Sequence[str]) -> Sequence[Finding | None]:
-        """Fetch and decode. If one result cannot be decoded, an error takes its place; the others are not affected."""
+        """Read for the hub. It tries again itself for an id that the server cannot serve now."""
+        return await self._read(task_ids, patient=False)
+
+    async def _read(self, task_ids: Sequence[str], patient: bool) -> Sequence[Finding | None]:
+        """Fetch and decode. If one result cannot be decoded, an error takes its place; the others are not affected.
+
+        Without ``patient``, the same holds for a result that the server alone cannot serve now.
+        """
         if min(task_ids) < "\x01":  # a topic that is not a task begins with NUL, so it sorts before every task id
-            return await self._read_topics(task_ids)
+            return await self._read_topics(task_ids, patient)
         found: list[Finding | None] = []
         while len(found) < len(task_ids):
             some = task_ids[len(found) : len(found) + max(1, int(self._backend.chunk_bytes / self._value_size))]
-            stored = await self.persistence.collect(self._backend._fetch, some)
+            stored = await self.persistence.collect(self._backend._fetch, some, patient)
             seen = sum(self._backend._stored_size(value) for value in stored if value is not None) / len(stored)
             self._value_size = max(seen, self._value_size / _ESTIMATE_SINKS, 1.0)
             await self._decode_into(found, some, stored)
@@ -248,13 +256,15 @@ class Shard:
                 await asyncio.sleep(0)
                 pause_at = now() + LONGEST_STEP
 
-    async def _read_topics(self, topics: Sequence[str]) -> Sequence[Finding | None]:
+    async def _read_topics(self, topics: Sequence[str], patient: bool) -> Sequence[Finding | None]:
         """Do the same as `_read`, for a list of topics that are not all task ids."""
         tasks = [topic for topic in topics if not topic.startswith("\x00")]
         chords = [topic for topic in topics if topic.startswith(CHORD_TOPIC)]
-        found: dict[str, Finding | None] = dict(zip(tasks, await self.read(tasks) if tasks else (), strict=True))
+        found: dict[str, Finding | None] = dict(
+            zip(tasks, await self._read(tasks, patient) if tasks else (), strict=True)
+        )
         steps = [ChordStep(ChordOp.READ, topic.removeprefix(CHORD_TOPIC)) for topic in chords]
-        states = await self.persistence.collect(self._backend._chord_steps, steps) if steps else ()
+        states = await self.persistence.collect(self._backend._chord_steps, steps, patient) if steps else ()
         for topic, state in zip(chords, states, strict=True):
             if isinstance(state, ChordState):
                 found[topic] = chord_meta(state), (state.count, state.size, state.done, state.failure, state.body_id)

@@ -273,14 +273,18 @@ class Cluster:
         for _ in range(_REDIRECTIONS):
             by_node: dict[Node, list[str]] = {}
             for channel in left:
-                by_node.setdefault(self._owner(key_slot(channel)), []).append(channel)
+                try:
+                    by_node.setdefault(self._owner(key_slot(channel)), []).append(channel)
+                except BackendConnectionError as exc:
+                    refused[channel] = exc
             missing = await all_of(self._subscribe_at(node, some, refused) for node, some in by_node.items())
             left = [channel for some in missing for channel in some]
             if not left:
                 return refused or None
             await asyncio.sleep(_MOMENT)
         self.doubt()
-        raise BackendConnectionError(f"no node of the cluster accepts {len(left)} subscriptions")
+        refused.update((channel, _of_some("no node of the cluster accepts the subscription")) for channel in left)
+        return refused
 
     async def _subscribe_at(
         self, node: Node, channels: Sequence[str], refused: dict[str, BackendError]
@@ -454,5 +458,5 @@ class Cluster:
 def _of_some(text: str) -> BackendConnectionError:
     """Return an error that concerns only some commands of a batch: the batch is split until they are alone."""
     error = BackendConnectionError(text)
-    error.in_flight = True
+    error.partial = True
     return error

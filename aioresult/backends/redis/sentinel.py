@@ -37,7 +37,7 @@ __all__ = ["Sentinel", "SentinelBackend"]
 logger: logging.Logger = logging.getLogger("aioresult")
 
 #: Seconds that a sentinel has to answer.
-_TELL: Final = 1.0
+_TELL: Final = 3.0
 #: Seconds between two rounds of questions to the sentinels, while the master they name cannot be used.
 _PAUSE: Final = 0.1
 #: The channel on which sentinels announce a new master: "<name> <old host> <old port> <new host> <new port>". See
