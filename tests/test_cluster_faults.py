@@ -19,10 +19,11 @@ from redis.crc import key_slot
 import aioresult
 from aioresult import BackendConnectionError, BackendRefusedError
 from aioresult.backends.redis import ClusterBackend
+from aioresult.chord import CHORD_TOPIC
 from aioresult.states import SUCCESS
 
 from .cluster_servers import ClusterNode, RedisCluster, redis_cluster, slot_of
-from .harness import until
+from .harness import hubs_of, until
 
 pytestmark = pytest.mark.xdist_group("cluster faults")
 
@@ -506,6 +507,30 @@ async def test_what_has_its_keys_on_two_nodes_waits_alone(cluster: RedisCluster)
         assert not values["t"].done()
         await asyncio.to_thread(cluster.end_migration, slot, target)
         await told(values)
+
+
+async def test_a_chord_whose_keys_are_on_two_nodes_holds_up_no_other_waiter(cluster: RedisCluster) -> None:
+    """It cannot be read before its slot has moved."""
+    group = "g"
+    slot = key_slot(b"celery-taskset-meta-" + group.encode())
+    source = cluster.master_of(slot)
+    target = next(node for node in cluster.masters() if node is not source)
+    async with opened(cluster) as worker, opened(cluster, retry_for=3600) as web:
+        await worker.create_chord(group, body="body", size=1)
+        await asyncio.to_thread(cluster.begin_migration, slot, target)
+        (first, *_) = source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100)
+        await asyncio.to_thread(source.ask, "MIGRATE", target.address[0], target.port, first, 0, 5000)
+        complete = asyncio.create_task(web.chord(group).get())
+        await until(lambda: any(hub.has_waiters(f"{CHORD_TOPIC}{group}") for hub in hubs_of(web)))
+        for prefix in ("first", "second"):  # the second after the chord was read in vain
+            waiting = waits(web, cluster.ids_on(source, 20, prefix))
+            await store(worker, waiting)
+            await told(waiting)
+        assert not complete.done()
+        await asyncio.to_thread(cluster.move_keys, slot, target)
+        await asyncio.to_thread(cluster.end_migration, slot, target)
+        assert await worker.on_chord_part_return(group, "a", "SUCCESS", 1) is not None
+        assert await complete == [1]
 
 
 async def _value_of(task_id: str) -> str:
