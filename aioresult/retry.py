@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from math import inf
 from typing import Any, TypeVar
 
 from .exceptions import BackendConnectionError, BackendError, ImproperlyConfigured, UsageError
@@ -159,8 +160,9 @@ class Persistence:
                 if len(outcomes) != len(part):  # otherwise callers without an outcome would wait for ever
                     raise _miscounted(len(outcomes), len(part))
             except BackendConnectionError as exc:
+                # The server that has failed for some ids alone is not away.
+                down_since = inf if exc.partial else self.not_reached(exc, began)
                 now = asyncio.get_running_loop().time()
-                down_since = now if exc.partial else self.not_reached(exc, began)
                 if backoff is None:
                     backoff, first = Backoff(), now
                 if now - down_since >= self._retry_for:

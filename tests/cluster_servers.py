@@ -102,7 +102,9 @@ class Node(RedisServer):
             connection.disconnect()
 
     def ask(self, *words: Any) -> Any:
-        """The reply to one command, undigested."""
+        """The reply to one command, undigested. A node that changes its role drops its clients: it is asked again."""
+        with contextlib.suppress(redis.ConnectionError), self.asking() as ask:
+            return ask(*words)
         with self.asking() as ask:
             return ask(*words)
 
@@ -713,22 +715,28 @@ class SentinelSetup(_Setup):
         """Have the sentinels promote a replica. Returns it once all sentinels name it and it has the role."""
         old = self.master()
         sentinel = next(sentinel for sentinel in self.sentinels if sentinel.up)
-        # It is refused as long as the sentinel has not heard from the replica, or another failover is under way.
-        _wait(partial(_refusal, sentinel, "SENTINEL", "FAILOVER", self.master_name))
-        return self.wait_replaced(old)
-
-    def wait_replaced(self, old: Node) -> Node:
-        """Return the new master once all sentinels that are up name the same node, not ``old``, and it has the role."""
 
         def missing() -> str:
-            named = {self._named(sentinel) for sentinel in self.sentinels if sentinel.up}
-            if len(named) != 1 or old.port in named:
-                return f"the sentinels name {named}"
-            master = self.master()
-            return "" if master.up and master.ask("ROLE")[0] == "master" else f"{master} is no master"
+            # It is refused as long as the sentinel has not heard from the replica, or a failover is under way. On a
+            # busy machine a failover may take too long, and is given up: then it is asked for again.
+            if self._named(sentinel) == old.port:
+                return _refusal(sentinel, "SENTINEL", "FAILOVER", self.master_name) or "the failover has begun"
+            return self._not_replaced(old)
 
         _wait(missing)
         return self.master()
+
+    def wait_replaced(self, old: Node) -> Node:
+        """Return the new master once all sentinels that are up name the same node, not ``old``, and it has the role."""
+        _wait(partial(self._not_replaced, old))
+        return self.master()
+
+    def _not_replaced(self, old: Node) -> str:
+        named = {self._named(sentinel) for sentinel in self.sentinels if sentinel.up}
+        if len(named) != 1 or old.port in named:
+            return f"the sentinels name {named}"
+        master = self.master()
+        return "" if master.up and master.ask("ROLE")[0] == "master" else f"{master} is no master"
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .sites import PostgresSite, RedisSite, Site
 BACKENDS = ["memory", "redis", "postgres", "cluster", "sentinel"]
 
 #: Processes that share the whole suite. More than a small machine has cores, because most tests mostly wait.
-_PROCESSES = 4
+_PROCESSES = 6
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -116,8 +116,8 @@ def cluster_url(own_cluster: RedisCluster) -> str:
 
 @pytest.fixture(scope="session")
 def own_sentinel() -> Iterator[SentinelSetup]:
-    """A master, a replica and 3 sentinels under the same terms as `own_cluster`."""
-    with sentinel_setup(down_after=30_000) as setup:
+    """A master, a replica and a sentinel under the same terms as `own_cluster`."""
+    with sentinel_setup(sentinels=1, down_after=30_000) as setup:
         yield setup
 
 

@@ -47,12 +47,9 @@ Call = Callable[[Backend], Awaitable[Any]]
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(params=["memory", "redis", "postgres", "cluster"])  # a master behind sentinels: tests/test_sentinel.py
+@pytest.fixture(params=["memory", "redis", "postgres", "cluster"])
 def url(request: pytest.FixtureRequest) -> str:
     """Of an empty store."""
-    if request.param == "sentinel":
-        request.getfixturevalue("sentinel_url")
-        return str(request.getfixturevalue("own_sentinel").service_url)
     return "memory://" if request.param == "memory" else str(request.getfixturevalue(f"{request.param}_url"))
 
 
