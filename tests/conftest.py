@@ -26,8 +26,12 @@ from .sites import PostgresSite, RedisSite, Site
 #: Where the conformance suite runs. A module whose tests need not run on all of these has such a list of its own.
 BACKENDS = ["memory", "redis", "postgres", "cluster", "sentinel"]
 
+#: The modules that run behind sentinels, too; with ``AIORESULT_TEST_ALL`` set, all do. There a backend differs from
+#: that for one Redis only in how it connects.
+CORE = ("test_storing", "test_waiting", "test_chords", "test_streams", "test_lifecycle", "test_operations")
+
 #: Processes that share the whole suite. More than a small machine has cores, because most tests mostly wait.
-_PROCESSES = 6
+_PROCESSES = 4
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -183,7 +187,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that asks for a store on the backends of its module, unless its marks name others."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "store_name" in metafunc.fixturenames and "store_name" not in named:
-        metafunc.parametrize("store_name", getattr(metafunc.module, "BACKENDS", BACKENDS), indirect=True)
+        names = getattr(metafunc.module, "BACKENDS", BACKENDS)
+        if not (os.environ.get("AIORESULT_TEST_ALL") or metafunc.module.__name__.rpartition(".")[2] in CORE):
+            names = [name for name in names if name != "sentinel"]
+        metafunc.parametrize("store_name", names, indirect=True)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from .harness import Harness
 
 #: Fewer where only the topology is another.
-CHORDS = {"redis": 200, "postgres": 200, "cluster": 15, "sentinel": 15}
+CHORDS = {"redis": 100, "postgres": 100, "cluster": 10, "sentinel": 10}
 PARTS, PROCESSES = 50, 4
 ROOT = Path(__file__).parent.parent
 

@@ -47,7 +47,7 @@ Call = Callable[[Backend], Awaitable[Any]]
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(params=["memory", "redis", "postgres", "cluster"])
+@pytest.fixture(params=["memory", "redis", "postgres"])
 def url(request: pytest.FixtureRequest) -> str:
     """Of an empty store."""
     return "memory://" if request.param == "memory" else str(request.getfixturevalue(f"{request.param}_url"))
