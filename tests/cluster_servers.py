@@ -191,6 +191,10 @@ class _Line:
         return {slot for first, _, last in ends for slot in range(int(first), int(last or first) + 1)}
 
 
+#: Seconds after which a failover by order has succeeded or was given up.
+_GIVEN_UP = 6.0
+
+
 class ClusterNode(Node):
     """A node of a `RedisCluster`."""
 
@@ -417,10 +421,17 @@ class RedisCluster(_Setup):
     def failover(self, node: ClusterNode) -> ClusterNode:
         """Have a replica take a master's place in agreement with it. Returns the replica once all nodes know."""
         replica = self.replica_of(node)
-        # It is refused as long as the two are not in step, and may fail by itself if nodes vote too late.
-        _wait(lambda: _refusal(replica, "CLUSTER", "FAILOVER"))
+        # It is refused as long as the two are not in step.
+        ask = partial(_refusal, replica, "CLUSTER", "FAILOVER")
+        _wait(ask)
+        asked_at = time.monotonic()
 
         def missing() -> str:
+            nonlocal asked_at
+            # If nodes vote too late, the replica gives up after five seconds: then it is asked again. To ask during an
+            # attempt would begin it anew.
+            if time.monotonic() > asked_at + _GIVEN_UP and replica not in self.masters() and not ask():
+                asked_at = time.monotonic()
             for each in self.up():
                 lines = {line.id: line for line in each.lines()}
                 if not lines[replica.id].slots or lines[node.id].slots or lines[node.id].master != replica.id:
