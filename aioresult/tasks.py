@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from contextvars import Context
 from itertools import islice
@@ -28,6 +28,7 @@ __all__ = [
     "StandingTask",
     "all_of",
     "call_from_finalizer",
+    "cancel_all",
     "cancellable",
     "chunked",
     "copy_of_error",
@@ -96,6 +97,14 @@ async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             raise outcome
         found.append(outcome)
     return found
+
+
+async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel these asyncio tasks, and wait for their ends."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 class StandingTask:

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 import hiredis
 
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
-from ...tasks import spawn
+from ...tasks import cancel_all, spawn
 from .connection import translate
 from .node import Node
 from .places import Address
@@ -69,7 +69,7 @@ async def ask_in_turn(ask: _Ask, nodes: Iterable[Node]) -> SlotMap:
                     raise error
                 failure = error
     finally:
-        await _cancelled(asking)
+        await cancel_all(asking)
 
 
 async def ask_several(
@@ -91,11 +91,4 @@ async def ask_several(
                 return best
         return best_map([*answers.values()], known, final)
     finally:
-        await _cancelled(left)
-
-
-async def _cancelled(tasks: set[asyncio.Task[SlotMap]]) -> None:
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+        await cancel_all(left)

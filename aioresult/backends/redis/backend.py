@@ -107,8 +107,7 @@ class RedisBackend(RunningTasks):
         async def link() -> AbstractConnection:
             return self._connection_class(**self._connection_options)
 
-        # A single server does not end subscriptions by itself, and no other server knows whether it is away.
-        events = NodeEvents(self._published, _ignore, self._lost_by_node, _ignore)
+        events = NodeEvents(self._published, self._lost_by_node)  # no other server knows whether this one is away
         return Single(Node(self.as_uri(), link, self.heartbeat, self._scripts, events))
 
     async def _open(self) -> None:
@@ -356,7 +355,3 @@ class RedisBackend(RunningTasks):
 
 #: The writes to which the script may reply with the stored value, because only the codec can read that value.
 _JUDGED = (Op.PUT_UNLESS_SUCCESS, Op.PUT_UNLESS_FINAL)
-
-
-def _ignore(_: object) -> None:
-    pass

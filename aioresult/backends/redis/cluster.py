@@ -56,8 +56,8 @@ class Cluster:
     ``start`` are the addresses of some nodes; they are also asked if no other node answers. ``new_node(address)`` makes
     a node, which is not connected. ``remap`` translates the addresses that nodes name. ``is_classic(channel)`` is true
     for channels whose messages go to all nodes; others carry the messages of their slot. Every ``refresh`` seconds
-    (0: never) the table is asked for even if nothing is suspicious. ``on_ended(channel)`` is called when a subscription
-    has ended, and ``on_change()`` when the table has changed.
+    (0: never) the table is asked for even if nothing is suspicious. ``on_change()`` is called when the table may have
+    changed.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class Cluster:
         scripts: Scripts,
         is_classic: Callable[[str], bool],
         refresh: float,
-        on_ended: Callable[[bytes], None],
         on_change: Callable[[], None],
     ) -> None:
         self._start = tuple(start)
@@ -77,7 +76,6 @@ class Cluster:
         self._scripts = scripts
         self._is_classic = is_classic
         self._refresh_every = refresh
-        self._on_ended = on_ended
         self._on_change = on_change
         self._nodes: dict[Address, Node] = {}
         self._table: list[Node | None] = [None] * SLOTS
@@ -227,9 +225,9 @@ class Cluster:
             raise translate(error, "the cluster")
 
     def _nudge(self, done: Sequence[Unit], commands: Sequence[Command]) -> None:
-        """Tell those who wait at the node that still owns the slot to read again.
+        """Have the waiters that are subscribed at the node that still owns the slot read again.
 
-        The messages of these changes were published at the node to which the slot migrates. Those who are subscribed
+        The messages of these changes were published at the node to which the slot migrates. A waiter that is subscribed
         at the other node would learn of the changes only at the end of the migration, which may never come.
         """
         for unit in done:

@@ -92,7 +92,6 @@ class ClusterBackend(RedisBackend):
             self._scripts,
             self._is_classic,
             self._topology_refresh,
-            self._ended,
             self._sharded_anew,
         )
 
@@ -102,7 +101,7 @@ class ClusterBackend(RedisBackend):
         async def link() -> AbstractConnection:
             return self._place.connection_class(**{**self._place.options, "host": host, "port": port})
 
-        events = NodeEvents(self._published, self._ended, self._lost_by_node, lambda _: self._topology.doubt())
+        events = NodeEvents(self._published, self._lost_by_node, self._ended, lambda _: self._topology.doubt())
         return Node(self._shown(address), link, self.heartbeat, self._scripts, events)
 
     def _shown(self, address: Address) -> str:

@@ -9,7 +9,7 @@ SUNSUBSCRIBE; and it answers SUNSUBSCRIBE with an error instead, if it has lost 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hiredis import ReplyError
@@ -17,7 +17,7 @@ from hiredis import ReplyError
 from ...exceptions import BackendError
 from .connection import Command, RedisConnection, code_of, is_transient, pack, translate
 
-__all__ = ["RedisListener", "encoded"]
+__all__ = ["RedisListener", "encoded", "ignore"]
 
 #: Errors with which a server answers every command.
 _OF_THE_SERVER = ("LOADING", "BUSY", "MASTERDOWN")
@@ -155,11 +155,11 @@ class RedisListener(RedisConnection):
         while self._requests and self._requests[0].future.done():
             self._requests.popleft()
 
-    def channels(self, those: Iterable[str]) -> list[str]:
-        """Return the channels among ``those`` that are subscribed on this connection."""
-        return [channel for channel in those if encoded(channel) in self.subscribed]
-
 
 def encoded(channel: str | bytes | int) -> bytes:
     """Return a channel as the server names it."""
     return channel.encode("utf-8", "surrogateescape") if isinstance(channel, str) else bytes(str(channel), "ascii")
+
+
+def ignore(_: object) -> None:
+    """Do nothing, for an event that needs nothing done."""

@@ -12,7 +12,7 @@ from redis.asyncio.connection import AbstractConnection
 from ...exceptions import BackendConnectionError, BackendError, BackendRefusedError
 from ...tasks import EMPTY, SingleFlight, copy_of_error
 from .connection import Command, RedisConnection, code_of, translate
-from .listener import RedisListener
+from .listener import RedisListener, ignore
 from .scripts import Scripts
 
 __all__ = ["Node", "NodeEvents"]
@@ -23,12 +23,13 @@ class NodeEvents(NamedTuple):
 
     #: A message was published: the channel and the value.
     on_message: Callable[[bytes, bytes], None]
-    #: The server has ended the subscription to this channel, because it has lost the channel's slot.
-    on_ended: Callable[[bytes], None]
     #: The connection for subscriptions was lost, and these subscriptions with it.
     on_listener_lost: Callable[[Node, BackendError, Sequence[bytes]], None]
+    #: The server has ended the subscription to this channel, because it has lost the channel's slot. A server that is
+    #: in no cluster does not do that.
+    on_ended: Callable[[bytes], None] = ignore
     #: The server has not answered for half a heartbeat, or a connection to it was lost or could not be made.
-    on_doubt: Callable[[Node], None]
+    on_doubt: Callable[[Node], None] = ignore
 
 
 class Node:

@@ -22,11 +22,11 @@ from ...exceptions import (
     ImproperlyConfigured,
 )
 from ...retry import Backoff
-from ...tasks import SingleFlight, StandingTask, copy_of_error, spawn
+from ...tasks import SingleFlight, StandingTask, cancel_all, copy_of_error, spawn
 from ..base import BackendOptions
 from .backend import RedisBackend
 from .connection import RedisConnection, translate
-from .listener import RedisListener
+from .listener import RedisListener, ignore
 from .node import Node, NodeEvents
 from .places import Address, SentinelPlace, checked_remap, checked_sentinels, place_url, sentinel_place
 from .scripts import Scripts
@@ -197,10 +197,7 @@ class Sentinel(Single):
                     except AioResultError as exc:
                         failures.append(exc)
         finally:
-            for task in asking:
-                task.cancel()
-            if asking:
-                await asyncio.wait(asking)
+            await cancel_all(asking)
         if answers:
             votes = Counter(answer.address for answer in answers)
             # With equal epochs a sentinel that belongs to none of the others may have named a server of its own.
@@ -340,7 +337,7 @@ class Sentinel(Single):
         """
         where = self._shown(sentinel)
         lost = asyncio.Event()
-        watch = RedisListener(where, self._heartbeat, self._announced, _ignore, partial(_set, lost))
+        watch = RedisListener(where, self._heartbeat, self._announced, ignore, partial(_set, lost))
         try:
             async with asyncio.timeout(_TELL):
                 await self._connect(watch, sentinel)
@@ -380,10 +377,6 @@ def _text(word: bytes | str) -> str:
 
 def _set(event: asyncio.Event, _: object) -> None:
     event.set()
-
-
-def _ignore(_: object) -> None:
-    pass
 
 
 class SentinelBackend(RedisBackend):
@@ -437,7 +430,7 @@ class SentinelBackend(RedisBackend):
         return type(self), self._place.url, self._task_prefix
 
     def _new_topology(self) -> Sentinel:
-        events = NodeEvents(self._published, _ignore, self._lost_by_node, _ignore)
+        events = NodeEvents(self._published, self._lost_by_node)
         return Sentinel(
             self._place,
             self.as_uri(),

@@ -24,7 +24,7 @@ _KEYLESS: Final = frozenset({"PING", "TIME", "MULTI", "EXEC"})
 
 def key_slot(key: str | bytes | int) -> int:
     """Return the slot of a key or channel."""
-    # A text that cannot be written as UTF-8 is no valid id; whoever uses the slot refuses it.
+    # A text that cannot be written as UTF-8 is no valid id, and the backend refuses it later.
     name = key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogatepass")
     start = name.find(b"{")
     if start >= 0:
