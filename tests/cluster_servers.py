@@ -152,7 +152,7 @@ class _Setup:
 
     def wait_ok(self) -> None:
         """Return when all servers that are up agree and work. Servers that a test has taken down are ignored."""
-        _wait(self._fault)
+        wait_for(self._fault)
 
 
 # -- a cluster -------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ class RedisCluster(_Setup):
             self._meet(node)
         for number, node in enumerate(replicas):
             # It is refused as long as the replica does not know the master.
-            _wait(partial(_refusal, node, "CLUSTER", "REPLICATE", masters[number % len(masters)].id))
+            wait_for(partial(_refusal, node, "CLUSTER", "REPLICATE", masters[number % len(masters)].id))
         self.wait_ok()
         for node in self.nodes:
             node.ask("CONFIG", "SET", "cluster-node-timeout", self._node_timeout)
@@ -423,7 +423,7 @@ class RedisCluster(_Setup):
         replica = self.replica_of(node)
         # It is refused as long as the two are not in step.
         ask = partial(_refusal, replica, "CLUSTER", "FAILOVER")
-        _wait(ask)
+        wait_for(ask)
         asked_at = time.monotonic()
 
         def missing() -> str:
@@ -438,12 +438,12 @@ class RedisCluster(_Setup):
                     return f"{each} does not know that {replica} has taken the place of {node}"
             return ""
 
-        _wait(missing)
+        wait_for(missing)
         return replica
 
     def wait_replaced(self, node: ClusterNode) -> None:
         """Return once all nodes that are up know the new owner of a killed or frozen master's slots, and work."""
-        _wait(lambda: f"{node} is not replaced" if node in self.masters() else self._fault())
+        wait_for(lambda: f"{node} is not replaced" if node in self.masters() else self._fault())
 
     def add_node(self) -> ClusterNode:
         """Start a master without slots. Returns it once all nodes know it and it serves, after 2 seconds."""
@@ -479,7 +479,7 @@ class RedisCluster(_Setup):
         self.move_keys(slot, to)
         if hold is not None:
             over = hold.is_set if isinstance(hold, threading.Event) else hold
-            _wait(lambda: "" if over() else "the test holds the slot")
+            wait_for(lambda: "" if over() else "the test holds the slot")
         self.end_migration(slot, to)
         return source
 
@@ -711,12 +711,19 @@ class SentinelSetup(_Setup):
         After a graceful failover there is nothing to undo: the master may be another node than before. Otherwise
         every server starts again on its port, without data.
         """
-        if all(node.up for node in self._all()) and not self._disagree():
+        if all(node.up for node in self._all()) and not self._disagree() and not self._tilted():
             self.wait_ok()
             return
         for node in self._all():
             node.forget()
         self._build()
+
+    def _tilted(self) -> bool:
+        """Whether a sentinel that was frozen for two seconds replaces no master for the next thirty.
+
+        See https://redis.io/docs/latest/operate/oss_and_stack/management/sentinel/#tilt-mode
+        """
+        return any(sentinel.info("sentinel")["sentinel_tilt"] != "0" for sentinel in self.sentinels)
 
     def _disagree(self) -> bool:
         named = {self._named(sentinel) for sentinel in self.sentinels}
@@ -734,12 +741,12 @@ class SentinelSetup(_Setup):
                 return _refusal(sentinel, "SENTINEL", "FAILOVER", self.master_name) or "the failover has begun"
             return self._not_replaced(old)
 
-        _wait(missing)
+        wait_for(missing)
         return self.master()
 
     def wait_replaced(self, old: Node) -> Node:
         """Return the new master once all sentinels that are up name the same node, not ``old``, and it has the role."""
-        _wait(partial(self._not_replaced, old))
+        wait_for(partial(self._not_replaced, old))
         return self.master()
 
     def _not_replaced(self, old: Node) -> str:
@@ -767,8 +774,8 @@ def _refusal(node: Node, *words: Any) -> str:
     return ""
 
 
-def _wait(missing: Callable[[], str], seconds: float = 60) -> None:
-    """Return once nothing is missing any more."""
+def wait_for(missing: Callable[[], str], seconds: float = 60) -> None:
+    """Return once ``missing()`` names nothing any more. Raises `TimeoutError` with what it named last."""
     deadline = time.monotonic() + seconds
     while said := missing():
         if time.monotonic() > deadline:

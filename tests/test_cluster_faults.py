@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from aioresult.backends.redis import ClusterBackend
 from aioresult.chord import CHORD_TOPIC
 from aioresult.states import SUCCESS
 
-from .cluster_servers import ClusterNode, RedisCluster, redis_cluster, slot_of
+from .cluster_servers import ClusterNode, RedisCluster, redis_cluster, slot_of, wait_for
 from .harness import hubs_of, until
 
 pytestmark = pytest.mark.xdist_group("cluster faults")
@@ -75,6 +76,15 @@ async def channels(cluster: RedisCluster, count: int) -> None:
 
     async def reached() -> bool:
         return await asyncio.to_thread(cluster.shard_channels) == count
+
+    await until(reached)
+
+
+async def subscribed_at(node: ClusterNode, count: int) -> None:
+    """Return once so many ids are subscribed at this node."""
+
+    async def reached() -> bool:
+        return len(await asyncio.to_thread(node.ask, "PUBSUB", "SHARDCHANNELS")) == count
 
     await until(reached)
 
@@ -182,10 +192,15 @@ def _back_and_forth(cluster: RedisCluster, slot: int, first: ClusterNode, second
     # A message on the bus that is older than a change may undo it, so the owner is asked for each time.
     for turn in range(ROUNDS):
         target = second if turn % 2 == 0 else first
-        while cluster.master_of(slot) is not target:
-            with contextlib.suppress(redis.ResponseError), cluster._asking_all() as asks:
-                cluster._begin(asks, slot, cluster.master_of(slot), target)
-                cluster._end(asks, slot, cluster.master_of(slot), target)
+        wait_for(partial(_move, cluster, slot, target))
+
+
+def _move(cluster: RedisCluster, slot: int, target: ClusterNode) -> str:
+    if cluster.master_of(slot) is not target:
+        with contextlib.suppress(redis.ResponseError), cluster._asking_all() as asks:
+            cluster._begin(asks, slot, cluster.master_of(slot), target)
+            cluster._end(asks, slot, cluster.master_of(slot), target)
+    return "" if cluster.master_of(slot) is target else f"slot {slot} is not at {target}"
 
 
 async def test_a_node_joins_takes_slots_over_and_leaves(cluster: RedisCluster) -> None:
@@ -200,8 +215,7 @@ async def test_a_node_joins_takes_slots_over_and_leaves(cluster: RedisCluster) -
         await store(worker, ids[::3])
         # Those whose slots have moved are subscribed there.
         await until(lambda: counts(web)[0] == len(ids) - len(ids[::3]))
-        there = {task_id: task for task_id, task in waiting.items() if not task.done()}
-        await asyncio.to_thread(lambda: _until_subscribed(node, len(there)))
+        await subscribed_at(node, len(ids) - len(ids[::3]))
         assert len(web._shards) == 4  # it has a shard of its own
         await asyncio.to_thread(cluster.migrate_all, by_slot, second)
         await asyncio.to_thread(cluster.remove_node, node)
@@ -216,11 +230,6 @@ async def test_a_node_joins_takes_slots_over_and_leaves(cluster: RedisCluster) -
         assert node.ask("CLIENT", "LIST").count(f"name={NAME}") == 0
     with pytest.raises(BackendConnectionError, match="is in no cluster"):
         await aioresult.connect(f"redis+cluster://127.0.0.1:{node.port}").open()
-
-
-def _until_subscribed(node: ClusterNode, count: int) -> None:
-    while len(node.ask("PUBSUB", "SHARDCHANNELS")) < count:
-        pass
 
 
 # -- masters that are replaced ---------------------------------------------------------------------------------------
@@ -242,7 +251,7 @@ async def test_a_replica_takes_the_place_of_its_master_in_agreement(cluster: Red
         assert promoted in cluster.masters()
         assert len(web._shards) == 3  # it has taken over the shard
         waiting = waits(web, later := cluster.ids_on(promoted, 10, "later"))
-        await asyncio.to_thread(_until_subscribed, promoted, 10)
+        await subscribed_at(promoted, 10)
         await store(worker, later)
         await told(waiting)
 
