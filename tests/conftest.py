@@ -148,7 +148,19 @@ def own_postgres() -> Iterator[PostgresServer]:
 @pytest.fixture
 def postgres_url(own_postgres: PostgresServer) -> str:
     """The URL of a PostgreSQL database without tables."""
-    asyncio.run(_empty(own_postgres.url))
+    own_postgres.keeps_tables = False
+    asyncio.run(_run(own_postgres.url, _NO_TABLES))
+    return own_postgres.url
+
+
+@pytest.fixture
+def empty_postgres_url(own_postgres: PostgresServer) -> str:
+    """The URL of the same database, where the tables of the last test may be left, without rows.
+
+    For tests that know the tables through the library alone: to make them takes longer than most of those tests.
+    """
+    asyncio.run(_run(own_postgres.url, _NO_ROWS if own_postgres.keeps_tables else _NO_TABLES))
+    own_postgres.keeps_tables = True
     return own_postgres.url
 
 
@@ -160,10 +172,22 @@ async def admin(postgres_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     await connection.close()
 
 
-async def _empty(url: str) -> None:
+_NO_TABLES = "DROP SCHEMA public CASCADE; CREATE SCHEMA public"
+_NO_ROWS = """
+    DO $$
+    DECLARE name text;
+    BEGIN
+        FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' LOOP
+            EXECUTE format('DELETE FROM public.%I', name);
+        END LOOP;
+    END $$
+"""
+
+
+async def _run(url: str, sql: str) -> None:
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        await connection.execute(sql)
     finally:
         await connection.close()
 
@@ -207,7 +231,9 @@ def store_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def new_harness(request: pytest.FixtureRequest, store_name: str) -> Harness:
     if store_name == "postgres":
-        return PostgresHarness(request.getfixturevalue("postgres_url"))
+        # To make the tables is a part of what the tests of the lifecycle cancel and break.
+        no_tables = "postgres_url" in request.fixturenames or request.module.__name__.endswith("test_lifecycle")
+        return PostgresHarness(request.getfixturevalue("postgres_url" if no_tables else "empty_postgres_url"))
     if store_name == "redis":
         return RedisHarness(request.getfixturevalue("redis_url"))
     if store_name == "cluster":

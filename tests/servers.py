@@ -115,6 +115,8 @@ class PostgresServer:
     def __init__(self, durable: bool = False, primary: PostgresServer | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="aioresult-postgres-"))
         self.port = free_port()
+        #: Whether its database has the tables of the last test.
+        self.keeps_tables = False
         self._durable = durable
         self._binaries = _postgres_binaries(self.folder)
         self._process: subprocess.Popen[str] | None = None

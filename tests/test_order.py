@@ -21,7 +21,8 @@ from aioresult import Backend, BackendConnectionError, DecodeError
 from aioresult.record import Record
 from aioresult.states import EXCEPTION_STATES, FAILURE, PENDING, READY_STATES, RETRY, REVOKED, STARTED, SUCCESS
 
-from .harness import Harness, intercept, until
+from .harness import Harness, RedisHarness, intercept, until
+from .postgres_harness import PostgresHarness
 from .servers import PostgresServer, RedisServer, TcpProxy, redis_server
 
 #: Sentinels change nothing of this.
@@ -278,8 +279,9 @@ async def test_a_script_that_redis_forgets_puts_no_call_before_another(
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("seed", range(2))
 async def test_connections_that_are_killed_put_no_call_before_another(
-    harness: Harness, request: pytest.FixtureRequest, seed: int, options: dict[str, Any]
+    harness: Harness, seed: int, options: dict[str, Any]
 ) -> None:
+    assert isinstance(harness, (RedisHarness, PostgresHarness))
     deaths = 0
 
     async def count_deaths(original: Primitive, *args: Any) -> Any:
@@ -298,7 +300,7 @@ async def test_connections_that_are_killed_put_no_call_before_another(
     story = Story(backend, seed)
     while deaths < 3:
         await story.go_on(200)
-        await kill_connections(request.getfixturevalue(f"{harness.name}_url"))
+        await kill_connections(harness.url)
     await story.end()
 
 
