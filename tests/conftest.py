@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import asyncpg
@@ -28,6 +29,9 @@ from .harness import ClusterHarness, Harness, MemoryHarness, RedisHarness, Senti
 from .postgres_harness import PostgresHarness
 from .servers import PostgresServer, RedisServer, postgres_server, redis_server
 from .sites import PostgresSite, RedisSite, Site
+
+# redis-py 8 parses the metadata of its own package for each connection, which takes longer than to connect.
+metadata.version = cache(metadata.version)
 
 #: Where the conformance suite runs. A module whose tests need not run on all of these has such a list of its own.
 BACKENDS = ["memory", "redis", "postgres", "cluster", "sentinel"]

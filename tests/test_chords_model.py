@@ -335,7 +335,7 @@ async def test_any_story(new_world: Callable[[], World], story: list[Event]) -> 
 
 @pytest.mark.parametrize("store_name", ["memory"], indirect=True)
 @given(story=st.lists(st.one_of(EVENTS, st.just(("expire",))), min_size=20, max_size=60))
-@settings(unhurried, max_examples=150)
+@settings(unhurried, max_examples=75)
 async def test_any_long_story_in_which_things_expire(new_world: Callable[[], World], story: list[Event]) -> None:
     await new_world().run(story)
 
