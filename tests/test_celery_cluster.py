@@ -496,8 +496,8 @@ def test_what_is_not_for_a_cluster_is_refused_by_name(url: str, told: str) -> No
         _ = make_app(None, url).backend
 
 
-def test_a_single_server_is_refused_by_name(redis_url: str) -> None:
-    app = make_app(None, f"{CLASS}{redis_url.replace('redis:', 'redis+cluster:')}")
+def test_a_single_server_is_refused_by_name(shared_redis_url: str) -> None:
+    app = make_app(None, f"{CLASS}{shared_redis_url.replace('redis:', 'redis+cluster:')}")
     with pytest.raises(aioresult.ImproperlyConfigured, match="no Redis Cluster; write redis://"):
         app.backend.mark_as_done("a", 1)
 
