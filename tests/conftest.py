@@ -19,12 +19,7 @@ from aioresult.backends.redis.connection import RedisConnection
 from aioresult.retry import Backoff
 
 from .cluster_servers import RedisCluster, SentinelSetup, redis_cluster, sentinel_setup
-from .guard import (  # noqa: F401 -- pytest calls them
-    pytest_configure,
-    pytest_exception_interact,
-    pytest_runtest_protocol,
-    pytest_unconfigure,
-)
+from .guard import pytest_configure, pytest_exception_interact, pytest_runtest_protocol  # noqa: F401 - for pytest
 from .harness import ClusterHarness, Harness, MemoryHarness, RedisHarness, SentinelHarness
 from .postgres_harness import PostgresHarness
 from .servers import PostgresServer, RedisServer, postgres_server, redis_server

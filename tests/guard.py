@@ -7,7 +7,6 @@ thread is, and ends the process; the run then fails and names the test.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 from collections.abc import Generator
@@ -22,11 +21,7 @@ _output = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_output] = os.dup(2)  # while tests run, their output is captured, and would be lost with the process
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    with contextlib.suppress(KeyError):
-        os.close(config.stash[_output])
+    config.add_cleanup(lambda: os.close(config.stash[_output]))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -46,6 +41,6 @@ def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
 
 
 def _watch(item: pytest.Item) -> None:
-    mark = item.get_closest_marker("timeout")
-    seconds = float(mark.args[0] if mark is not None else item.config.getini("timeout"))
+    mark, given = item.get_closest_marker("timeout"), item.config.getoption("timeout")
+    seconds = float(mark.args[0] if mark is not None else item.config.getini("timeout") if given is None else given)
     faulthandler.dump_traceback_later(seconds + MARGIN, exit=True, file=item.config.stash[_output])

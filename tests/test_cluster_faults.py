@@ -196,11 +196,13 @@ def _back_and_forth(cluster: RedisCluster, slot: int, first: ClusterNode, second
 
 
 def _move(cluster: RedisCluster, slot: int, target: ClusterNode) -> str:
-    if cluster.master_of(slot) is not target:
-        with contextlib.suppress(redis.ResponseError), cluster._asking_all() as asks:
-            cluster._begin(asks, slot, cluster.master_of(slot), target)
-            cluster._end(asks, slot, cluster.master_of(slot), target)
-    return "" if cluster.master_of(slot) is target else f"slot {slot} is not at {target}"
+    """Move the slot unless ``target`` has it; for `wait_for`, which looks again."""
+    if cluster.master_of(slot) is target:
+        return ""
+    with contextlib.suppress(redis.ResponseError), cluster._asking_all() as asks:
+        cluster._begin(asks, slot, cluster.master_of(slot), target)
+        cluster._end(asks, slot, cluster.master_of(slot), target)
+    return f"slot {slot} is not at {target}"
 
 
 async def test_a_node_joins_takes_slots_over_and_leaves(cluster: RedisCluster) -> None:
